@@ -1,0 +1,201 @@
+"""A complete dataset folder, opened for reading; and, gathered here, what makes such a folder.
+
+Opening costs one file and one listing per split, whatever the size. A split finds any sequence by
+arithmetic and keeps nothing per sequence or shard but a few open readers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from shards.completeness import discard_shard, missing_shards
+from shards.continuing import check_folder, create_or_continue
+from shards.errors import IdentityMismatchError, ShardCorruptError, ShardError
+from shards.identity import differences
+from shards.layout import Layout
+from shards.manifest import Manifest, SplitSize, load_manifest
+from shards.reader import RowGroup, ShardReader
+from shards.rows import Row
+from shards.sidecar import Sidecar, sidecar_path
+from shards.writer import shard_name
+
+__all__ = [
+    "Dataset",
+    "Manifest",
+    "Split",
+    "SplitSize",
+    "check_folder",
+    "create_or_continue",
+    "discard_shard",
+    "load_manifest",
+    "missing_shards",
+]
+
+# Every open reader holds a map and a parsed footer; opening one again costs about a millisecond.
+_MAX_OPEN_READERS = 8
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of which no shard is missing."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Dataset:
+        """Open a folder. ShardFormatError if it is no dataset, ShardError if it is incomplete."""
+        manifest = load_manifest(path)
+        layout = Layout.of(manifest.identity)
+        for name, size in manifest.splits.items():
+            missing = missing_shards(path, manifest, name)
+            if missing:
+                raise ShardError(
+                    f"{path}: {len(missing)} of {layout.num_shards(size.sequences)} shards of split"
+                    f" {name} are missing; running the same dump-logits command again completes it"
+                )
+        return cls(path, manifest)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the dataset was made from."""
+        return self.manifest.identity
+
+    @property
+    def split_names(self) -> list[str]:
+        """The splits that hold at least one sequence."""
+        return [name for name, size in self.manifest.splits.items() if size.sequences]
+
+    def split(self, name: str) -> Split:
+        """A split with readers of its own. ShardError if there is none of this name."""
+        if name not in self.split_names:
+            names = ", ".join(self.split_names)
+            raise ShardError(f"{self.path}: no split {name}; there is {names}")
+        return Split(self.path / name, self.manifest.splits[name], self.identity)
+
+
+class Split:
+    """The sequences of one split, 0 to num_sequences - 1; a context manager that closes.
+
+    Not for use by several threads at once: give each a split of its own.
+    """
+
+    def __init__(self, path: Path, size: SplitSize, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self._size = size
+        self._identity = identity
+        self._layout = Layout.of(identity)
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the split."""
+        return self._size.sequences
+
+    @property
+    def num_positions(self) -> int:
+        """Labelled positions of the split."""
+        return self._size.positions
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the split."""
+        return self._layout.num_shards(self.num_sequences)
+
+    @property
+    def num_row_groups(self) -> int:
+        """Row groups of all shards."""
+        return self._layout.num_row_groups(self.num_sequences)
+
+    def row_group_range(self, g: int) -> range:
+        """The sequences of row group g, numbered over all shards."""
+        if not 0 <= g < self.num_row_groups:
+            raise IndexError(f"row group {g} of {self.num_row_groups} in {self.path}")
+        return self._layout.row_group_range(g, self.num_sequences)
+
+    def locate(self, sequence: int) -> tuple[int, int, int]:
+        """(shard, row group in the shard, offset in the row group) of a sequence."""
+        if not 0 <= sequence < self.num_sequences:
+            raise IndexError(f"sequence {sequence} of {self.num_sequences} in {self.path}")
+        return self._layout.locate(sequence)
+
+    def read_row_group(self, g: int, columns: Sequence[str] | None = None) -> RowGroup:
+        """Row group g, numbered over all shards; columns and errors as for a `ShardReader`."""
+        shard, row_group, _ = self.locate(self.row_group_range(g).start)
+        return self._reader(shard).read_row_group(row_group, columns)
+
+    def row(self, sequence: int) -> Row:
+        """One sequence; decodes the row group that it is in."""
+        shard, row_group, offset = self.locate(sequence)
+        return self._reader(shard).read_row_group(row_group).row(offset)
+
+    def rows(self) -> Iterator[Row]:
+        """All sequences in order, one row group in memory at a time."""
+        for g in range(self.num_row_groups):
+            group = self.read_row_group(g)
+            for r in range(group.num_rows):
+                yield group.row(r)
+
+    def sidecars(self) -> Iterator[Sidecar]:
+        """The sidecars of all shards in order."""
+        for shard in range(self.num_shards):
+            yield Sidecar.read(sidecar_path(self.path / shard_name(shard)))
+
+    def verify_shard(self, shard: int) -> None:
+        """Read and check everything in a shard. ShardError, of the kinds that reading raises."""
+        self._reader(shard).verify()
+
+    def close(self) -> None:
+        """Close all readers; the next read opens them again."""
+        while self._readers:
+            self._readers.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _reader(self, shard: int) -> ShardReader:
+        """The shard's reader, kept open until it is the least recently used of too many."""
+        if shard in self._readers:
+            self._readers.move_to_end(shard)
+            return self._readers[shard]
+        reader = self._open(shard)
+        self._readers[shard] = reader
+        if len(self._readers) > _MAX_OPEN_READERS:
+            self._readers.popitem(last=False)[1].close()
+        return reader
+
+    def _open(self, shard: int) -> ShardReader:
+        """Open a shard and make sure that it is this dataset's and stands where it belongs."""
+        reader = ShardReader(self.path / shard_name(shard))
+        try:
+            found = differences(self._identity, reader.metadata["identity"])
+            if found:
+                raise IdentityMismatchError(
+                    f"{reader.path}: a shard of another dataset than the one around it:"
+                    f" {'; '.join(found)} (here: the dataset, there: the shard)"
+                )
+            sequences = self._layout.shard_range(shard, self.num_sequences)
+            place = (self.path.name, sequences.start, len(sequences))
+            sidecar = reader.sidecar
+            if (sidecar.split, sidecar.first_sequence, sidecar.sequences) != place:
+                raise ShardCorruptError(
+                    f"{reader.path}: holds {sidecar.sequences} sequences of split {sidecar.split}"
+                    f" from {sidecar.first_sequence} on; split, start and number must be {place}"
+                )
+        except ShardError:
+            reader.close()
+            raise
+        return reader

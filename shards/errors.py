@@ -1,0 +1,39 @@
+"""What can go wrong, as a user meets it: each error is one line: what, where and what to do.
+
+The command line prints the message and exits with the error's `exit_code`: 2 for what the user
+gave (options, corpus, a folder of something else), 1 for a run that failed (disk, damaged file).
+"""
+
+
+class LogitshardsError(Exception):
+    """Base of every error that is meant for the user rather than for a programmer."""
+
+    exit_code = 2
+
+
+class InputError(LogitshardsError):
+    """An option, a corpus, a model or a folder that cannot be used as it was given."""
+
+
+class RunError(LogitshardsError):
+    """A run that started properly and then failed: disk full, an engine that stopped."""
+
+    exit_code = 1
+
+
+class ShardError(LogitshardsError):
+    """Base of the errors about a dataset of shards."""
+
+
+class ShardFormatError(ShardError):
+    """Not a dataset or shard of a format version that this release reads."""
+
+
+class ShardCorruptError(ShardError):
+    """A file that is damaged, truncated, or not the one that its sidecar describes."""
+
+    exit_code = 1
+
+
+class IdentityMismatchError(ShardError):
+    """The folder holds a dataset that was made from something else."""

@@ -1,0 +1,123 @@
+"""What is in a dataset or a shard, for a person and as JSON; and whether it is undamaged.
+
+Figures come from sidecars, and the bytes of columns from footers: no page is read, and a dataset
+that is not complete yet can be looked at. Means are exact, sums over sums.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shards.completeness import missing_shards
+from shards.dataset import Split
+from shards.errors import ShardError
+from shards.layout import Layout
+from shards.manifest import Manifest, load_manifest
+from shards.reader import ShardReader, verify_shard
+from shards.rendering import format_row, render
+from shards.row_group import Totals
+from shards.writer import shard_name
+
+__all__ = ["describe", "format_row", "render", "verify"]
+
+_Checked = TypeVar("_Checked")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Figures of a dataset folder or of one shard file, as plain JSON.
+
+    Counts `sequences`, `tokens` (labelled positions), `entries`, `bytes`, `missing_shards`; per
+    token `teacher_cross_entropy` and `teacher_entropy` (nats), `entries`, `kept_mass`, bytes in all
+    and by column; the identity; for a folder all of it by split, and what was recorded. ShardError
+    if it is neither a dataset nor a shard.
+    """
+    if path.is_file():
+        with ShardReader(path) as reader:
+            place = {"split": reader.sidecar.split, "shard": reader.sidecar.shard}
+            identity = reader.metadata["identity"]
+        return {**_figures([path]), **place, "missing_shards": 0, "identity": identity}
+    manifest = load_manifest(path)
+    missing = _missing(path, manifest)
+    shards = {name: _present(path, manifest, name, missing[name]) for name in manifest.splits}
+    return {
+        **_figures(shard for paths in shards.values() for shard in paths),
+        "missing_shards": sum(len(numbers) for numbers in missing.values()),
+        "splits": {
+            name: {**_figures(paths), "missing_shards": len(missing[name])}
+            for name, paths in shards.items()
+        },
+        "identity": manifest.identity,
+        "recorded": list(manifest.recorded),
+    }
+
+
+def verify(path: Path) -> list[str]:
+    """Read and check everything in a dataset folder or a shard file: one line for each problem.
+
+    ShardError if there is nothing to check, because `path` is neither.
+    """
+    if path.is_file():
+        return _problem(verify_shard, path)
+    manifest = load_manifest(path)
+    problems = []
+    for name, numbers in _missing(path, manifest).items():
+        if numbers:
+            problems.append(f"{path}: {len(numbers)} shards of split {name} are missing")
+        size = manifest.splits[name]
+        num_shards = Layout.of(manifest.identity).num_shards(size.sequences)
+        with Split(path / name, size, manifest.identity) as split:
+            for shard in sorted(set(range(num_shards)) - numbers):
+                problems += _problem(split.verify_shard, shard)
+    return problems
+
+
+def _problem(check: Callable[[_Checked], None], what: _Checked) -> list[str]:
+    """The error that a check raises, as a list of one line or none."""
+    try:
+        check(what)
+    except ShardError as error:
+        return [str(error)]
+    return []
+
+
+def _missing(path: Path, manifest: Manifest) -> dict[str, set[int]]:
+    return {
+        name: {shard for shard, _ in missing_shards(path, manifest, name)}
+        for name in manifest.splits
+    }
+
+
+def _present(path: Path, manifest: Manifest, split: str, missing: set[int]) -> list[Path]:
+    num_shards = Layout.of(manifest.identity).num_shards(manifest.splits[split].sequences)
+    return [path / split / shard_name(i) for i in range(num_shards) if i not in missing]
+
+
+def _figures(shards: Iterable[Path]) -> dict[str, Any]:
+    """Counts over these shards and means per labelled position (None if there is none)."""
+    totals = Totals()
+    num_bytes = 0
+    columns: Counter[str] = Counter()
+    for path in shards:
+        with ShardReader(path) as reader:
+            totals += reader.sidecar.totals
+            num_bytes += reader.sidecar.bytes
+            columns.update(reader.column_bytes())
+
+    def per_token(amount: float) -> float | None:
+        return amount / totals.tokens if totals.tokens else None
+
+    return {
+        "sequences": totals.sequences,
+        "tokens": totals.tokens,
+        "entries": totals.entries,
+        "bytes": num_bytes,
+        "teacher_cross_entropy": per_token(totals.teacher_nll),
+        "teacher_entropy": per_token(totals.teacher_entropy),
+        "entries_per_token": per_token(totals.entries),
+        "kept_mass": per_token(totals.kept_mass),
+        "bytes_per_token": per_token(num_bytes),
+        "columns": {name: per_token(size) for name, size in columns.items()},
+    }

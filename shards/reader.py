@@ -1,0 +1,188 @@
+"""One shard from a memory map, by row group; the mirror of `writer.py`.
+
+What is checked when: opening compares the size (before anything is mapped: touching a mapped page
+beyond the end of a file kills the process), the footer's hash, format version and columns; reading
+compares the CRC-32 of every column chunk that is read, and that the columns fit together; only
+`verify_shard` reads everything. So no single flipped byte reaches a caller as other numbers.
+
+The map is clean page cache, not memory of the process. What the checks cannot see is a file that
+somebody else truncates while it is mapped: the process then dies of SIGBUS.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.arrow import from_table
+from shards.checks import problem_with_values
+from shards.checksums import chunk_crc32, file_sha256, footer_sha256
+from shards.errors import ShardCorruptError, ShardFormatError
+from shards.row_group import RowGroup, Totals
+from shards.rows import Row
+from shards.schema import ALL_COLUMNS, FORMAT_VERSION, METADATA_KEY, is_shard_schema
+from shards.sidecar import Sidecar, sidecar_path
+
+__all__ = ["RowGroup", "ShardReader", "verify_shard"]
+
+
+class ShardReader:
+    """Reads one shard, which must have its sidecar; a context manager that closes.
+
+    ShardError without a sidecar, ShardCorruptError if the files are damaged or do not belong
+    together, ShardFormatError for another format version. Not for use by several threads at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sidecar = Sidecar.read(sidecar_path(path))
+        self._map = self._open_map()
+        buffer = self._map.read_buffer()
+        self._content = memoryview(buffer)
+        try:
+            if footer_sha256(self._content) != self.sidecar.footer_sha256:
+                raise self._corrupt("its footer is not the one in the sidecar")
+            self._parquet = pq.ParquetFile(pa.BufferReader(buffer))
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise self._corrupt(str(error)) from error
+        self.metadata: dict[str, Any] = self._read_metadata()
+        self._columns: list[str] = self._parquet.schema_arrow.names
+        rows = [self._parquet.metadata.row_group(i).num_rows for i in range(self.num_row_groups)]
+        self._row_offsets = np.concatenate([[0], np.cumsum(rows)])
+        if self.num_rows != self.sidecar.sequences:
+            raise self._corrupt(f"{self.num_rows} rows, {self.sidecar.sequences} in the sidecar")
+
+    @property
+    def num_row_groups(self) -> int:
+        """Row groups in this shard."""
+        return int(self._parquet.metadata.num_row_groups)
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences in this shard."""
+        return int(self._row_offsets[-1])
+
+    def read_row_group(self, i: int, columns: Sequence[str] | None = None) -> RowGroup:
+        """Row group i with these columns, all if None; those that the shard lacks stay None.
+
+        Nothing is read from disk for other columns. ShardCorruptError if a checksum differs.
+        """
+        if not 0 <= i < self.num_row_groups:
+            raise IndexError(f"row group {i} of {self.num_row_groups} in {self.path}")
+        unknown = set(columns or ()) - set(ALL_COLUMNS)
+        if unknown:
+            raise ValueError(f"no columns of a shard: {', '.join(sorted(unknown))}")
+        wanted = self._columns if columns is None else [c for c in self._columns if c in columns]
+        for name in wanted:
+            column = self._columns.index(name)
+            found = chunk_crc32(self._content, self._parquet.metadata, i, column)
+            if found != self.sidecar.chunks_crc32[i][column]:
+                raise self._corrupt(f"checksum of column {name} in row group {i} differs")
+        first = self.sidecar.first_sequence
+        sequences = np.arange(first + self._row_offsets[i], first + self._row_offsets[i + 1])
+        try:
+            return from_table(self._parquet.read_row_group(i, columns=wanted), sequences)
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise self._corrupt(f"row group {i}: {error}") from error
+
+    def column_bytes(self) -> dict[str, int]:
+        """The bytes that each column takes in the file."""
+        metadata = self._parquet.metadata
+        return {
+            name: sum(
+                metadata.row_group(i).column(j).total_compressed_size
+                for i in range(self.num_row_groups)
+            )
+            for j, name in enumerate(self._columns)
+        }
+
+    def row(self, offset: int) -> Row:
+        """The sequence at this offset in the shard; decodes the row group it is in."""
+        if not 0 <= offset < self.num_rows:
+            raise IndexError(f"row {offset} of {self.num_rows} in {self.path}")
+        i = int(np.searchsorted(self._row_offsets, offset, side="right")) - 1
+        return self.read_row_group(i).row(offset - int(self._row_offsets[i]))
+
+    def verify(self) -> None:
+        """Check the hash of the whole file, every value, and the sums in the sidecar."""
+        if file_sha256(self._content) != self.sidecar.sha256:
+            raise self._corrupt("the hash of the file is not the one in the sidecar")
+        totals = Totals()
+        for i in range(self.num_row_groups):
+            group = self.read_row_group(i)
+            problem = problem_with_values(group, self.metadata["identity"]["vocab_size"])
+            if problem is not None:
+                raise self._corrupt(problem)
+            totals += group.totals()
+        expected = asdict(self.sidecar.totals)
+        for name, value in asdict(totals).items():
+            # Sums of exponentials may differ in the last bits from machine to machine.
+            if not math.isclose(value, expected[name], rel_tol=1e-9):
+                raise self._corrupt(f"{name} is {value}, {expected[name]} in the sidecar")
+
+    def close(self) -> None:
+        """Give the map back. Row groups that were read stay valid."""
+        self._parquet.close(force=True)
+        self._content.release()
+        self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _corrupt(self, text: str) -> ShardCorruptError:
+        return ShardCorruptError(
+            f"{self.path}: damaged: {text}; delete it together with its .json, and the dump-logits"
+            " command that made it writes it again"
+        )
+
+    def _open_map(self) -> pa.MemoryMappedFile:
+        try:
+            size = self.path.stat().st_size
+            if size == self.sidecar.bytes:
+                file = pa.memory_map(str(self.path))
+                size = file.size()
+        except OSError as error:
+            raise self._corrupt(str(error)) from error
+        if size != self.sidecar.bytes:
+            raise self._corrupt(f"{size} bytes, {self.sidecar.bytes} in the sidecar")
+        return file
+
+    def _read_metadata(self) -> dict[str, Any]:
+        """The footer's own JSON, after checking that this release can read the file."""
+        stored = self._parquet.metadata.metadata or {}
+        if METADATA_KEY not in stored:
+            raise ShardFormatError(f"{self.path}: a Parquet file, but not a shard of logitshards")
+        metadata: dict[str, Any] = json.loads(stored[METADATA_KEY])
+        version = metadata["format_version"]
+        if version != FORMAT_VERSION:
+            raise ShardFormatError(
+                f"{self.path}: format version {version}, this release reads {FORMAT_VERSION}"
+            )
+        if not is_shard_schema(self._parquet.schema_arrow):
+            raise ShardFormatError(f"{self.path}: its columns are not those of format {version}")
+        if (metadata["split"], metadata["shard"]) != (self.sidecar.split, self.sidecar.shard):
+            raise self._corrupt("the sidecar belongs to another shard")
+        return metadata
+
+
+def verify_shard(path: Path) -> None:
+    """Read and check everything in a shard. ShardCorruptError says what is wrong."""
+    with ShardReader(path) as reader:
+        reader.verify()

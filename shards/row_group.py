@@ -1,0 +1,197 @@
+"""A row group in memory: the columns of R sequences as flat arrays, the same for writer and reader.
+
+Letters: R sequences, n tokens of one of them, P labelled positions and E kept entries of all.
+
+Ragged columns are a flat array beside the offsets of its pieces, as Arrow has them, so a group
+that was read is views of Arrow's buffers and nothing is copied or padded. A writer's groups have
+every column; of a reader's, those that were not asked for are None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.rows import BoolArray, Float32Array, Int32Array, Row
+
+Int64Array = npt.NDArray[np.int64]
+_T = TypeVar("_T")
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Counts and sums (nats) over sequences; `tokens` are labelled positions that count."""
+
+    sequences: int = 0
+    tokens: int = 0
+    entries: int = 0
+    teacher_nll: float = 0.0
+    teacher_entropy: float = 0.0
+    kept_mass: float = 0.0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            sequences=self.sequences + other.sequences,
+            tokens=self.tokens + other.tokens,
+            entries=self.entries + other.entries,
+            teacher_nll=self.teacher_nll + other.teacher_nll,
+            teacher_entropy=self.teacher_entropy + other.teacher_entropy,
+            kept_mass=self.kept_mass + other.kept_mass,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowGroup:
+    """R sequences: sequences [R] int64, offsets int64, ids [E] int32, logprobs [E] float32, nats.
+
+    Row r has tokens and segments `[token_offsets[r] : token_offsets[r + 1]]` and the positions
+    `[position_offsets[r] : position_offsets[r + 1]]` (P in all) of tail_logmass, label_logprobs
+    and loss_mask; position p has entries `[entry_offsets[p] : entry_offsets[p + 1]]` (E in all)
+    of ids and logprobs. teacher_nll and teacher_entropy are [R].
+    """
+
+    sequences: Int64Array
+    token_offsets: Int64Array | None = None
+    tokens: Int32Array | None = None
+    segments: Int32Array | None = None
+    position_offsets: Int64Array | None = None
+    entry_offsets: Int64Array | None = None
+    ids: Int32Array | None = None
+    logprobs: Float32Array | None = None
+    tail_logmass: Float32Array | None = None
+    label_logprobs: Float32Array | None = None
+    loss_mask: BoolArray | None = None
+    teacher_nll: Float32Array | None = None
+    teacher_entropy: Float32Array | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.sequences)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row]) -> RowGroup:
+        """Lay at least one row flat. ValueError if a row's arrays do not fit together."""
+        for row in rows:
+            _check_shapes(row)
+        counts = np.concatenate([row.counts for row in rows])
+        lengths = np.array([len(row.tokens) for row in rows])
+        return cls(
+            sequences=np.array([row.sequence for row in rows], np.int64),
+            token_offsets=_offsets(lengths),
+            tokens=np.concatenate([row.tokens for row in rows]),
+            segments=np.concatenate([row.segments for row in rows]),
+            position_offsets=_offsets(lengths - 1),
+            entry_offsets=_offsets(counts),
+            ids=np.concatenate([row.ids for row in rows]),
+            logprobs=np.concatenate([row.logprobs for row in rows]),
+            tail_logmass=_all_or_none("tail_logmass", [row.tail_logmass for row in rows]),
+            label_logprobs=np.concatenate([row.label_logprobs for row in rows]),
+            loss_mask=_all_or_none("loss_mask", [row.loss_mask for row in rows]),
+            teacher_nll=np.array([row.teacher_nll for row in rows], np.float32),
+            teacher_entropy=np.array([row.teacher_entropy for row in rows], np.float32),
+        )
+
+    def row(self, r: int) -> Row:
+        """Row r as views of this group. ValueError if a column it needs was not read."""
+        if not 0 <= r < self.num_rows:
+            raise IndexError(f"row {r} of a row group with {self.num_rows}")
+        token_offsets = require("tokens", self.token_offsets)
+        position_offsets = require("ids", self.position_offsets)
+        entry_offsets = require("ids", self.entry_offsets)
+        tokens = slice(token_offsets[r], token_offsets[r + 1])
+        positions = slice(position_offsets[r], position_offsets[r + 1])
+        bounds = entry_offsets[positions.start : positions.stop + 1]
+        entries = slice(bounds[0], bounds[-1])
+        return Row(
+            sequence=int(self.sequences[r]),
+            tokens=require("tokens", self.tokens)[tokens],
+            segments=require("segments", self.segments)[tokens],
+            counts=np.diff(bounds).astype(np.int32),
+            ids=require("ids", self.ids)[entries],
+            logprobs=require("logprobs", self.logprobs)[entries],
+            tail_logmass=None if self.tail_logmass is None else self.tail_logmass[positions],
+            label_logprobs=require("label_logprobs", self.label_logprobs)[positions],
+            loss_mask=None if self.loss_mask is None else self.loss_mask[positions],
+            teacher_nll=float(require("teacher_nll", self.teacher_nll)[r]),
+            teacher_entropy=float(require("teacher_entropy", self.teacher_entropy)[r]),
+        )
+
+    def totals(self) -> Totals:
+        """Counts and float64 sums over the group. ValueError if a column was not read."""
+        num_positions = int(require("ids", self.position_offsets)[-1])
+        logprobs = require("logprobs", self.logprobs)
+        mask = self.loss_mask
+        if self.tail_logmass is None:
+            kept_mass = np.exp(logprobs, dtype=np.float64).sum()
+        else:
+            tail = self.tail_logmass if mask is None else self.tail_logmass[mask]
+            kept_mass = -np.expm1(tail, dtype=np.float64).sum()
+        return Totals(
+            sequences=self.num_rows,
+            tokens=num_positions if mask is None else int(mask.sum()),
+            entries=len(logprobs),
+            teacher_nll=float(require("teacher_nll", self.teacher_nll).sum(dtype=np.float64)),
+            teacher_entropy=float(
+                require("teacher_entropy", self.teacher_entropy).sum(dtype=np.float64)
+            ),
+            kept_mass=float(kept_mass),
+        )
+
+
+def require(column: str, values: _T | None) -> _T:
+    """An optional column's values. ValueError naming the column if it was not read."""
+    if values is None:
+        raise ValueError(f"the column {column!r} of this row group was not read")
+    return values
+
+
+def _offsets(lengths: npt.NDArray[np.integer]) -> Int64Array:
+    """[N] lengths -> [N + 1] offsets, int64."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _all_or_none(
+    name: str, arrays: Sequence[npt.NDArray[_Scalar] | None]
+) -> npt.NDArray[_Scalar] | None:
+    """An optional column laid flat: all rows have it, or none."""
+    present = [array for array in arrays if array is not None]
+    if not present:
+        return None
+    if len(present) != len(arrays):
+        raise ValueError(f"{name}: {len(present)} of {len(arrays)} rows have it; all or none must")
+    flat: npt.NDArray[_Scalar] = np.concatenate(present)
+    return flat
+
+
+def _check_shapes(row: Row) -> None:
+    num_tokens = len(row.tokens)
+    if num_tokens < 2:
+        raise ValueError(f"sequence {row.sequence}: {num_tokens} tokens; at least 2 are needed")
+    num_entries = int(row.counts.sum())
+    expected: dict[str, tuple[int, type[np.generic]]] = {
+        "tokens": (num_tokens, np.int32),
+        "segments": (num_tokens, np.int32),
+        "counts": (num_tokens - 1, np.int32),
+        "ids": (num_entries, np.int32),
+        "logprobs": (num_entries, np.float32),
+        "tail_logmass": (num_tokens - 1, np.float32),
+        "label_logprobs": (num_tokens - 1, np.float32),
+        "loss_mask": (num_tokens - 1, np.bool_),
+    }
+    for name, (length, dtype) in expected.items():
+        array = getattr(row, name)
+        if array is not None and (array.shape != (length,) or array.dtype != dtype):
+            raise ValueError(
+                f"sequence {row.sequence}: {name} is {array.dtype} {array.shape},"
+                f" expected {np.dtype(dtype)} ({length},)"
+            )
+    if (row.counts < 0).any():
+        raise ValueError(f"sequence {row.sequence}: negative counts")

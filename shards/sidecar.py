@@ -1,0 +1,78 @@
+"""The sidecar of a shard: a small JSON file, published last, that makes the shard count.
+
+It holds what must be known without opening the Parquet file (how much is in it, the sums behind
+dataset means) and what the Parquet file cannot say about itself: its size, so that a truncated
+file is refused before it is mapped; the hash of the footer, and the CRC-32 of every column chunk,
+because page checksums leave out the footer and the page headers, where a single flipped byte can
+turn BYTE_STREAM_SPLIT into PLAIN without an error; the hash of the whole file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from shards.durable import write_flushed
+from shards.errors import ShardCorruptError, ShardError
+from shards.row_group import Totals
+from shards.sealed import seal, unseal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """What one shard holds: counts, sums in nats over its labelled positions, checksums.
+
+    `tokens` counts labelled positions, `entries` kept vocabulary entries. `kept_mass` is the sum
+    over positions of the probability that was kept: 1 - exp(tail_logmass), or the sum of
+    exp(logprobs) for sampled methods. `chunks_crc32[i][j]` is of column j in row group i.
+    """
+
+    shard: int
+    split: str
+    first_sequence: int
+    sequences: int
+    tokens: int
+    entries: int
+    bytes: int
+    teacher_nll: float
+    teacher_entropy: float
+    kept_mass: float
+    footer_sha256: str
+    sha256: str
+    chunks_crc32: tuple[tuple[int, ...], ...]
+
+    @property
+    def totals(self) -> Totals:
+        """The counts and sums alone, which can be added up over shards."""
+        return Totals(**{field.name: getattr(self, field.name) for field in fields(Totals)})
+
+    def write(self, path: Path) -> None:
+        """Write a new file, with a checksum of its own, and flush it to disk."""
+        write_flushed(path, seal(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Sidecar:
+        """Read a sidecar.
+
+        ShardError if there is none, ShardCorruptError if it is damaged, ShardFormatError if its
+        version is unknown.
+        """
+        try:
+            content = unseal(path)
+        except FileNotFoundError as error:
+            raise ShardError(
+                f"{path}: not there, so the shard beside it was never finished;"
+                " the dump-logits command that made it completes it"
+            ) from error
+        except OSError as error:
+            raise ShardCorruptError(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            content["chunks_crc32"] = tuple(tuple(group) for group in content["chunks_crc32"])
+            return cls(**content)
+        except (KeyError, TypeError) as error:
+            raise ShardCorruptError(f"{path}: not the sidecar of a shard: {error}") from error
+
+
+def sidecar_path(shard_path: Path) -> Path:
+    """`train/shard-000003.parquet` -> `train/shard-000003.json`."""
+    return shard_path.with_suffix(".json")

@@ -1,0 +1,132 @@
+"""The figures of a description are those of the rows, and a check finds what is damaged."""
+
+import json
+
+import numpy as np
+import pytest
+from strategies import example_row, make_identity, write_dataset
+
+from shards.dataset import discard_shard
+from shards.errors import ShardError, ShardFormatError
+from shards.inspect import describe, format_row, render, verify
+
+IDENTITY = make_identity(sequences_per_shard=4, sequences_per_row_group=3)
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_dataset(tmp_path / "dataset", IDENTITY, train=6, validation=2)
+    return tmp_path / "dataset"
+
+
+def check_figures(figures, rows, files):
+    tokens = sum(len(row.counts) for row in rows)
+    assert figures["sequences"] == len(rows)
+    assert figures["tokens"] == tokens
+    assert figures["entries"] == sum(len(row.ids) for row in rows)
+    assert figures["bytes"] == sum(file.stat().st_size for file in files)
+    assert figures["entries_per_token"] == figures["entries"] / tokens
+    assert figures["bytes_per_token"] == figures["bytes"] / tokens
+    assert figures["teacher_cross_entropy"] == pytest.approx(
+        sum(row.teacher_nll for row in rows) / tokens
+    )
+    assert figures["teacher_entropy"] == pytest.approx(
+        sum(row.teacher_entropy for row in rows) / tokens
+    )
+    kept = sum((1 - np.exp(row.tail_logmass.astype(float))).sum() for row in rows)
+    assert figures["kept_mass"] == pytest.approx(kept / tokens)
+    assert 0 < sum(figures["columns"].values()) < figures["bytes_per_token"]
+    assert figures["missing_shards"] == 0
+
+
+def test_a_dataset_is_described_as_a_whole_and_by_split(path):
+    description = describe(path)
+    train, validation = ([example_row(i) for i in range(n)] for n in (6, 2))
+    check_figures(description, train + validation, path.glob("*/*.parquet"))
+    check_figures(description["splits"]["train"], train, path.glob("train/*.parquet"))
+    check_figures(
+        description["splits"]["validation"], validation, path.glob("validation/*.parquet")
+    )
+    assert description["identity"] == IDENTITY
+    assert description["recorded"] == [{"engine": "example"}]
+    assert json.loads(json.dumps(description, allow_nan=False)) == description
+
+
+def test_one_shard_is_described_alone(path):
+    shard = path / "train" / "shard-000001.parquet"
+    description = describe(shard)
+    check_figures(description, [example_row(i) for i in (4, 5)], [shard])
+    assert (description["split"], description["shard"]) == ("train", 1)
+    assert description["identity"] == IDENTITY
+
+
+def test_an_incomplete_dataset_is_described_as_far_as_it_is(path):
+    discard_shard(path, "train", 0)
+    description = describe(path)
+    assert description["missing_shards"] == 1
+    assert description["splits"]["train"]["sequences"] == 2
+    discard_shard(path, "train", 1)
+    train = describe(path)["splits"]["train"]
+    assert (train["missing_shards"], train["tokens"], train["kept_mass"]) == (2, 0, None)
+    assert "-" in render(describe(path))
+
+
+def test_what_is_neither_a_dataset_nor_a_shard_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    for call in (describe, verify):
+        with pytest.raises(ShardFormatError, match="not a dataset"):
+            call(tmp_path)
+        with pytest.raises(ShardFormatError, match="not a dataset"):
+            call(tmp_path / "absent")
+    with pytest.raises(ShardError):
+        describe(tmp_path / "notes.txt")
+
+
+def test_the_text_names_every_split_column_and_part_of_the_identity(path):
+    text = render(describe(path))
+    for expected in ("train", "validation", "label_logprobs", "keep.top_k: 100", "engine: example"):
+        assert expected in text
+    assert "shard" in render(describe(path / "train" / "shard-000000.parquet"))
+
+
+def test_an_intact_dataset_or_shard_has_no_problems(path):
+    assert verify(path) == []
+    assert verify(path / "train" / "shard-000000.parquet") == []
+
+
+def test_every_problem_is_one_line_that_names_the_file(path):
+    discard_shard(path, "validation", 0)
+    for name in ("shard-000000", "shard-000001"):
+        shard = path / "train" / f"{name}.parquet"
+        content = bytearray(shard.read_bytes())
+        content[100] ^= 1
+        shard.write_bytes(content)
+    problems = verify(path)
+    assert len(problems) == 3
+    for problem, name in zip(problems, ("000000", "000001", "validation"), strict=True):
+        assert name in problem
+        assert "\n" not in problem
+    assert verify(path / "train" / "shard-000000.parquet") == problems[:1]
+
+
+def test_a_row_is_shown_position_by_position():
+    row = example_row(3, num_tokens=5, most_entries=4)
+    lines = format_row(row, lambda i: f"<{i}>", num_predictions=2).splitlines()
+    assert lines[0] == "sequence 3: 4 positions"
+    positions = lines[3:]
+    assert len(positions) == 4
+    ends = np.cumsum(row.counts)
+    for t, line in enumerate(positions):
+        assert line.startswith(f"'<{row.tokens[t]}>'")
+        assert f"'<{row.tokens[t + 1]}>'" in line
+        assert f"{100 * np.exp(row.label_logprobs[t]):.2f}" in line
+        kept = row.ids[ends[t] - row.counts[t] : ends[t]]
+        for i, token in enumerate(kept):
+            assert (f"'<{token}>' " in line) == (i < 2)
+
+
+def test_a_token_with_a_line_end_stays_on_its_line_and_a_long_one_is_cut():
+    row = example_row(0, num_tokens=3, most_entries=0)
+    lines = format_row(row, lambda i: "\n" * 40).splitlines()
+    assert len(lines) == 5
+    assert "..." in lines[3]

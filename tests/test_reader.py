@@ -1,0 +1,356 @@
+"""What was written is what is read; whatever else is in the file is refused."""
+
+import json
+import os
+import random
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from strategies import (
+    assert_rows_equal,
+    example_row,
+    make_identity,
+    row_lists,
+    write_shard,
+)
+
+from shards.errors import ShardCorruptError, ShardError, ShardFormatError
+from shards.reader import ShardReader, verify_shard
+from shards.schema import schema
+from shards.sidecar import sidecar_path
+
+IDENTITY = make_identity(sequences_per_shard=8, sequences_per_row_group=3)
+
+
+@pytest.fixture
+def rows():
+    return [example_row(i, has_mask=True) for i in range(8)]
+
+
+@pytest.fixture
+def path(tmp_path, rows):
+    return write_shard(tmp_path / "train", rows, IDENTITY)
+
+
+def read_all(path):
+    with ShardReader(path) as reader:
+        return [
+            group.row(r)
+            for group in map(reader.read_row_group, range(reader.num_row_groups))
+            for r in range(group.num_rows)
+        ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(row_lists())
+def test_any_row_is_read_back_bit_for_bit(tmp_path_factory, vocab_and_rows):
+    vocab_size, rows = vocab_and_rows
+    path = write_shard(
+        tmp_path_factory.mktemp("any") / "train", rows, make_identity(vocab_size=vocab_size)
+    )
+    verify_shard(path)
+    for found, expected in zip(read_all(path), rows, strict=True):
+        assert_rows_equal(found, expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(row_lists())
+def test_plain_pyarrow_reads_every_column_without_our_code(tmp_path_factory, vocab_and_rows):
+    vocab_size, rows = vocab_and_rows
+    path = write_shard(
+        tmp_path_factory.mktemp("any") / "train", rows, make_identity(vocab_size=vocab_size)
+    )
+    table = pq.read_table(path, page_checksum_verification=True)
+    for found, row in zip(table.to_pylist(), rows, strict=True):
+        pieces = np.cumsum(row.counts)[:-1]
+        assert found["sequence"] == row.sequence
+        for name in ("tokens", "segments", "label_logprobs", "tail_logmass", "loss_mask"):
+            expected = getattr(row, name)
+            assert found.get(name) == (None if expected is None else expected.tolist())
+        for name in ("ids", "logprobs"):
+            expected = [piece.tolist() for piece in np.split(getattr(row, name), pieces)]
+            assert found[name] == expected
+        assert found["teacher_nll"] == row.teacher_nll
+        assert found["teacher_entropy"] == row.teacher_entropy
+
+
+def test_a_single_row_is_found_in_any_row_group(path, rows):
+    with ShardReader(path) as reader:
+        assert (reader.num_rows, reader.num_row_groups) == (8, 3)
+        for i in (7, 0, 3, 2, 5):
+            assert_rows_equal(reader.row(i), rows[i])
+        for wrong in (-1, 8):
+            with pytest.raises(IndexError):
+                reader.row(wrong)
+        with pytest.raises(IndexError):
+            reader.read_row_group(3)
+
+
+def test_a_group_is_flat_arrays_with_offsets(path, rows):
+    with ShardReader(path) as reader:
+        group = reader.read_row_group(2)
+    assert group.sequences.tolist() == [6, 7]
+    assert group.token_offsets.tolist() == [0, 17, 34]
+    assert group.position_offsets.tolist() == [0, 16, 32]
+    counts = np.concatenate([row.counts for row in rows[6:]])
+    assert np.diff(group.entry_offsets).tolist() == counts.tolist()
+    assert group.ids.tolist() == rows[6].ids.tolist() + rows[7].ids.tolist()
+    assert group.teacher_nll.tolist() == [row.teacher_nll for row in rows[6:]]
+
+
+def test_a_group_stays_valid_after_the_reader_is_closed(path, rows):
+    with ShardReader(path) as reader:
+        group = reader.read_row_group(0)
+    path.unlink()
+    assert_rows_equal(group.row(1), rows[1])
+
+
+def test_columns_that_were_not_asked_for_are_none(path, rows):
+    with ShardReader(path) as reader:
+        group = reader.read_row_group(0, ["tokens"])
+        assert group.tokens.tolist() == [t for row in rows[:3] for t in row.tokens.tolist()]
+        assert group.position_offsets.tolist() == [0, 16, 32, 48]
+        assert group.sequences.tolist() == [0, 1, 2]
+        for name in ("ids", "logprobs", "entry_offsets", "segments", "teacher_nll"):
+            assert getattr(group, name) is None
+        with pytest.raises(ValueError, match="'ids' of this row group was not read"):
+            group.row(0)
+        entries = reader.read_row_group(0, ["ids", "logprobs"])
+        assert entries.tokens is None
+        assert entries.entry_offsets[-1] == len(entries.ids) == len(entries.logprobs)
+
+
+def test_a_column_that_does_not_exist_is_a_mistake_of_the_caller(path):
+    with ShardReader(path) as reader, pytest.raises(ValueError, match="logits"):
+        reader.read_row_group(0, ["tokens", "logits"])
+
+
+def test_an_optional_column_that_the_shard_lacks_is_none(tmp_path):
+    path = write_shard(tmp_path / "train", [example_row(0, has_tail=False)], IDENTITY)
+    with ShardReader(path) as reader:
+        group = reader.read_row_group(0, ["tail_logmass", "loss_mask", "tokens"])
+    assert group.tail_logmass is None
+    assert group.loss_mask is None
+
+
+def test_large_columns_are_views_of_what_arrow_decoded(path):
+    with ShardReader(path) as reader:
+        group = reader.read_row_group(0)
+    for name in ("ids", "logprobs", "tokens", "label_logprobs"):
+        array = getattr(group, name)
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+
+
+def test_the_footer_says_what_the_shard_was_made_from(path):
+    with ShardReader(path) as reader:
+        assert reader.metadata == {
+            "format_version": 1,
+            "shard": 0,
+            "split": "train",
+            "identity": IDENTITY,
+        }
+
+
+def test_opening_does_not_read_the_columns(path):
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    ShardReader(path).close()
+    with pytest.raises(ShardCorruptError, match="checksum of column"):
+        read_all(path)
+    with pytest.raises(ShardCorruptError, match="hash of the file"):
+        verify_shard(path)
+
+
+def damage(content, rng):
+    """One random change: a byte replaced, a bit flipped, or the end cut off."""
+    position = rng.randrange(len(content))
+    kind = rng.choice(["byte", "bit", "cut"])
+    if kind == "cut":
+        return content[:position]
+    mask = rng.randrange(1, 256) if kind == "byte" else 1 << rng.randrange(8)
+    return content[:position] + bytes([content[position] ^ mask]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".json"])
+def test_random_damage_is_refused_or_harmless(path, rows, suffix):
+    file = path.with_suffix(suffix)
+    intact = file.read_bytes()
+    rng = random.Random(0)
+    messages = []
+    for _ in range(300):
+        file.write_bytes(damage(intact, rng))
+        try:
+            found = read_all(path)
+        except ShardError as error:
+            messages.append(str(error))
+            continue
+        for row, expected in zip(found, rows, strict=True):
+            assert_rows_equal(row, expected)
+    assert len(messages) > 250
+    assert all(str(path.with_suffix("")) in message for message in messages)
+
+
+def test_every_byte_of_the_page_headers_is_guarded(path, rows):
+    """Page checksums leave headers out: an altered encoding would give other numbers."""
+    intact = path.read_bytes()
+    metadata = pq.read_metadata(path)
+    for i in range(metadata.num_columns):
+        start = metadata.row_group(0).column(i).data_page_offset
+        for position in range(start, start + 24):
+            for mask in (1, 0x12, 0xFF):
+                content = bytearray(intact)
+                content[position] ^= mask
+                path.write_bytes(content)
+                with pytest.raises(ShardCorruptError):
+                    read_all(path)
+
+
+def test_a_file_that_grew_or_is_empty_is_refused(path):
+    intact = path.read_bytes()
+    for content in (b"", intact + b"\0", intact + intact):
+        path.write_bytes(content)
+        with pytest.raises(ShardCorruptError, match="bytes"):
+            ShardReader(path)
+
+
+def test_a_shard_without_its_sidecar_or_a_sidecar_without_its_shard_is_refused(path):
+    sidecar = sidecar_path(path)
+    hidden = sidecar.rename(sidecar.with_suffix(".hidden"))
+    with pytest.raises(ShardError, match="never finished"):
+        ShardReader(path)
+    hidden.rename(sidecar)
+    path.unlink()
+    with pytest.raises(ShardCorruptError, match="No such file"):
+        ShardReader(path)
+
+
+def test_two_shards_that_exchanged_places_are_refused(path, tmp_path):
+    other = write_shard(tmp_path / "train", [example_row(8)], IDENTITY, shard=1)
+    exchanged = tmp_path / "exchanged"
+    os.rename(path, exchanged)
+    os.rename(other, path)
+    with pytest.raises(ShardCorruptError, match="bytes"):
+        ShardReader(path)
+
+
+def rewrite(path, table, metadata, sidecar_changes=None):
+    """Put another Parquet file into a shard's place, with a sidecar that fits its bytes."""
+    from shards.checksums import chunks_crc32, file_sha256, footer_sha256
+    from shards.sidecar import Sidecar
+
+    sidecar = Sidecar.read(sidecar_path(path))
+    encoded = {"logitshards": json.dumps(metadata)} if metadata is not None else {}
+    pq.write_table(table.replace_schema_metadata(encoded), path, use_dictionary=False)
+    content = memoryview(path.read_bytes())
+    parquet = pq.read_metadata(path)
+    sidecar_path(path).unlink()
+    replace(
+        sidecar,
+        sequences=parquet.num_rows,
+        bytes=len(content),
+        footer_sha256=footer_sha256(content),
+        sha256=file_sha256(content),
+        chunks_crc32=chunks_crc32(content, parquet),
+        **(sidecar_changes or {}),
+    ).write(sidecar_path(path))
+
+
+def footer(**changes):
+    return {
+        "format_version": 1,
+        "shard": 0,
+        "split": "train",
+        "identity": IDENTITY,
+        **changes,
+    }
+
+
+def test_another_format_version_is_refused(path):
+    rewrite(path, pq.read_table(path), footer(format_version=2))
+    with pytest.raises(ShardFormatError, match=r"format version 2, this release reads .*1"):
+        ShardReader(path)
+    text = sidecar_path(path).read_text()
+    sidecar_path(path).write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(ShardFormatError, match=r"json: format version 2, this release reads .*1"):
+        ShardReader(path)
+
+
+def test_a_parquet_file_of_something_else_is_refused(path):
+    rewrite(path, pa.table({"a": [1]}), None)
+    with pytest.raises(ShardFormatError, match="not a shard of logitshards"):
+        ShardReader(path)
+    rewrite(path, pa.table({"a": [1]}), footer())
+    with pytest.raises(ShardFormatError, match="columns"):
+        ShardReader(path)
+
+
+def test_a_sidecar_of_another_shard_is_refused(path):
+    rewrite(path, pq.read_table(path), footer(shard=5))
+    with pytest.raises(ShardCorruptError, match="belongs to another shard"):
+        ShardReader(path)
+
+
+def make_table(**changes):
+    values = {
+        "sequence": [0],
+        "tokens": [[1, 2, 3]],
+        "ids": [[[4, 5], [6]]],
+        "logprobs": [[[-1.0, -2.0], [-1.0]]],
+        "tail_logmass": [[-3.0, -3.0]],
+        "label_logprobs": [[-1.0, -1.0]],
+        "segments": [[0, 0, 0]],
+        "teacher_nll": [2.0],
+        "teacher_entropy": [2.0],
+    }
+    return pa.table({**values, **changes}, schema=schema(has_tail=True, has_mask=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": [[1, 2]]}, "differ in length"),
+        ({"ids": [[[4, 5]]]}, "differ in length"),
+        ({"ids": [[[4], [5, 6]]]}, "lists of ids and logprobs differ in length"),
+        ({"segments": [[0, 0]]}, "differ in length"),
+        ({"label_logprobs": [[-1.0]]}, "differ in length"),
+        ({"sequence": [3]}, "the sequences are not 0 to 0"),
+    ],
+)
+def test_columns_that_do_not_fit_together_are_refused(path, changes, message):
+    rewrite(path, make_table(**changes), footer())
+    with ShardReader(path) as reader, pytest.raises(ShardCorruptError, match=message):
+        reader.read_row_group(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sidecar_changes", "message"),
+    [
+        ({"ids": [[[4, 151_936], [6]]]}, {}, "a kept id is not valid"),
+        ({}, {"entries": 4}, "entries is 3, 4 in the sidecar"),
+        ({}, {"teacher_nll": 2.5}, "teacher_nll is 2.0, 2.5 in the sidecar"),
+    ],
+)
+def test_verifying_checks_values_and_sums(path, changes, sidecar_changes, message):
+    totals = {
+        "tokens": 2,
+        "entries": 3,
+        "teacher_nll": 2.0,
+        "teacher_entropy": 2.0,
+        "kept_mass": 2 - 2 * float(np.exp(-3)),
+    }
+    rewrite(path, make_table(**changes), footer(), {**totals, **sidecar_changes})
+    assert len(read_all(path)) == 1
+    with pytest.raises(ShardCorruptError, match=message):
+        verify_shard(path)
+
+
+def test_a_verified_shard_of_plain_pyarrow_is_fine(path):
+    totals = {"tokens": 2, "entries": 3, "teacher_nll": 2.0, "teacher_entropy": 2.0}
+    rewrite(path, make_table(), footer(), {**totals, "kept_mass": 2 - 2 * float(np.exp(-3))})
+    verify_shard(path)
