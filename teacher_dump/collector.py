@@ -1,0 +1,184 @@
+"""Scored sequences in any order -> row groups in order -> shards, written in the background.
+
+Rows wait here until their row group is whole; since the engine works nearly in order, few do. A
+whole group goes to the writer thread through a bounded queue, so that a slow disk holds the engine
+back instead of filling memory, and encoding overlaps with the engine. Whatever the thread raises
+surfaces at the next `add` or at `close`, and nothing is written after it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from shards.identity import Json
+from shards.rows import Row
+from shards.sidecar import Sidecar
+from shards.writer import ShardWriter
+from teacher_dump.selection import Selected, round_to_step
+from teacher_dump.sequences import TokenSequence
+
+
+def make_row(sequence: TokenSequence, selected: Selected, logprob_step: float) -> Row:
+    """The shard's row of a scored sequence; sums are taken before anything is rounded."""
+    nll = -float(selected.label_logprobs.sum(dtype=np.float64))
+    entropy = float(selected.entropy.sum(dtype=np.float64))
+    return Row(
+        sequence=sequence.number,
+        tokens=sequence.tokens,
+        segments=sequence.segments,
+        counts=selected.counts,
+        ids=selected.ids,
+        logprobs=selected.logprobs,
+        tail_logmass=round_to_step(selected.tail_logmass, logprob_step),
+        label_logprobs=round_to_step(selected.label_logprobs, logprob_step),
+        teacher_nll=nll,
+        teacher_entropy=entropy,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """One shard to be written, and the sequences it holds."""
+
+    split: str
+    shard: int
+    sequences: range
+
+
+@dataclass
+class _Open:
+    """A shard that has rows: those that wait, and the first sequence of its next row group."""
+
+    plan: ShardPlan
+    next_sequence: int
+    waiting: dict[int, Row] = field(default_factory=dict)
+
+
+class ShardCollector:
+    """Takes rows of the planned shards in any order. A context manager that stops its thread.
+
+    `on_shard` is called in the writer thread with every published sidecar.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        plans: Iterable[ShardPlan],
+        *,
+        identity: dict[str, Json],
+        sequences_per_shard: int,
+        sequences_per_row_group: int,
+        on_shard: Callable[[Sidecar], None],
+    ) -> None:
+        self._per_shard = sequences_per_shard
+        self._per_group = sequences_per_row_group
+        self._writer = _BackgroundWriter(out, identity, sequences_per_row_group, on_shard)
+        self._open: dict[tuple[str, int], _Open] = {}
+        self._plans = {(plan.split, plan.shard): plan for plan in plans}
+
+    def add(self, split: str, row: Row) -> None:
+        """Take one row; raises what the writer thread has failed with since the last call."""
+        key = (split, row.sequence // self._per_shard)
+        opened = self._open.get(key)
+        if opened is None:
+            plan = self._plans[key]
+            opened = _Open(plan, plan.sequences.start)
+            self._open[key] = opened
+        opened.waiting[row.sequence] = row
+        self._send_whole_groups(opened)
+        if opened.next_sequence == opened.plan.sequences.stop:
+            del self._open[key]
+
+    def _send_whole_groups(self, opened: _Open) -> None:
+        stop = opened.plan.sequences.stop
+        while opened.next_sequence < stop:
+            group = range(opened.next_sequence, min(opened.next_sequence + self._per_group, stop))
+            if not all(number in opened.waiting for number in group):
+                return
+            rows = [opened.waiting.pop(number) for number in group]
+            opened.next_sequence = group.stop
+            self._writer.put(opened.plan, rows)
+
+    def close(self) -> None:
+        """Wait for everything to be on disk; raises what the writer thread failed with."""
+        self._writer.close()
+
+    def __enter__(self) -> ShardCollector:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._writer.stop()
+
+
+class _BackgroundWriter:
+    """One thread that owns the open shard writers and the disk."""
+
+    def __init__(
+        self,
+        out: Path,
+        identity: dict[str, Json],
+        per_group: int,
+        on_shard: Callable[[Sidecar], None],
+    ) -> None:
+        self._out, self._identity, self._per_group = out, identity, per_group
+        self._on_shard = on_shard
+        self._queue: queue.Queue[tuple[ShardPlan, list[Row]] | None] = queue.Queue(maxsize=2)
+        self._writers: dict[tuple[str, int], ShardWriter] = {}
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="shard-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, plan: ShardPlan, rows: list[Row]) -> None:
+        self._raise_error()
+        self._queue.put((plan, rows))
+
+    def close(self) -> None:
+        self.stop()
+        self._raise_error()
+
+    def stop(self) -> None:
+        """End the thread after what is queued; what is not whole leaves nothing behind."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._queue.put(None)
+        self._thread.join()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is None:  # after a failure only drain, so that nobody waits for ever
+                try:
+                    self._write(*item)
+                except BaseException as error:
+                    self._error = error
+        for writer in self._writers.values():
+            writer.abort()
+
+    def _write(self, plan: ShardPlan, rows: list[Row]) -> None:
+        key = (plan.split, plan.shard)
+        writer = self._writers.get(key)
+        if writer is None:
+            writer = ShardWriter(
+                self._out / plan.split,
+                shard=plan.shard,
+                split=plan.split,
+                identity=self._identity,
+                sequences_per_row_group=self._per_group,
+            )
+            self._writers[key] = writer
+        writer.write_rows(rows)
+        if rows[-1].sequence == plan.sequences[-1]:
+            sidecar = writer.publish()
+            del self._writers[key]
+            self._on_shard(sidecar)

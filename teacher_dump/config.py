@@ -1,0 +1,79 @@
+"""What `dump-logits` was asked for: one frozen object, checked before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shards.errors import InputError
+
+TARGET_SHARD_TOKENS = 2 << 20  # about 256 MiB at 120 bytes per token
+TARGET_ROW_GROUP_TOKENS = 128 << 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpConfig:
+    """Options of `dump-logits`, one field each; raises InputError for values that cannot be meant.
+
+    `max_tokens` counts labelled positions of both splits together; None is the whole corpus.
+    `sequences_per_shard` None is about 2 million tokens. `logprob_step` is in nats.
+    """
+
+    teacher: str
+    corpus: tuple[Path, ...]
+    out: Path
+    teacher_revision: str | None = None
+    sequence_length: int = 2048
+    keep: str = "top-p-k"
+    top_p: float = 0.95
+    top_k: int = 100
+    logprob_step: float = 1 / 16
+    held_out: float = 0.01
+    engine: str = "vllm"
+    engine_arg: Mapping[str, object] = field(default_factory=dict)
+    dtype: str = "auto"
+    text_key: str = "text"
+    sequences_per_shard: int | None = None
+    max_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.corpus:
+            raise InputError("--corpus: give at least one file or folder")
+        if self.keep != "top-p-k":
+            raise InputError(f"--keep {self.keep}: expected top-p-k")
+        if self.engine not in ("vllm", "transformers"):
+            raise InputError(f"--engine {self.engine}: expected vllm or transformers")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise InputError(f"--dtype {self.dtype}: expected auto, bfloat16 or float32")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p}: expected a value in (0, 1]")
+        if not 0 < self.logprob_step <= 1:
+            raise InputError(f"--logprob-step {self.logprob_step}: expected nats in (0, 1]")
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"--held-out {self.held_out}: expected a fraction in [0, 1)")
+        for option, value in (
+            ("--top-k", self.top_k),
+            ("--sequence-length", self.sequence_length),
+            ("--sequences-per-shard", self.sequences_per_shard),
+            ("--max-tokens", self.max_tokens),
+        ):
+            if value is not None and value < 1:
+                raise InputError(f"{option} {value}: expected at least 1")
+
+    @property
+    def resolved_dtype(self) -> str:
+        """`auto` is bfloat16, the engine's speed, whatever dtype the checkpoint was saved in."""
+        return "bfloat16" if self.dtype == "auto" else self.dtype
+
+    @property
+    def resolved_sequences_per_shard(self) -> int:
+        """Sequences of one shard."""
+        return self.sequences_per_shard or max(1, TARGET_SHARD_TOKENS // self.sequence_length)
+
+    @property
+    def sequences_per_row_group(self) -> int:
+        """Sequences of one row group: about 128k tokens, never more than a shard."""
+        per_group = max(1, TARGET_ROW_GROUP_TOKENS // self.sequence_length)
+        return min(per_group, self.resolved_sequences_per_shard)

@@ -1,0 +1,319 @@
+"""The pass: what is asked for, what is there, what is missing; run that, write, continue later.
+
+Order matters and is the same every time: options, teacher and tokenizer are checked before anything
+is written; an existing folder is compared by identity before anything is tokenised; tokens come
+before shards; the engine starts only when a shard is missing. The same command again does what is
+left and nothing twice. A lock keeps two runs out of one folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from shards.completeness import discard_shard, missing_shards
+from shards.continuing import check_folder, create_or_continue
+from shards.errors import IdentityMismatchError, InputError, LogitshardsError, RunError
+from shards.identity import differences
+from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
+from shards.schema import FORMAT_VERSION
+from shards.sidecar import Sidecar
+from teacher_dump.collector import ShardCollector, ShardPlan, make_row
+from teacher_dump.config import DumpConfig
+from teacher_dump.corpus import list_files
+from teacher_dump.engines import TeacherEngine, start_engine
+from teacher_dump.progress import PassProgress, ProgressLine, count
+from teacher_dump.selection import TopPK
+from teacher_dump.sequences import SplitSequences, TokenSequence
+from teacher_dump.teacher import (
+    Teacher,
+    find_teacher,
+    load_tokenizer,
+    tokenizer_identity,
+    weights_sha256,
+)
+from teacher_dump.token_store import SPLITS, TokenisingRules, TokenStore, open_or_build
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpSummary:
+    """What a run did: figures of this run alone, bytes of the shards it published."""
+
+    out: Path
+    sequences: int
+    tokens: int
+    entries: int
+    bytes: int
+    shards: int
+    seconds: float
+    complete_before: bool
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Labelled positions per second, from the engine being ready to the last shard on disk."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def run(config: DumpConfig) -> DumpSummary:
+    """Make or continue the dataset of `config`. Raises LogitshardsError, one line each.
+
+    InputError and IdentityMismatchError leave the folder as it was; RunError leaves every finished
+    shard in place.
+    """
+    teacher = find_teacher(config.teacher, config.teacher_revision)
+    tokenizer = load_tokenizer(teacher.folder)
+    about_tokenizer = tokenizer_identity(tokenizer)
+    _check_lengths(config, teacher, about_tokenizer["vocab_size"])
+    files = list_files(config.corpus)
+    rules = TokenisingRules(
+        **about_tokenizer,
+        eos_token_id=tokenizer.eos_token_id,
+        text_key=config.text_key,
+        held_out=config.held_out,
+        seed=config.seed,
+    )
+    identity = _identity(config, teacher, rules)
+    with _locked(config.out):
+        _refuse_another(config.out, identity)
+        store = _tokens(config.out, files, tokenizer, rules)
+        identity["tokens_sha256"] = store.sha256
+        splits = {split: store.sequences(split, config.sequence_length) for split in SPLITS}
+        sizes = _sizes(splits, config.max_tokens)
+        tokenizer.save_pretrained(config.out / "tokenizer")
+        recorded = _recorded(config, teacher)
+        manifest = create_or_continue(config.out, identity, sizes, recorded)
+        plans = _plans(config.out, manifest)
+        if not plans:
+            return _summary(config.out, [], None)
+        engine = start_engine(
+            config.engine,
+            teacher_folder=teacher.folder,
+            architecture=teacher.architecture,
+            dtype=config.resolved_dtype,
+            head_dtype=_head_dtype(config, teacher),
+            sequence_length=config.sequence_length,
+            keep=_keep(config, rules.vocab_size),
+            engine_args=config.engine_arg,
+        )
+        return _run_pass(config, identity, plans, splits, engine)
+
+
+def _check_lengths(config: DumpConfig, teacher: Teacher, vocab_size: int) -> None:
+    if config.top_k > vocab_size:
+        raise InputError(f"--top-k {config.top_k}: the tokenizer has only {vocab_size} entries")
+    if teacher.max_length is not None and config.sequence_length > teacher.max_length:
+        raise InputError(
+            f"--sequence-length {config.sequence_length}: {teacher.name} takes at most "
+            f"{teacher.max_length} tokens"
+        )
+
+
+def _keep(config: DumpConfig, vocab_size: int) -> TopPK:
+    return TopPK(
+        top_p=config.top_p,
+        top_k=config.top_k,
+        logprob_step=config.logprob_step,
+        vocab_size=vocab_size,
+    )
+
+
+def _head_dtype(config: DumpConfig, teacher: Teacher) -> str:
+    """float32: bf16 logits tie heavily. A quantised head cannot be cast and keeps the model's."""
+    return "model" if teacher.quantized else "float32"
+
+
+def _identity(config: DumpConfig, teacher: Teacher, rules: TokenisingRules) -> dict[str, Any]:
+    """Everything that decides what the shards hold, but for the token store's hash."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "teacher": {
+            "revision": teacher.revision,
+            "config_sha256": teacher.config_sha256,
+            "weights_sha256": weights_sha256(teacher.folder),
+            "dtype": config.resolved_dtype,
+            "head_dtype": _head_dtype(config, teacher),
+        },
+        "tokenizer_sha256": rules.tokenizer_sha256,
+        "vocab_size": rules.vocab_size,
+        "documents": {
+            "joined": True,
+            "bos": False,
+            "eos_token_id": rules.eos_token_id,
+            "held_out": config.held_out,
+        },
+        "sequence_length": config.sequence_length,
+        "keep": {
+            "method": config.keep,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+            "logprob_step": config.logprob_step,
+        },
+        "seed": config.seed,
+        "layout": {
+            "sequences_per_shard": config.resolved_sequences_per_shard,
+            "sequences_per_row_group": config.sequences_per_row_group,
+        },
+    }
+
+
+def _recorded(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+    """What is worth knowing about a dataset and makes it no other one."""
+    return {
+        "teacher": teacher.name,
+        "architecture": teacher.architecture,
+        "corpus": [str(path) for path in config.corpus],
+        "engine": config.engine,
+        "engine_args": dict(config.engine_arg),
+        "max_tokens": config.max_tokens,
+        "versions": {name: version(name) for name in ("torch", "transformers", "pyarrow")},
+    }
+
+
+def _refuse_another(out: Path, identity: Mapping[str, Any]) -> None:
+    """Compare with the folder's manifest, if there is one, before anything is tokenised."""
+    if not (out / MANIFEST_NAME).exists():
+        return
+    found = {k: v for k, v in load_manifest(out).identity.items() if k != "tokens_sha256"}
+    different = differences(identity, found)
+    if different:
+        raise IdentityMismatchError(
+            f"{out} holds another dataset: {'; '.join(different)}; give another --out, or the "
+            "options that it was made with"
+        )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the folder; one that was made here and in which nothing came about is removed again."""
+    check_folder(out)
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"{out}: another dump-logits is writing to it") from error
+    except InputError:
+        if made and not (out / MANIFEST_NAME).exists():
+            shutil.rmtree(out)
+        raise
+    finally:
+        os.close(folder)
+
+
+def _tokens(out: Path, files: Any, tokenizer: Any, rules: TokenisingRules) -> TokenStore:
+    line = ProgressLine()
+
+    def report(documents: int, tokens: int) -> None:
+        if line.due():
+            line.show(f"tokenising: {documents:,} documents, {count(tokens)} tokens")
+
+    try:
+        return open_or_build(out / "tokens", files, tokenizer, rules, report)
+    except OSError as error:
+        raise RunError(f"{out / 'tokens'}: {error.strerror or error}") from error
+    finally:
+        line.clear()
+
+
+def _sizes(splits: Mapping[str, SplitSequences], max_tokens: int | None) -> dict[str, SplitSize]:
+    """Whole sequences from the front of each split, in proportion to the splits, at least one each.
+
+    Growing `max_tokens` never shrinks a split, so that a larger one extends the dataset.
+    """
+    total = sum(split.num_positions for split in splits.values())
+    sizes = {}
+    for name, split in splits.items():
+        wanted = len(split)
+        if max_tokens is not None and max_tokens < total and wanted:
+            share = max_tokens * split.num_positions // total
+            per_sequence = split.positions_of(1)
+            wanted = min(wanted, max(1, share // per_sequence))
+        sizes[name] = SplitSize(sequences=wanted, positions=split.positions_of(wanted))
+    return sizes
+
+
+def _plans(out: Path, manifest: Manifest) -> list[ShardPlan]:
+    """The shards to write, in order; what a kill left behind without a sidecar is removed."""
+    plans = []
+    for split in SPLITS:
+        for shard, sequences in missing_shards(out, manifest, split):
+            discard_shard(out, split, shard)
+            plans.append(ShardPlan(split=split, shard=shard, sequences=sequences))
+    return plans
+
+
+def _run_pass(
+    config: DumpConfig,
+    identity: dict[str, Any],
+    plans: list[ShardPlan],
+    splits: Mapping[str, SplitSequences],
+    engine: TeacherEngine,
+) -> DumpSummary:
+    published: list[Sidecar] = []
+    missing = [(plan.split, plan.sequences) for plan in plans]
+    progress = PassProgress(
+        sum(len(numbers) for _, numbers in missing),
+        sum(
+            splits[split].positions_of(numbers.stop) - splits[split].positions_of(numbers.start)
+            for split, numbers in missing
+        ),
+    )
+
+    def on_shard(sidecar: Sidecar) -> None:
+        published.append(sidecar)
+        progress.wrote(sidecar.tokens, sidecar.bytes)
+
+    def sequences() -> Iterator[TokenSequence]:
+        for split, numbers in missing:
+            for number in numbers:
+                yield splits[split][number]
+
+    collector = ShardCollector(
+        config.out,
+        plans,
+        identity=identity,
+        sequences_per_shard=config.resolved_sequences_per_shard,
+        sequences_per_row_group=config.sequences_per_row_group,
+        on_shard=on_shard,
+    )
+    try:
+        with collector:
+            for sequence, selected in engine.score(sequences()):
+                collector.add(sequence.split, make_row(sequence, selected, config.logprob_step))
+                progress.scored(len(selected.counts), len(selected.ids))
+            collector.close()
+    except LogitshardsError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RunError(f"{type(error).__name__}: {error}; finished shards are kept") from error
+    finally:
+        progress.finish()
+    return _summary(config.out, published, progress)
+
+
+def _summary(out: Path, published: list[Sidecar], progress: PassProgress | None) -> DumpSummary:
+    return DumpSummary(
+        out=out,
+        sequences=progress.sequences if progress else 0,
+        tokens=progress.positions if progress else 0,
+        entries=progress.entries if progress else 0,
+        bytes=sum(sidecar.bytes for sidecar in published),
+        shards=len(published),
+        seconds=progress.seconds if progress else 0.0,
+        complete_before=progress is None,
+    )

@@ -1,0 +1,64 @@
+"""The one interface between the pass and whatever runs the teacher.
+
+An engine takes numbered token sequences and gives back, in any order, what was selected at each
+labelled position. Everything else (which sequences, what becomes of them) is the pass's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from shards.errors import InputError
+from teacher_dump.selection import Selected, TopPK
+from teacher_dump.sequences import TokenSequence
+
+
+class TeacherEngine(Protocol):
+    """Runs a teacher over sequences. `head_dtype` and `versions` are recorded with the dataset."""
+
+    versions: Mapping[str, str]
+
+    def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
+        """Every sequence once, in any order, T = n - 1 positions each; consumed as it is needed.
+
+        Raises RunError where the engine stops.
+        """
+        ...
+
+
+def start_engine(
+    engine: str,
+    *,
+    teacher_folder: Path,
+    architecture: str,
+    dtype: str,
+    head_dtype: str,
+    sequence_length: int,
+    keep: TopPK,
+    engine_args: Mapping[str, object],
+) -> TeacherEngine:
+    """Load the teacher into the engine of that name; the import of the engine happens here.
+
+    Raises InputError for an engine that does not take the model or the arguments.
+    """
+    if engine == "vllm":
+        from teacher_dump.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            teacher_folder=teacher_folder,
+            architecture=architecture,
+            dtype=dtype,
+            head_dtype=head_dtype,
+            sequence_length=sequence_length,
+            keep=keep,
+            engine_args=engine_args,
+        )
+    if engine_args:
+        raise InputError(f"--engine-arg is for --engine vllm; --engine {engine} takes none")
+    from teacher_dump.transformers_engine import TransformersEngine
+
+    return TransformersEngine(
+        teacher_folder=teacher_folder, dtype=dtype, head_dtype=head_dtype, keep=keep
+    )

@@ -1,0 +1,172 @@
+"""The pooler that turns hidden states into packed targets inside vLLM's model runner.
+
+Letters: T positions scheduled in this step, D hidden, V vocabulary, W packed words per position.
+
+The LM head and the selection run a block of rows at a time, sized by the bytes of its logits, so
+that no [T, V] tensor of the batch ever exists. A request leaves as one int32 tensor [n, W]. Its
+labels (the last of them is not in the prompt) travel with it as bytes in
+`PoolingParams.extra_kwargs`, which both model runners hand through unchanged; neither the prompt's
+ids nor their device then matter. `extra_kwargs` is "internal use" in vLLM, hence the pinned minor
+version and the unit tests against both shapes of metadata.
+
+Invariant: the pieces of a request are the prompt from its first to its last position, once each.
+A gap (a prefix cache that was left on, say) raises; a preempted request starts again at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.pooler import PoolingParamsUpdate
+from vllm.model_executor.layers.pooler.abstract import Pooler
+
+from teacher_dump.selection import TopPK, TopPKSelector
+
+CONFIG_KEY = "logitshards"  # in vLLM's additional_config
+LABELS_KEY = "labels"  # in PoolingParams.extra_kwargs: int32 bytes, one per prompt token
+
+# 64 rows of a vocabulary of 49,152 in float32: the fastest block on a CPU; a GPU wants full tiles.
+CPU_BLOCK_BYTES = 12 << 20
+GPU_BLOCK_BYTES = 256 << 20
+
+
+class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
+    """hidden states [T, D] -> one packed int32 [n, W] per finished request, None for the others."""
+
+    def __init__(
+        self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], keep: TopPK
+    ) -> None:
+        super().__init__()
+        self.compute_logits = compute_logits
+        self.keep = keep
+        self.select = TopPKSelector(keep)
+
+    def get_supported_tasks(self) -> Set[str]:
+        return {"token_classify"}
+
+    def get_pooling_updates(self, task: str) -> PoolingParamsUpdate:
+        return PoolingParamsUpdate()
+
+    def block_rows(self, device: torch.device) -> int:
+        """Rows whose float32 logits fill one block."""
+        block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+        return max(1, block_bytes // (4 * self.keep.vocab_size))
+
+    def score(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """hidden [T, D], labels [T] int64 on the same device -> packed [T, W] int32."""
+        rows = self.block_rows(hidden_states.device)
+        packed = []
+        for hidden, wanted in zip(
+            torch.split(hidden_states, rows), torch.split(labels, rows), strict=True
+        ):
+            logits = self.compute_logits(hidden)
+            if logits is None:  # a tensor-parallel rank that holds no gathered logits
+                packed.append(hidden.new_zeros((len(hidden), self.keep.width), dtype=torch.int32))
+            else:
+                packed.append(self.select(logits, wanted))
+        return packed[0] if len(packed) == 1 else torch.cat(packed)
+
+    def forward(
+        self, hidden_states: torch.Tensor, pooling_metadata: Any
+    ) -> list[torch.Tensor | None]:
+        """One result per request of the batch; raises RuntimeError on a gap in a request."""
+        cursor = pooling_metadata.get_pooling_cursor()
+        scheduled = cursor.num_scheduled_tokens_cpu.tolist()
+        starts = (cursor.seq_lens_cpu - cursor.num_scheduled_tokens_cpu).tolist()
+        labels = [
+            _labels(params, start, count)
+            for params, start, count in zip(
+                pooling_metadata.pooling_params, starts, scheduled, strict=True
+            )
+        ]
+        on_device = torch.from_numpy(np.concatenate(labels)).to(hidden_states.device, torch.int64)
+        packed = torch.split(self.score(hidden_states, on_device), scheduled)
+        finished = cursor.get_finished_mask()
+        lengths = cursor.prompt_lens_cpu.tolist()
+        return [
+            _collect(state, piece, start, length if done else None)
+            for state, piece, start, length, done in zip(
+                pooling_metadata.pooling_states, packed, starts, lengths, finished, strict=True
+            )
+        ]
+
+
+def _labels(params: Any, start: int, count: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The labels [count] of the scheduled positions; zeros in the engine's own profiling run."""
+    if not params.extra_kwargs or LABELS_KEY not in params.extra_kwargs:
+        return np.zeros(count, dtype=np.int32)
+    labels = np.frombuffer(params.extra_kwargs[LABELS_KEY], dtype=np.int32)
+    return labels[start : start + count]
+
+
+def _collect(
+    state: Any, piece: torch.Tensor, start: int, finished_length: int | None
+) -> torch.Tensor | None:
+    """Put a request's pieces together; its whole result once it is finished."""
+    pieces = state.hidden_states_cache
+    if start == 0:
+        pieces.clear()  # first piece, or started again after a preemption
+    have = sum(len(earlier) for earlier in pieces)
+    if have != start:
+        raise RuntimeError(
+            f"prefill continues at position {start} after {have} scored ones; is prefix caching on?"
+        )
+    if finished_length is None:
+        pieces.append(piece.clone())  # the batch's tensor must not live on through a view
+        return None
+    pieces.append(piece)
+    whole = piece if len(pieces) == 1 else torch.cat(pieces)
+    state.clean()
+    if len(whole) != finished_length:
+        raise RuntimeError(f"{len(whole)} positions scored of a prompt of {finished_length}")
+    return whole
+
+
+class _CastOnceHead:
+    """Replaces `LogitsProcessor._apply_head` on a CPU, which casts the whole head at every call."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._casts: dict[int, torch.Tensor] = {}
+
+    def __call__(
+        self, lm_head: Any, hidden_states: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        weight = self._casts.get(id(lm_head))
+        if weight is None:
+            weight = lm_head.weight.to(self._dtype)
+            self._casts[id(lm_head)] = weight
+        cast_bias = None if bias is None else bias.to(self._dtype)
+        return nn.functional.linear(hidden_states.to(self._dtype), weight, cast_bias)
+
+
+def _keep_cast_heads(model: nn.Module, model_dtype: torch.dtype) -> None:
+    """Give the logits processors of a CPU model a head that is cast once."""
+    for module in model.modules():
+        if isinstance(module, LogitsProcessor) and module.head_dtype not in (None, model_dtype):
+            module._apply_head = _CastOnceHead(module.head_dtype)
+
+
+def teacher_class(
+    base: type[Any], pooler_class: type[TeacherPooler], *, name: str, module: str
+) -> type[Any]:
+    """A subclass of a stock causal LM that vLLM runs as a pooling model with `pooler_class`."""
+
+    class Teacher(base):  # type: ignore[misc]
+        is_pooling_model = True
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+            if vllm_config.device_config.device_type == "cpu":
+                _keep_cast_heads(self, vllm_config.model_config.dtype)
+            keep = TopPK(**vllm_config.additional_config[CONFIG_KEY])
+            self.pooler = pooler_class(self.compute_logits, keep)
+
+    Teacher.__name__ = Teacher.__qualname__ = name
+    Teacher.__module__ = module
+    return Teacher
