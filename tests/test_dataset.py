@@ -2,10 +2,8 @@
 
 import json
 import random
-from dataclasses import replace
 
 import pytest
-from strategies import assert_rows_equal, example_row, make_identity, write_dataset, write_shard
 
 from shards import dataset as dataset_module
 from shards.dataset import (
@@ -27,6 +25,13 @@ from shards.errors import (
     ShardFormatError,
 )
 from shards.layout import Layout
+from tests.strategies import (
+    assert_rows_equal,
+    example_row,
+    make_identity,
+    write_dataset,
+    write_shard,
+)
 
 IDENTITY = make_identity(sequences_per_shard=4, sequences_per_row_group=3)
 
@@ -376,8 +381,3 @@ def test_a_damaged_last_sidecar_is_not_taken_for_a_missing_shard(path):
     file.write_text(file.read_text().replace('"sequences": 2', '"sequences": 3'))
     with pytest.raises(ShardCorruptError, match=r"shard-000002.json"):
         missing(path)
-
-
-def test_split_sizes_are_plain_values():
-    size = SplitSize(sequences=2, positions=32)
-    assert replace(size, sequences=3) == SplitSize(sequences=3, positions=32)

@@ -8,9 +8,9 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
-from strategies import example_row, make_identity, write_dataset
 
 from shards.schema import ALL_COLUMNS
+from tests.strategies import example_row, make_identity, write_dataset
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from strategies import make_identity
 
 from shards.identity import canonical_json, differences, tokenizer_sha256
+from tests.strategies import make_identity
 
 TOKENIZER = {
     "version": "1.0",

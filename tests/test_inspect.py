@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from strategies import example_row, make_identity, write_dataset
 
 from shards.dataset import discard_shard
 from shards.errors import ShardError, ShardFormatError
 from shards.inspect import describe, format_row, render, verify
+from tests.strategies import example_row, make_identity, write_dataset
 
 IDENTITY = make_identity(sequences_per_shard=4, sequences_per_row_group=3)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards import padding
-from shards.padding import pad_entries
+from shards.padding import empty_entries, pad_entries
 
 
 def entries(counts):
@@ -56,6 +56,15 @@ def test_extreme_values_and_the_sign_of_zero_survive():
     assert padded_ids.tolist() == [[2**31 - 1, 0, 151_935], [0, 0, 0], [0, 1, 0]]
     assert padded_logprobs[0].tobytes() == logprobs[:3].tobytes()
     assert padded_logprobs[2, :2].tobytes() == logprobs[3:].tobytes()
+
+
+def test_fresh_rectangles_can_be_written_in_parts():
+    ids, logprobs = empty_entries((2, 3, 4))
+    assert (ids.dtype, logprobs.dtype) == (np.int32, np.float32)
+    for b in range(2):
+        pad_entries(*entries([4, 0, b]), (ids[b], logprobs[b]))
+        assert_padded((ids[b], logprobs[b]), [4, 0, b], *entries([4, 0, b])[1:])
+    assert empty_entries((0, 5))[0].shape == (0, 5)
 
 
 def test_views_of_read_only_buffers_can_be_padded():

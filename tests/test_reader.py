@@ -10,18 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
-from strategies import (
+
+from shards.errors import ShardCorruptError, ShardError, ShardFormatError
+from shards.reader import ShardReader, verify_shard
+from shards.schema import schema
+from shards.sidecar import sidecar_path
+from tests.strategies import (
     assert_rows_equal,
     example_row,
     make_identity,
     row_lists,
     write_shard,
 )
-
-from shards.errors import ShardCorruptError, ShardError, ShardFormatError
-from shards.reader import ShardReader, verify_shard
-from shards.schema import schema
-from shards.sidecar import sidecar_path
 
 IDENTITY = make_identity(sequences_per_shard=8, sequences_per_row_group=3)
 

@@ -3,9 +3,9 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from strategies import example_row, make_identity, write_shard
 
 from shards.schema import ENTRY_COLUMNS, is_shard_schema, schema
+from tests.strategies import example_row, make_identity, write_shard
 
 
 @pytest.mark.parametrize("has_tail", [False, True])

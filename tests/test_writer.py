@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from strategies import example_row, make_identity, write_shard
 
 from shards.errors import RunError, ShardError
 from shards.reader import verify_shard
 from shards.sidecar import Sidecar, sidecar_path
 from shards.writer import ShardWriter, shard_name
+from tests.strategies import example_row, make_identity, write_shard
 
 IDENTITY = make_identity(sequences_per_shard=8, sequences_per_row_group=3)
 

@@ -1,4 +1,4 @@
-"""Text that every Python installation carries, as documents: language reference, docstrings, sources.
+"""Text that comes with every Python: language reference, docstrings and library sources.
 
 Written as JSON lines under the key `text`. Which files are taken depends on the Python version
 alone, so a machine makes the same corpus every time.

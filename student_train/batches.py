@@ -1,0 +1,188 @@
+"""Sequences from shards become padded batches.
+
+Letters: B sequences, L positions of the longest of them, K kept entries at most.
+
+Inputs are `tokens[:-1]` and labels `tokens[1:]`: the row holds the shift already, position t of
+`ids` is the teacher's distribution over `labels[t]`, and nothing shifts again. Rows are padded at
+their end, where causal attention keeps padding from everything that counts.
+
+A row group's columns are views of what Arrow decoded; the only copy is into the batch. Memory is
+the order's window of row groups and the batch itself, whatever the size of the dataset. Columns
+that nobody asked for are not read from disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shards.dataset import Split
+from shards.padding import pad_entries
+from shards.row_group import RowGroup, require
+from shards.schema import ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
+from student_train.loss import IGNORE_INDEX
+from student_train.order import Order
+
+TOKEN_COLUMNS = (TOKENS, LOSS_MASK)
+TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
+EVALUATION_COLUMNS = (*TARGET_COLUMNS, TAIL_LOGMASS)
+
+_Place = tuple[RowGroup, int]  # a row group and a row of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """input_ids, labels [B, L] int64; ids [B, L, K] int32, logprobs [B, L, K] float32, nats.
+
+    labels are -100 where padded or where `loss_mask` is false; num_valid counts the others.
+    ids are padded with 0, logprobs with -inf, tail_logmass [B, L] float32 with -inf; None if not
+    read, tail_logmass also if the dataset has none.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    num_valid: int
+    ids: Tensor | None = None
+    logprobs: Tensor | None = None
+    tail_logmass: Tensor | None = None
+
+    def to(self, device: torch.device) -> Self:
+        """This batch on a device; itself if it is there."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
+
+
+def training_batches(
+    split: Split,
+    order: Order,
+    *,
+    first_step: int,
+    step_sequences: int,
+    micro_batch_sequences: int,
+    columns: Sequence[str],
+) -> Iterator[Batch]:
+    """Micro batches without end, from the optimizer step `first_step` on.
+
+    A step's sequences are cut into micro batches of which the last may be smaller; none spans two
+    steps. The split is closed with the iterator.
+    """
+    with split:
+        rows = _rows_in_order(split, order, first_step * step_sequences, columns)
+        while True:
+            left = step_sequences
+            while left:
+                size = min(left, micro_batch_sequences)
+                yield make_batch(list(islice(rows, size)))
+                left -= size
+
+
+def sequential_batches(
+    split: Split, *, batch_sequences: int, columns: Sequence[str]
+) -> Iterator[Batch]:
+    """All sequences once, in their own order. The split is closed with the iterator."""
+    with split:
+        rows = _rows(split.read_row_group(g, columns) for g in range(split.num_row_groups))
+        while places := list(islice(rows, batch_sequences)):
+            yield make_batch(places)
+
+
+def make_batch(places: Sequence[_Place]) -> Batch:
+    """Pad rows of row groups to one batch, with the columns that were read."""
+    num_positions = [_num_positions(group, r) for group, r in places]
+    shape = (len(places), max(num_positions))
+    input_ids = np.zeros(shape, np.int64)
+    labels = np.full(shape, IGNORE_INDEX, np.int64)
+    for b, ((group, r), length) in enumerate(zip(places, num_positions, strict=True)):
+        first = require(TOKENS, group.token_offsets)[r]
+        tokens = require(TOKENS, group.tokens)[first : first + length + 1]
+        input_ids[b, :length] = tokens[:-1]
+        labels[b, :length] = tokens[1:]
+        if group.loss_mask is not None:
+            counts = group.loss_mask[_positions(group, r)]
+            labels[b, :length][~counts] = IGNORE_INDEX
+    num_valid = int(np.count_nonzero(labels != IGNORE_INDEX))
+    ids, logprobs = _entries(places, shape)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        num_valid=num_valid,
+        ids=ids,
+        logprobs=logprobs,
+        tail_logmass=_tail_logmass(places, shape),
+    )
+
+
+def _entries(
+    places: Sequence[_Place], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The kept entries, padded to the largest number at any position; None if not read."""
+    if places[0][0].ids is None:
+        return None, None
+    offsets = [
+        require("ids", group.entry_offsets)[
+            _positions(group, r).start : _positions(group, r).stop + 1
+        ]
+        for group, r in places
+    ]
+    width = max(int(np.diff(row).max()) for row in offsets)
+    ids = np.empty((*shape, width), np.int32)
+    logprobs = np.empty((*shape, width), np.float32)
+    for b, ((group, _), row) in enumerate(zip(places, offsets, strict=True)):
+        length = len(row) - 1
+        entries = slice(row[0], row[-1])
+        pad_entries(
+            row - row[0],
+            require("ids", group.ids)[entries],
+            require("logprobs", group.logprobs)[entries],
+            out=(ids[b, :length], logprobs[b, :length]),
+        )
+        ids[b, length:] = 0
+        logprobs[b, length:] = -np.inf
+    return torch.from_numpy(ids), torch.from_numpy(logprobs)
+
+
+def _tail_logmass(places: Sequence[_Place], shape: tuple[int, int]) -> Tensor | None:
+    if places[0][0].tail_logmass is None:
+        return None
+    tails = np.full(shape, -np.inf, np.float32)
+    for b, (group, r) in enumerate(places):
+        row = require(TAIL_LOGMASS, group.tail_logmass)[_positions(group, r)]
+        tails[b, : len(row)] = row
+    return torch.from_numpy(tails)
+
+
+def _positions(group: RowGroup, r: int) -> slice:
+    offsets = require(TOKENS, group.position_offsets)
+    return slice(int(offsets[r]), int(offsets[r + 1]))
+
+
+def _num_positions(group: RowGroup, r: int) -> int:
+    offsets = require(TOKENS, group.position_offsets)
+    return int(offsets[r + 1] - offsets[r])
+
+
+def _rows(groups: Iterable[RowGroup]) -> Iterator[_Place]:
+    for group in groups:
+        for r in range(group.num_rows):
+            yield group, r
+
+
+def _rows_in_order(
+    split: Split, order: Order, start: int, columns: Sequence[str]
+) -> Iterator[_Place]:
+    """Rows without end; holds one window of row groups at a time."""
+    for window in order.windows(start):
+        groups = [split.read_row_group(g, columns) for g in window.row_groups]
+        for member, offset in window.picks.tolist():
+            yield groups[member], offset
+        del groups  # before the next window is read, not after

@@ -1,0 +1,86 @@
+"""Checkpoints: everything that the next step depends on, in a folder that is whole or not there.
+
+    checkpoints/step-00000100/model.safetensors   float32 weights, tied ones once
+                              optimizer.pt        AdamW's moments
+                              progress.json       step, tokens, last evaluation
+
+The data's position, the learning rate and the random numbers of a step are functions of its number
+(`order.py`, `schedules.py`, `train.py`), so nothing of them is stored. The newest checkpoint is
+complete before an older one is removed, and a kill at any moment leaves one to go on from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from shards.errors import RunError
+from student_train.run_folder import publish_folder, remove_folder, remove_unpublished
+
+_KEPT = 2
+_PREFIX = "step-"
+_MODEL = "model.safetensors"
+_OPTIMIZER = "optimizer.pt"
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Optimizer steps done, labelled positions trained on, and the last evaluation's figures."""
+
+    step: int
+    tokens: int
+    evaluation: dict[str, float] | None = None
+
+
+def save(folder: Path, model: PreTrainedModel, optimizer: Optimizer, progress: Progress) -> None:
+    """Write the checkpoint of a step and remove all but the newest. RunError if the disk fails."""
+
+    def fill(path: Path) -> None:
+        save_model(model, str(path / _MODEL))
+        torch.save(optimizer.state_dict(), path / _OPTIMIZER)
+        (path / _PROGRESS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
+
+    try:
+        publish_folder(folder / f"{_PREFIX}{progress.step:08}", fill)
+        for old in _checkpoints(folder)[:-_KEPT]:
+            remove_folder(old)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"{folder}: the checkpoint of step {progress.step} cannot be written: {error};"
+            " the one before it is kept, and the same command continues from there"
+        ) from error
+
+
+def load_newest(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> Progress | None:
+    """Bring model and optimizer to the newest checkpoint; None, and no change, without any.
+
+    RunError if it cannot be read.
+    """
+    remove_unpublished(folder)
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
+        return None
+    path = checkpoints[-1]
+    try:
+        progress = Progress(**json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
+        load_model(model, path / _MODEL)
+        optimizer.load_state_dict(torch.load(path / _OPTIMIZER, weights_only=True))
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"{path}: the checkpoint cannot be read ({error}); without this folder the same command"
+            " continues from the checkpoint before it"
+        ) from error
+    return progress
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob(f"{_PREFIX}*"))

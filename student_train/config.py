@@ -1,0 +1,111 @@
+"""What `train-student` was asked for: one frozen object, checked before anything is read or loaded.
+
+Nothing heavy is imported here, so that `--help` and a refusal of bad options stay instant. The
+values that shape the result are compared when a run is continued (`checkpoint.py`), so every field
+is plain JSON once paths are text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shards.errors import InputError
+from shards.identity import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Options of `train-student`, one field each; raises InputError for values nobody can mean.
+
+    `student` is a preset, a Hugging Face config.json or a model folder. `tokens` and `batch_tokens`
+    count labelled positions; more `tokens` than the dataset has are further epochs. A learning rate
+    of None is the preset's own. `save_every` and `eval_every` are optimizer steps, None: only at
+    the end. `eval_shards` None evaluates on the validation split of `shards`.
+    """
+
+    shards: Path
+    student: str
+    out: Path
+    tokens: int
+    loss: str = "kld"
+    alpha: float = 0.9
+    temperature: float = 1.0
+    batch_tokens: int = 1 << 19
+    micro_batch_sequences: int = 8
+    learning_rate: float | None = None
+    lr_schedule: str = "wsd"
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.2
+    min_learning_rate_ratio: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    gradient_clip: float | None = 1.0
+    save_every: int | None = None
+    eval_every: int | None = None
+    eval_shards: Path | None = None
+    seed: int = 0
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _one_of("--loss", self.loss, ("kld", "nll"))
+        _one_of("--lr-schedule", self.lr_schedule, ("wsd", "cosine"))
+        _one_of("--dtype", self.dtype, ("bfloat16", "float32"))
+        for option, fraction in (
+            ("--alpha", self.alpha),
+            ("--warmup-fraction", self.warmup_fraction),
+            ("--decay-fraction", self.decay_fraction),
+            ("--min-learning-rate-ratio", self.min_learning_rate_ratio),
+        ):
+            _require(0 <= fraction <= 1, option, fraction, "a value in [0, 1]")
+        for option, beta in (("--beta1", self.beta1), ("--beta2", self.beta2)):
+            _require(0 <= beta < 1, option, beta, "a value in [0, 1)")
+        if self.lr_schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise InputError(
+                f"--warmup-fraction {self.warmup_fraction} and --decay-fraction"
+                f" {self.decay_fraction}: expected at most 1 together"
+            )
+        for option, positive in (
+            ("--temperature", self.temperature),
+            ("--learning-rate", self.learning_rate),
+            ("--gradient-clip", self.gradient_clip),
+        ):
+            if positive is not None:
+                _require(0 < positive < float("inf"), option, positive, "a value above 0")
+        _require(
+            0 <= self.weight_decay < float("inf"), "--weight-decay", self.weight_decay, "0 or more"
+        )
+        for option, count in (
+            ("--tokens", self.tokens),
+            ("--batch-tokens", self.batch_tokens),
+            ("--micro-batch-sequences", self.micro_batch_sequences),
+            ("--save-every", self.save_every),
+            ("--eval-every", self.eval_every),
+        ):
+            if count is not None:
+                _require(count >= 1, option, count, "at least 1")
+        _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "a number from 0 to 2^63 - 1")
+
+    @property
+    def reads_entries(self) -> bool:
+        """Whether training needs the teacher's kept entries: not for plain language modelling."""
+        return self.alpha > 0
+
+    def to_json(self) -> dict[str, Json]:
+        """All fields as plain JSON, paths as text."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{option} {value}: expected {' or '.join(allowed)}")
+
+
+def _require(holds: bool, option: str, value: float, expected: str) -> None:
+    # A NaN compares false with everything and so is refused as well.
+    if not holds:
+        raise InputError(f"{option} {value}: expected {expected}")

@@ -1,0 +1,142 @@
+"""How good a student is on held-out sequences, and how close to its teacher.
+
+Letters: K kept entries, V vocabulary, D hidden, R rows of a block. q is the student's full
+softmax at temperature 1, p the kept probabilities as they were stored. `docs/evaluation.md` defines
+the figures:
+
+- cross_entropy: mean of -log q(label), nats; perplexity: its exponential
+- teacher_cross_entropy: the same of the teacher, from the exact sums in the sidecars
+- kl_kept: KL(w || q), w = p renormalised over the kept entries
+- kl_bound: KL between both distributions after all that was not kept became one entry. By the
+  log-sum inequality merging entries never raises a KL, so it is a lower bound of the full one. Only
+  for keep methods that record the tail
+- top1_agreement: how often the student's most likely token is the teacher's
+
+Sums are float64 over float32 logits, in blocks as in `loss.py`; each labelled position counts once.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shards.dataset import Split
+from shards.errors import InputError
+from student_train.batches import EVALUATION_COLUMNS, Batch, sequential_batches
+from student_train.loss import IGNORE_INDEX, split_evenly
+from student_train.model import head_weight, hidden_states
+from student_train.read_ahead import ReadAhead
+
+# Of float32 logits; a quarter of a training step's blocks, because a few copies of them are made.
+_BLOCK_BYTES = 32 << 20
+_READ_AHEAD_BATCHES = 2
+
+
+def evaluate(
+    model: PreTrainedModel,
+    split: Split,
+    *,
+    batch_sequences: int,
+    device: torch.device,
+    autocast: AbstractContextManager[object],
+) -> dict[str, float]:
+    """The figures above over a whole split, and `tokens`; leaves the model's mode as it was.
+
+    `autocast` surrounds the model without its head, whose logits are float32 always. The split is
+    closed. InputError if none of its positions counts.
+    """
+    sidecars = list(split.sidecars())
+    num_tokens = sum(sidecar.tokens for sidecar in sidecars)
+    if not num_tokens:
+        raise InputError(f"{split.path}: none of its positions counts, nothing can be evaluated")
+    sums = torch.zeros(5, dtype=torch.float64)
+    has_tail = True
+    was_training = model.training
+    model.eval()
+    batches = sequential_batches(split, batch_sequences=batch_sequences, columns=EVALUATION_COLUMNS)
+    with torch.no_grad(), ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead:
+        for batch in ahead:
+            with autocast:
+                hidden = hidden_states(model, batch.input_ids.to(device))
+            sums += _batch_sums(hidden, head_weight(model), batch.to(device))
+            has_tail = batch.tail_logmass is not None
+    model.train(was_training)
+    nll, kl_kept, kl_bound, num_agreed, num_with_entries = sums.tolist()
+    figures = {
+        "tokens": num_tokens,
+        "cross_entropy": nll / num_tokens,
+        "perplexity": math.exp(nll / num_tokens),
+        "teacher_cross_entropy": sum(sidecar.teacher_nll for sidecar in sidecars) / num_tokens,
+        "kl_kept": kl_kept / num_tokens,
+        "kl_bound": kl_bound / num_tokens,
+        "top1_agreement": num_agreed / max(1, num_with_entries),
+    }
+    if not has_tail:
+        del figures["kl_bound"]
+    return figures
+
+
+def _batch_sums(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
+    """Sums over the labelled positions of a batch, block by block; see `position_sums`."""
+    assert batch.ids is not None
+    assert batch.logprobs is not None
+    labels = batch.labels.flatten()
+    hidden, ids = hidden.flatten(0, 1), batch.ids.flatten(0, 1)
+    logprobs = batch.logprobs.flatten(0, 1)
+    tails = None if batch.tail_logmass is None else batch.tail_logmass.flatten()
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    sums = torch.zeros(5, dtype=torch.float64)
+    for block in split_evenly(rows, len(weight), _BLOCK_BYTES, torch.float32):
+        sums += position_sums(
+            hidden[block].float() @ weight.float().T,
+            labels[block],
+            ids[block].long(),
+            logprobs[block],
+            None if tails is None else tails[block],
+        ).cpu()
+    return sums
+
+
+def position_sums(
+    logits: Tensor, labels: Tensor, ids: Tensor, logprobs: Tensor, tail_logmass: Tensor | None
+) -> Tensor:
+    """Sums over R positions, float64 [5]: nll, kl_kept, kl_bound, top-1 agreed, with entries.
+
+    logits [R, V] float32, overwritten; labels [R], ids [R, K] int64, logprobs [R, K] padded with
+    -inf, tail_logmass [R]: None gives a kl_bound of 0. Positions of which nothing was kept add
+    nothing to any sum but the first.
+    """
+    kept = logprobs > float("-inf")
+    with_entries = kept.any(1)
+    logsumexp = logits.logsumexp(1, keepdim=True)
+    nll = logsumexp - logits.gather(1, labels[:, None])
+    student = logits.gather(1, ids) - logsumexp
+    # Entries are largest first. Without any, the comparison means nothing.
+    agreed = with_entries & (logits.argmax(1) == ids[:, 0]) if ids.shape[1] else with_entries
+    teacher = logprobs.double()
+    kl_kept = _kl(teacher, student)
+    kl_bound = torch.zeros_like(kl_kept)
+    if tail_logmass is not None:
+        # The student's mass outside the kept entries, summed up there and not as 1 - the rest,
+        # which would have no digits left where a student is confident.
+        logits.scatter_add_(1, ids, torch.where(kept, float("-inf"), 0.0))
+        rest = logits.logsumexp(1, keepdim=True) - logsumexp
+        kl_bound = _kl(
+            torch.cat([teacher, tail_logmass[:, None].double()], 1), torch.cat([student, rest], 1)
+        )
+    parts = (nll.double(), kl_kept, kl_bound * with_entries, agreed, with_entries)
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts])
+
+
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(w || q) [R] of log-probabilities [R, N], w = teacher renormalised; -inf adds nothing.
+
+    Rounded teacher values do not add up to 1; renormalised, no KL falls below zero.
+    """
+    logs = torch.log_softmax(teacher, 1)
+    terms = logs.exp() * (logs - student.double())
+    return torch.where(teacher > float("-inf"), terms, 0.0).sum(1)

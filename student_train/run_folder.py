@@ -1,0 +1,161 @@
+"""The folder of a run: what was asked for, how far it is, and whether it is finished.
+
+    OUT/run.json         settings and dataset; compared when the same command comes again
+    OUT/metrics.jsonl    one line per step and evaluation (`metrics.py`), OUT/tensorboard/ beside it
+    OUT/checkpoints/     the newest two (`checkpoint.py`)
+    OUT/model/           the student as a Hugging Face folder, there in full or not at all
+    OUT/summary.json     written last: the run is finished
+
+Continuing with other settings would give a student that no single command describes, so it is
+refused, naming every difference. Paths may change, and so may `save_every`: neither is in the
+result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from shards import durable
+from shards.dataset import Dataset
+from shards.errors import InputError
+from shards.identity import Json, differences
+from student_train.config import TrainConfig
+
+_NOT_COMPARED = ("shards", "eval_shards", "out", "save_every")
+_RUN = "run.json"
+_SUMMARY = "summary.json"
+
+
+class RunFolder:
+    """Paths of a run, and its files that are JSON."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+
+    def check(self, description: Mapping[str, Json]) -> None:
+        """InputError if the folder holds something else or a run of other settings, naming them."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path}: a file, where a folder for the run is expected")
+        file = self.path / _RUN
+        if file.is_file():
+            self._check_same(description, _read_json(file))
+            return
+        names = sorted(os.listdir(self.path)) if self.path.exists() else []
+        others = [name for name in names if not durable.is_temporary_name_of(name, _RUN)]
+        if others:
+            raise InputError(
+                f"{self.path}: holds something else ({others[0]}), no run; give an empty or a new"
+                " folder"
+            )
+
+    def start(self, description: Mapping[str, Json]) -> None:
+        """Make the folder of a run, or tidy up what a killed one left in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_unpublished(self.path)
+        if not (self.path / _RUN).is_file():
+            durable.replace(self.path / _RUN, json.dumps(description, indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, else None."""
+        file = self.path / _SUMMARY
+        return _read_json(file) if file.is_file() else None
+
+    def finish(self, summary: Mapping[str, Json]) -> None:
+        """Mark the run as finished."""
+        durable.replace(self.path / _SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def _check_same(self, here: Mapping[str, Json], there: Mapping[str, Any]) -> None:
+        found = differences(_compared(here), _compared(there))
+        if not found:
+            return
+        reason = ""
+        if any(line.startswith("config.tokens:") for line in found):
+            reason = "; another number of tokens is another learning rate at every step"
+        raise InputError(
+            f"{self.path}: holds a run of other settings: {'; '.join(found)} (here: this command,"
+            f" there: the folder){reason}; repeat its command to continue it, or give another --out"
+        )
+
+
+def describe_run(
+    config: TrainConfig, dataset: Dataset, evaluation_dataset: Dataset | None
+) -> dict[str, Json]:
+    """Everything that a run's result depends on, and the paths that were given."""
+    return {
+        "config": config.to_json(),
+        "dataset": _describe_dataset(dataset),
+        "evaluation_dataset": None
+        if evaluation_dataset is None
+        else _describe_dataset(evaluation_dataset),
+    }
+
+
+def publish_folder(final: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder appear whole or not at all; one of this name is replaced.
+
+    `fill` writes files into the folder it is given, which has another name until all of them are
+    flushed to disk.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = durable.temporary_name(final)
+    temporary.mkdir()
+    try:
+        fill(temporary)
+        _flush(path for path in temporary.rglob("*") if path.is_file())
+        durable.sync_folder(temporary)
+        remove_folder(final)
+        temporary.rename(final)
+        durable.sync_folder(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that an interruption leaves no half of it under its name."""
+    if path.exists():
+        temporary = durable.temporary_name(path)
+        path.rename(temporary)
+        shutil.rmtree(temporary)
+
+
+def remove_unpublished(parent: Path) -> None:
+    """Remove what killed runs left of folders that they were writing or removing."""
+    if parent.is_dir():
+        for entry in list(parent.iterdir()):
+            if entry.is_dir() and entry.name.startswith(".") and entry.name.endswith(".tmp"):
+                shutil.rmtree(entry)
+
+
+def _flush(files: Iterable[Path]) -> None:
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _describe_dataset(dataset: Dataset) -> dict[str, Json]:
+    sizes = {name: size.sequences for name, size in dataset.manifest.splits.items()}
+    return {"identity": dataset.identity, "sequences": sizes}
+
+
+def _compared(description: Mapping[str, Any]) -> dict[str, Any]:
+    config = {
+        key: value for key, value in description["config"].items() if key not in _NOT_COMPARED
+    }
+    return {**description, "config": config}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); give another --out") from error
+    return content

@@ -1,0 +1,92 @@
+"""One optimizer step, whatever it is part of: a run, a test or a benchmark.
+
+    sum over micro batches of the loss' gradient, divided once by the labelled positions of the
+    whole step, clipped, AdamW
+
+Dividing every micro batch by its own number of positions would weigh short ones more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
+
+from student_train.batches import Batch
+from student_train.config import TrainConfig
+from student_train.loss import Loss, Objective, Targets, distillation_loss
+from student_train.model import head_weight, hidden_states
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Means over the labelled positions of one step, nats, and the gradient's norm unclipped."""
+
+    num_tokens: int
+    loss: float
+    lm: float
+    kd: float
+    gradient_norm: float
+
+
+def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and none on norms and biases."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        betas=(config.beta1, config.beta2),
+    )
+
+
+def autocast_for(dtype: str, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which a model runs in `bfloat16` or `float32`; can be entered repeatedly."""
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, torch.bfloat16)
+
+
+def optimizer_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Iterable[Batch],
+    *,
+    objective: Objective,
+    gradient_clip: float | None,
+    autocast: AbstractContextManager[object],
+) -> StepResult:
+    """Train on the micro batches of one step; batches may be on another device than the model."""
+    optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros(3, device=head_weight(model).device)
+    num_tokens = 0
+    for batch in micro_batches:
+        with autocast:
+            loss = batch_loss(model, batch.to(sums.device), objective)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        sums += torch.stack(loss).detach()
+        num_tokens += batch.num_valid
+    scale = 1 / max(1, num_tokens)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale)
+    norm = clip_grad_norm_(model.parameters(), gradient_clip or math.inf)
+    optimizer.step()
+    loss_mean, lm, kd = (sums * scale).tolist()
+    return StepResult(
+        num_tokens=num_tokens, loss=loss_mean, lm=lm, kd=kd, gradient_norm=norm.item()
+    )
+
+
+def batch_loss(model: PreTrainedModel, batch: Batch, objective: Objective) -> Loss:
+    """The summed loss of a batch on the model's device."""
+    targets = None
+    if batch.ids is not None and batch.logprobs is not None:
+        targets = Targets(batch.ids.flatten(0, 1), batch.logprobs.flatten(0, 1))
+    hidden = hidden_states(model, batch.input_ids).flatten(0, 1)
+    return distillation_loss(hidden, head_weight(model), batch.labels.flatten(), targets, objective)

@@ -1,0 +1,267 @@
+"""The training run: from a dataset of shards to a student, and on from wherever it was killed.
+
+A step is a function of the weights, AdamW's moments and its number: data order, learning rate and
+random numbers (dropout, in a student that has some) are computed from the number. So a run that
+continues from a checkpoint repeats the uninterrupted one, bit for bit in float32 on a CPU with the
+same number of threads, and its metrics are the same lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from shards.dataset import Dataset, Split
+from shards.errors import IdentityMismatchError, InputError, RunError
+from shards.identity import Json
+from shards.layout import Layout
+from student_train import checkpoint
+from student_train.batches import TARGET_COLUMNS, TOKEN_COLUMNS, Batch, training_batches
+from student_train.checkpoint import Progress
+from student_train.config import TrainConfig
+from student_train.evaluate import evaluate
+from student_train.loss import Objective
+from student_train.metrics import Metrics
+from student_train.model import default_learning_rate, export, make_student, num_parameters
+from student_train.order import Order
+from student_train.progress import TrainProgress
+from student_train.read_ahead import ReadAhead
+from student_train.run_folder import RunFolder, describe_run, publish_folder
+from student_train.schedules import learning_rate
+from student_train.step import StepResult, autocast_for, make_optimizer, optimizer_step
+
+logger = logging.getLogger(__name__)
+
+_READ_AHEAD_BATCHES = 4
+_TRAIN, _VALIDATION = "train", "validation"
+
+
+def run(config: TrainConfig) -> dict[str, Json]:
+    """Train a student, or go on; returns the summary, that of a finished run at once.
+
+    InputError, ShardError or IdentityMismatchError for what does not fit together, before anything
+    is written; RunError for a run that fails.
+    """
+    disable_progress_bar()
+    dataset = Dataset.open(config.shards)
+    evaluation_dataset = _evaluation_dataset(config, dataset)
+    rate = config.learning_rate or default_learning_rate(config.student)
+    config = replace(config, learning_rate=rate)
+    step_sequences, num_steps = plan_steps(config, dataset)
+    folder = RunFolder(config.out)
+    description = describe_run(config, dataset, evaluation_dataset)
+    folder.check(description)
+    summary = folder.summary()
+    if summary is not None:
+        logger.info("%s: finished before, nothing to do", config.out)
+        return summary
+    split = dataset.split(_TRAIN)
+    model = make_student(config.student, dataset, config.seed)
+    folder.start(description)
+    training = _Training(config, dataset, split, evaluation_dataset, model, folder)
+    training.train(step_sequences, num_steps)
+    publish_folder(folder.model, lambda path: export(model, dataset, path))
+    summary = training.summary()
+    folder.finish(summary)
+    return summary
+
+
+def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
+    """Sequences of a step, and the number of steps for at least `config.tokens` positions.
+
+    Every sequence counts as full: the few that are short, or have positions that do not count,
+    must not change the number of steps. InputError if a step would hold no sequence.
+    """
+    length = dataset.identity["sequence_length"]
+    step_sequences = config.batch_tokens // length
+    if not step_sequences:
+        raise InputError(
+            f"--batch-tokens {config.batch_tokens}: expected at least one sequence of"
+            f" {config.shards}, {length} labelled positions"
+        )
+    step_tokens = step_sequences * length
+    if step_tokens != config.batch_tokens:
+        logger.info(
+            "--batch-tokens %d: rounded down to %d, %d sequences of %d",
+            config.batch_tokens,
+            step_tokens,
+            step_sequences,
+            length,
+        )
+    return step_sequences, -(-config.tokens // step_tokens)
+
+
+def _evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | None:
+    """The dataset whose validation split is used; None, and said so, if it has none."""
+    found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
+    expected, other = dataset.identity["tokenizer_sha256"], found.identity["tokenizer_sha256"]
+    if expected != other:
+        raise IdentityMismatchError(
+            f"--eval-shards {found.path}: has another tokenizer ({other[:12]}) than"
+            f" {dataset.path} ({expected[:12]})"
+        )
+    if _VALIDATION not in found.split_names:
+        logger.info("%s: no validation split, so nothing is evaluated", found.path)
+        return None
+    return found
+
+
+class _Training:
+    """A model on its way: what all steps share, and how far they are."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        split: Split,
+        evaluation_dataset: Dataset | None,
+        model: PreTrainedModel,
+        folder: RunFolder,
+    ) -> None:
+        self._config = config
+        self._dataset = dataset
+        self._split = split
+        self._evaluation_dataset = evaluation_dataset
+        self._folder = folder
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._autocast = autocast_for(config.dtype, self._device)
+        self._objective = Objective(
+            kind=config.loss, alpha=config.alpha, temperature=config.temperature
+        )
+        self._model = model.to(self._device).train()
+        self._optimizer = make_optimizer(model, config)
+        found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
+        self._progress = found or Progress(step=0, tokens=0)
+        self._speed: dict[str, Json] = {}
+
+    def train(self, step_sequences: int, num_steps: int) -> None:
+        """All steps that are left, with their evaluations and checkpoints."""
+        config, done = self._config, self._progress.step
+        self._log_start(step_sequences, num_steps)
+        rates = learning_rate(
+            config.lr_schedule,
+            peak=config.learning_rate or 0.0,
+            num_steps=num_steps,
+            warmup_fraction=config.warmup_fraction,
+            decay_fraction=config.decay_fraction,
+            floor=config.min_learning_rate_ratio,
+        )
+        step_batches = -(-step_sequences // config.micro_batch_sequences)
+        batches = self._batches(step_sequences)
+        display = TrainProgress(done, num_steps)
+        with (
+            Metrics(self._folder.metrics, self._folder.tensorboard, step=done) as metrics,
+            ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead,
+        ):
+            for step in range(done + 1, num_steps + 1):
+                result = self._step(step, rates.at(step - 1), islice(ahead, step_batches))
+                figures = {
+                    "tokens": self._progress.tokens,
+                    "loss": result.loss,
+                    "lm": result.lm,
+                    "kd": result.kd,
+                    "learning_rate": rates.at(step - 1),
+                    "gradient_norm": result.gradient_norm,
+                }
+                display.trained(step, result.num_tokens, figures)
+                metrics.write(step, _TRAIN, figures)
+                paused = time.monotonic()
+                if step == num_steps or _due(step, config.eval_every):
+                    self._evaluate(metrics)
+                if step == num_steps or _due(step, config.save_every):
+                    metrics.flush()
+                    checkpoint.save(
+                        self._folder.checkpoints, self._model, self._optimizer, self._progress
+                    )
+                display.pause(time.monotonic() - paused)
+        display.clear()
+        self._speed = {"seconds": display.seconds, "tokens_per_s": display.tokens_per_s}
+
+    def summary(self) -> dict[str, Json]:
+        """What came out, flat: where it lies, its size, figures of the last evaluation, speed."""
+        total, beside = num_parameters(self._model)
+        evaluation = self._progress.evaluation or {}
+        return {
+            "model": str(self._folder.model),
+            "parameters": total,
+            "parameters_beside_embedding": beside,
+            "steps": self._progress.step,
+            "tokens": self._progress.tokens,
+            "epochs": self._progress.tokens / self._split.num_positions,
+            **{f"{_VALIDATION}_{name}": value for name, value in evaluation.items()},
+            **self._speed,
+        }
+
+    def _step(self, step: int, rate: float, batches: Iterator[Batch]) -> StepResult:
+        """One step. RunError if the loss is not a number any more."""
+        torch.manual_seed((self._config.seed + step) % (1 << 63))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        result = optimizer_step(
+            self._model,
+            self._optimizer,
+            batches,
+            objective=self._objective,
+            gradient_clip=self._config.gradient_clip,
+            autocast=self._autocast,
+        )
+        if not math.isfinite(result.loss + result.gradient_norm):
+            raise RunError(
+                f"{self._folder.path}: step {step}: loss {result.loss}, gradient norm"
+                f" {result.gradient_norm}; the run diverged, a lower --learning-rate may help"
+            )
+        tokens = self._progress.tokens + result.num_tokens
+        self._progress = replace(self._progress, step=step, tokens=tokens)
+        return result
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        if self._evaluation_dataset is None:
+            return
+        figures = evaluate(
+            self._model,
+            self._evaluation_dataset.split(_VALIDATION),
+            batch_sequences=self._config.micro_batch_sequences,
+            device=self._device,
+            autocast=self._autocast,
+        )
+        metrics.write(self._progress.step, _VALIDATION, figures)
+        self._progress = replace(self._progress, evaluation=figures)
+
+    def _batches(self, step_sequences: int) -> Iterator[Batch]:
+        return training_batches(
+            self._split,
+            Order(
+                num_sequences=self._split.num_sequences,
+                layout=Layout.of(self._dataset.identity),
+                seed=self._config.seed,
+            ),
+            first_step=self._progress.step,
+            step_sequences=step_sequences,
+            micro_batch_sequences=self._config.micro_batch_sequences,
+            columns=TARGET_COLUMNS if self._config.reads_entries else TOKEN_COLUMNS,
+        )
+
+    def _log_start(self, step_sequences: int, num_steps: int) -> None:
+        total, beside = num_parameters(self._model)
+        logger.info(
+            "%s: %d parameters, %d beside embedding and head; %d steps of %d sequences",
+            self._config.student,
+            total,
+            beside,
+            num_steps,
+            step_sequences,
+        )
+        if self._progress.step:
+            logger.info("continuing after step %d", self._progress.step)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,34 @@
+"""Teachers that tests share: the real SmolLM2-135M, and a tiny random one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_teacher import make_tiny_teacher
+
+ROOT = Path(__file__).parent.parent
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real teacher, made once per checkout (as the demo does)."""
+    folder = ROOT / "build" / "teacher"
+    subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / "demo" / "make_teacher.py"), str(folder)],
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama whose model vocabulary is wider than its tokenizer's."""
+    return make_tiny_teacher(tmp_path_factory.mktemp("teacher"))

@@ -1,0 +1,196 @@
+"""Batches against the rows they were made from; the reading thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from shards.dataset import Dataset
+from shards.errors import ShardCorruptError
+from shards.layout import Layout
+from shards.rows import Row
+from student_train.batches import (
+    EVALUATION_COLUMNS,
+    TARGET_COLUMNS,
+    TOKEN_COLUMNS,
+    Batch,
+    sequential_batches,
+    training_batches,
+)
+from student_train.order import Order
+from student_train.read_ahead import ReadAhead
+from tests.tiny_dataset import make_dataset
+
+STEP_SEQUENCES = 5
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["all count", "masked"])
+def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("datasets") / "tiny"
+    return Dataset.open(make_dataset(folder, masked=request.param))
+
+
+def batches(dataset: Dataset, first_step: int = 0, columns: object = None) -> Iterator[Batch]:
+    split = dataset.split("train")
+    order = Order(num_sequences=split.num_sequences, layout=Layout.of(dataset.identity), seed=1)
+    return training_batches(
+        split,
+        order,
+        first_step=first_step,
+        step_sequences=STEP_SEQUENCES,
+        micro_batch_sequences=2,
+        columns=TARGET_COLUMNS if columns is None else columns,  # type: ignore[arg-type]
+    )
+
+
+def assert_holds(batch: Batch, b: int, row: Row) -> None:
+    """Line b of a batch is this row, unshifted, and padding after it."""
+    length = len(row.tokens) - 1
+    np.testing.assert_array_equal(batch.input_ids[b, :length], row.tokens[:-1])
+    counted = np.ones(length, np.bool_) if row.loss_mask is None else row.loss_mask
+    np.testing.assert_array_equal(batch.labels[b, :length], np.where(counted, row.tokens[1:], -100))
+    assert (batch.labels[b, length:] == -100).all()
+    assert batch.ids is not None
+    assert batch.logprobs is not None
+    entries = np.concatenate([[0], np.cumsum(row.counts)])
+    for t in range(batch.labels.shape[1]):
+        count = row.counts[t] if t < length else 0
+        kept = slice(entries[t], entries[t + 1]) if count else slice(0, 0)
+        np.testing.assert_array_equal(batch.ids[b, t, :count], row.ids[kept])
+        np.testing.assert_array_equal(batch.logprobs[b, t, :count], row.logprobs[kept])
+        assert not batch.ids[b, t, count:].any()
+        assert (batch.logprobs[b, t, count:] == -torch.inf).all()
+
+
+def test_batches_hold_the_rows_in_their_order_without_a_second_shift(dataset: Dataset) -> None:
+    rows = list(dataset.split("validation").rows())
+    found = list(
+        sequential_batches(
+            dataset.split("validation"), batch_sequences=2, columns=EVALUATION_COLUMNS
+        )
+    )
+    assert [len(batch.labels) for batch in found] == [2, 2, 1]
+    for number, row in enumerate(rows):
+        batch, b = found[number // 2], number % 2
+        assert_holds(batch, b, row)
+        assert batch.tail_logmass is not None
+        assert row.tail_logmass is not None
+        np.testing.assert_array_equal(
+            batch.tail_logmass[b, : len(row.tail_logmass)], row.tail_logmass
+        )
+    counted = sum(len(row.counts) if row.loss_mask is None else row.loss_mask.sum() for row in rows)
+    assert sum(batch.num_valid for batch in found) == counted
+
+
+def test_an_epoch_of_training_batches_holds_every_row_exactly_once(dataset: Dataset) -> None:
+    split = dataset.split("train")
+    by_beginning = {row.tokens[:8].tobytes(): row for row in split.rows()}
+    assert len(by_beginning) == split.num_sequences
+    for batch in batches(dataset):
+        for b in range(min(len(by_beginning), len(batch.labels))):
+            beginning = batch.input_ids[b, :8].numpy().astype(np.int32)
+            assert_holds(batch, b, by_beginning.pop(beginning.tobytes()))
+        if not by_beginning:
+            break
+
+
+def test_micro_batches_add_up_to_steps(dataset: Dataset) -> None:
+    sizes = [len(batch.labels) for batch in islice(batches(dataset), 9)]
+    assert sizes == [2, 2, 1] * 3
+
+
+def test_a_later_step_is_the_same_as_after_all_before_it(dataset: Dataset) -> None:
+    whole = list(islice(batches(dataset), 30))
+    for step in (1, 4, 7):
+        resumed = islice(batches(dataset, first_step=step), 6)
+        for found, expected in zip(resumed, whole[3 * step :], strict=False):
+            assert torch.equal(found.input_ids, expected.input_ids)
+            assert torch.equal(found.labels, expected.labels)
+            assert torch.equal(found.ids, expected.ids)  # type: ignore[arg-type]
+            assert torch.equal(found.logprobs, expected.logprobs)  # type: ignore[arg-type]
+
+
+def test_without_entry_columns_there_are_no_targets_and_the_same_labels(dataset: Dataset) -> None:
+    plain = next(batches(dataset, columns=TOKEN_COLUMNS))
+    full = next(batches(dataset))
+    assert plain.ids is plain.logprobs is plain.tail_logmass is None
+    assert torch.equal(plain.labels, full.labels)
+
+
+def test_entry_columns_that_are_not_asked_for_are_not_read(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "dataset")
+    dataset = Dataset.open(folder)
+    expected = [batch.labels for batch in islice(batches(dataset, columns=TOKEN_COLUMNS), 9)]
+    for path in (folder / "train").glob("*.parquet"):
+        chunk = pq.read_metadata(path).row_group(0).column(2)
+        assert chunk.path_in_schema.startswith("ids")
+        with path.open("r+b") as file:
+            file.seek(chunk.data_page_offset)
+            file.write(b"\0" * chunk.total_compressed_size)
+    found = [batch.labels for batch in islice(batches(dataset, columns=TOKEN_COLUMNS), 9)]
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(ShardCorruptError):
+        list(islice(batches(dataset), 9))
+
+
+def numbers(stop: int, *, fail_at: int | None = None) -> Iterator[int]:
+    for number in range(stop):
+        if number == fail_at:
+            raise ShardCorruptError(f"at {number}")
+        yield number
+
+
+def threads() -> int:
+    return sum(thread.name == "read-ahead" for thread in threading.enumerate())
+
+
+def test_reading_ahead_keeps_items_and_their_order_and_ends() -> None:
+    with ReadAhead(numbers(50), depth=2) as items:
+        assert list(items) == list(range(50))
+        assert list(items) == []
+    assert threads() == 0
+
+
+def test_what_fails_in_the_thread_is_raised_at_the_next_call_after_what_came_before() -> None:
+    with ReadAhead(numbers(50, fail_at=3), depth=2) as items:
+        assert list(islice(items, 3)) == [0, 1, 2]
+        with pytest.raises(ShardCorruptError, match="at 3"):
+            next(items)
+        assert list(items) == []
+
+
+def test_leaving_early_stops_the_thread_and_closes_what_it_read_from() -> None:
+    closed = threading.Event()
+
+    def endless() -> Iterator[int]:
+        try:
+            while True:
+                yield 0
+        finally:
+            closed.set()
+
+    with ReadAhead(endless(), depth=2) as items:
+        next(items)
+    assert closed.is_set()
+    assert threads() == 0
+
+
+def test_it_reads_no_further_ahead_than_asked() -> None:
+    made = []
+
+    def counting() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    with ReadAhead(counting(), depth=2) as items:
+        next(items)
+        threading.Event().wait(0.3)
+        assert len(made) <= 4

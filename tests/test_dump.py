@@ -1,0 +1,262 @@
+"""Real passes through the command line: what is on disk is what the teacher says, and stays so."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards import inspect
+from shards.dataset import Dataset
+from shards.rows import Row
+from tests.tiny_teacher import (
+    ROOT,
+    TOKENIZER_LENGTH,
+    dense_logprobs,
+    dump_command,
+    run_dump,
+    write_corpus,
+)
+
+STEP = 1 / 16
+BOUND = STEP / 2 + 1e-3
+
+
+def _all_rows(out: Path) -> dict[tuple[str, int], Row]:
+    dataset = Dataset.open(out)
+    rows = {}
+    for name in dataset.split_names:
+        with dataset.split(name) as split:
+            rows |= {(name, row.sequence): row for row in split.rows()}
+    return rows
+
+
+def _borders(row: Row) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(row.counts)])
+
+
+def _largest_error(row: Row, exact: np.ndarray) -> float:
+    """Largest distance of anything stored in a row from the exact table [T, V], nats."""
+    borders = _borders(row)
+    worst = 0.0
+    for t in range(len(row.counts)):
+        ids = row.ids[borders[t] : borders[t + 1]]
+        kept = row.logprobs[borders[t] : borders[t + 1]]
+        tail = np.logaddexp.reduce(np.delete(exact[t], ids))
+        worst = max(
+            worst,
+            float(np.abs(kept - exact[t][ids]).max()),
+            abs(float(row.tail_logmass[t] - tail)),
+            abs(float(row.label_logprobs[t] - exact[t][row.tokens[t + 1]])),
+        )
+    return worst
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_float32_rows_equal_the_dense_distribution_over_the_next_token(
+    engine: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=40)
+    out = tmp_path / "out"
+    result = run_dump(
+        dump_command(tiny_teacher, corpus, out, "--engine", engine, "--dtype", "float32")
+    )
+    assert result.returncode == 0, result.stderr
+    rows = _all_rows(out)
+    assert {split for split, _ in rows} == {"train", "validation"}
+    for row in rows.values():
+        assert row.ids.max() < TOKENIZER_LENGTH  # the padded rows would win every softmax
+        exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
+        assert _largest_error(row, exact) <= BOUND
+        assert row.teacher_nll == pytest.approx(
+            -exact[np.arange(len(exact)), row.tokens[1:]].sum(), abs=2e-2
+        )
+        assert row.teacher_entropy == pytest.approx(-(np.exp(exact) * exact).sum(), abs=2e-2)
+    row = rows["train", 0]
+    exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
+    for shift in (-1, 1):  # the test itself must notice an off-by-one
+        assert _largest_error(row, np.roll(exact, shift, axis=0)) > 10 * BOUND
+
+
+def test_the_real_teacher_in_float32_is_exact_and_in_bfloat16_close(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    text = (ROOT / "teacher_dump" / "dump.py").read_text(encoding="utf-8")
+    corpus.write_text(text[:4000], encoding="utf-8")
+    divergence = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        command = dump_command(smollm2, corpus, out, "--dtype", dtype, "--held-out", "0")
+        result = run_dump([*command, "--sequence-length", "128", "--max-tokens", "512"])
+        assert result.returncode == 0, result.stderr
+        rows = _all_rows(out)
+        assert len(rows) == 4
+        errors, divergences = [], []
+        for row in rows.values():
+            exact = dense_logprobs(smollm2, row.tokens, 49152)
+            errors.append(_largest_error(row, exact))
+            borders = _borders(row)
+            for t in range(len(row.counts)):
+                kept = slice(borders[t], borders[t + 1])
+                true = exact[t][row.ids[kept]]
+                tail = np.logaddexp.reduce(np.delete(exact[t], row.ids[kept]))
+                divergences.append(
+                    (np.exp(true) * (true - row.logprobs[kept])).sum()
+                    + np.exp(tail) * (tail - row.tail_logmass[t])
+                )
+            if dtype == "bfloat16":
+                shifted = np.roll(exact, 1, axis=0)
+                assert (
+                    np.mean(np.abs(row.label_logprobs - shifted[:, row.tokens[1:]].diagonal()))
+                    > 0.5
+                )
+        divergence[dtype] = float(np.mean(divergences))
+        if dtype == "float32":
+            assert max(errors) <= BOUND
+    assert abs(divergence["float32"]) < 1e-3
+    assert abs(divergence["bfloat16"]) < 2e-2
+
+
+def _wait_for(condition, process: subprocess.Popen[str], limit_s: float = 240) -> None:  # type: ignore[no-untyped-def,type-arg]
+    started = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - started < limit_s
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
+def test_a_dump_that_was_killed_continues_and_loses_and_repeats_nothing(
+    engine: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=400)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ("--engine", engine, "--dtype", "float32")
+    assert run_dump(dump_command(tiny_teacher, corpus, whole, *more)).returncode == 0
+
+    command = dump_command(tiny_teacher, corpus, killed, *more)
+    kept: dict[Path, bytes] = {}
+    for shards_before_the_kill in (1, 5):
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            _wait_for(
+                lambda n=shards_before_the_kill: len(list(killed.glob("train/*.json"))) >= n,
+                process,
+            )
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        kept |= {path: path.read_bytes() for path in killed.glob("train/shard-*.parquet")
+                 if path.with_suffix(".json").exists()}  # fmt: skip
+    result = run_dump(command)
+    assert result.returncode == 0, result.stderr
+    assert kept
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert inspect.verify(killed) == []
+    assert not list(killed.rglob("*.tmp"))
+    expected, found = _all_rows(whole), _all_rows(killed)
+    assert expected.keys() == found.keys()
+    for key, row in expected.items():
+        again = found[key]
+        assert np.array_equal(row.tokens, again.tokens)
+        assert np.array_equal(row.segments, again.segments)
+        assert np.abs(row.label_logprobs - again.label_logprobs).max() <= STEP
+    assert "nothing to do" in run_dump(command).stdout
+
+
+def test_a_larger_max_tokens_extends_and_another_identity_is_refused_by_name(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=60)
+    out = tmp_path / "out"
+    command = dump_command(tiny_teacher, corpus, out, "--engine", "transformers")
+    assert run_dump([*command, "--max-tokens", "500"]).returncode == 0
+    first = _all_rows(out)
+    assert run_dump([*command, "--max-tokens", "1000"]).returncode == 0
+    second = _all_rows(out)
+    assert len(second) > len(first)
+    for key, row in first.items():
+        assert np.array_equal(row.tokens, second[key].tokens)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+    for option, value, named in (
+        ("--top-k", "5", "keep.top_k"),
+        ("--dtype", "float32", "teacher.dtype"),
+        ("--sequence-length", "16", "sequence_length"),
+        ("--held-out", "0.2", "documents.held_out"),
+    ):
+        result = run_dump([*command, option, value])
+        assert result.returncode == 2
+        assert named in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    write_corpus(corpus, num_documents=61)
+    result = run_dump(command)
+    assert result.returncode == 2
+    assert "corpus" in result.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_is_finished(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=60)
+    out = tmp_path / "out"
+    command = dump_command(tiny_teacher, corpus, out, "--engine", "transformers")
+    command += ["--top-k", "300", "--top-p", "1"]
+    assert run_dump([*command, "--max-tokens", "300"]).returncode == 0
+    finished = {path: path.read_bytes() for path in out.rglob("shard-*")}
+    assert finished
+
+    def limit_file_size() -> None:  # every larger write fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    result = run_dump([*command, "--max-tokens", "1500"], preexec_fn=limit_file_size)
+    assert result.returncode == 1, result.stderr
+    assert len([line for line in result.stderr.splitlines() if "dump-logits:" in line]) == 1
+    assert "Traceback" not in result.stderr
+    assert inspect.verify(out) != []  # shards are missing, and said to be
+    result = run_dump([*command, "--max-tokens", "1500"])
+    assert result.returncode == 0, result.stderr
+    assert inspect.verify(out) == []
+
+
+def test_two_runs_on_one_folder_do_not_meet(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=3)
+    out = tmp_path / "out"
+    out.mkdir()
+    import fcntl
+
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        result = run_dump(dump_command(tiny_teacher, corpus, out, "--engine", "transformers"))
+    finally:
+        os.close(folder)
+    assert result.returncode == 2
+    assert "another dump-logits" in result.stderr
+
+
+def test_the_resolved_configuration_lies_beside_the_shards(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    options = tmp_path / "options.yaml"
+    options.write_text("top-k: 7\nheld_out: 0\n", encoding="utf-8")
+    out = tmp_path / "out"
+    command = dump_command(tiny_teacher, corpus, out, "--engine", "transformers")
+    assert run_dump([*command, "--config", str(options)]).returncode == 0
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["identity"]["keep"]["top_k"] == 20  # what is on the command line wins
+    assert manifest["identity"]["documents"]["held_out"] == 0.1
+    options.write_text("topk: 7\n", encoding="utf-8")
+    result = run_dump([*command, "--config", str(options)])
+    assert result.returncode == 2
+    assert "topk" in result.stderr

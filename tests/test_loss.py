@@ -1,0 +1,265 @@
+"""The fused loss against a dense float64 reference written from the definition, with autograd."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from student_train.loss import Loss, Objective, Targets, distillation_loss
+
+SIZES = [(1, 1, 3, 1), (7, 5, 13, 4), (33, 16, 101, 17), (64, 24, 257, 100)]  # T, D, V, K
+
+
+def make_case(
+    size: tuple[int, int, int, int], *, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Targets]:
+    """Random hidden, weight, labels with every fifth ignored, targets with ragged kept entries."""
+    num_tokens, width, vocab_size, num_kept = size
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, width, generator=random, dtype=torch.float64)
+    weight = torch.randn(vocab_size, width, generator=random, dtype=torch.float64)
+    labels = torch.randint(vocab_size, (num_tokens,), generator=random)
+    labels[4::5] = -100
+    most = min(num_kept, vocab_size)
+    scores = torch.randn(num_tokens, vocab_size, generator=random, dtype=torch.float64)
+    logprobs, ids = torch.log_softmax(2 * scores, 1).topk(most)
+    counts = torch.randint(most + 1, (num_tokens,), generator=random)
+    padding = torch.arange(most) >= counts[:, None]
+    targets = Targets(
+        ids.masked_fill(padding, 0).int(), logprobs.masked_fill(padding, float("-inf"))
+    )
+    return (
+        hidden.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(),
+        labels,
+        Targets(targets.ids, targets.logprobs.to(dtype)),
+    )
+
+
+def dense_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, targets: Targets, objective: Objective
+) -> Loss:
+    """The definition, position by position, over the logits of the whole batch."""
+    logs = torch.log_softmax(hidden @ weight.T, 1)
+    lm, kd = logs.new_zeros(()), logs.new_zeros(())
+    for t in range(len(labels)):
+        if labels[t] == -100:
+            continue
+        lm = lm - logs[t, labels[t]]
+        kept = targets.logprobs[t] > float("-inf")
+        if kept.any():
+            target = torch.softmax(targets.logprobs[t][kept] / objective.temperature, 0)
+            kd = kd - (target * logs[t, targets.ids[t][kept].long()]).sum()
+            if objective.kind == "kld":
+                kd = kd + (target * target.log()).sum()
+    return Loss((1 - objective.alpha) * lm + objective.alpha * kd, lm, kd)
+
+
+def gradients(loss: Loss, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the total for hidden and weight."""
+    return torch.autograd.grad(loss.total, (hidden, weight))
+
+
+@pytest.mark.parametrize("kind", ["kld", "nll"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_values_and_gradients_equal_the_dense_reference(
+    kind: str, alpha: float, temperature: float
+) -> None:
+    objective = Objective(kind=kind, alpha=alpha, temperature=temperature)
+    for size, rows_per_block in itertools.product(SIZES, (1, 3, 1000)):
+        hidden, weight, labels, targets = make_case(size)
+        expected = dense_reference(hidden, weight, labels, targets, objective)
+        found = distillation_loss(
+            hidden,
+            weight,
+            labels,
+            targets if alpha else None,
+            objective,
+            block_bytes=rows_per_block * len(weight) * 8,
+        )
+        torch.testing.assert_close(found.total, expected.total)
+        torch.testing.assert_close(found.lm, expected.lm)
+        torch.testing.assert_close(found.kd, expected.kd if alpha else torch.zeros_like(found.kd))
+        torch.testing.assert_close(
+            gradients(found, hidden, weight), gradients(expected, hidden, weight)
+        )
+
+
+def test_a_scaled_loss_has_scaled_gradients() -> None:
+    hidden, weight, labels, targets = make_case(SIZES[1])
+    objective = Objective(kind="kld", alpha=0.5, temperature=1.0)
+
+    def loss() -> Tensor:
+        return distillation_loss(hidden, weight, labels, targets, objective).total
+
+    plain = torch.autograd.grad(loss(), (hidden, weight))
+    scaled = torch.autograd.grad(loss() / 7, (hidden, weight))
+    torch.testing.assert_close(scaled, tuple(gradient / 7 for gradient in plain))
+
+
+def test_kld_and_nll_differ_by_the_entropy_of_the_target_and_not_in_gradient() -> None:
+    hidden, weight, labels, targets = make_case(SIZES[2])
+    results = {
+        kind: distillation_loss(
+            hidden,
+            weight,
+            labels,
+            targets,
+            Objective(kind=kind, alpha=0.7, temperature=0.5),
+        )
+        for kind in ("kld", "nll")
+    }
+    assert results["nll"].kd > results["kld"].kd
+    of_kld, of_nll = (gradients(results[kind], hidden, weight) for kind in ("kld", "nll"))
+    torch.testing.assert_close(of_kld, of_nll, rtol=0, atol=0)
+
+
+def test_kld_is_zero_for_a_student_that_equals_the_target() -> None:
+    logprobs = torch.log_softmax(torch.randn(5, 11, dtype=torch.float64), 1)
+    hidden = logprobs.clone().requires_grad_()
+    weight = torch.eye(11, dtype=torch.float64).requires_grad_()
+    targets = Targets(torch.arange(11).expand(5, 11).int(), logprobs)
+    objective = Objective(kind="kld", alpha=1.0, temperature=1.0)
+    found = distillation_loss(hidden, weight, torch.zeros(5, dtype=torch.int64), targets, objective)
+    torch.testing.assert_close(found.kd, torch.zeros_like(found.kd))
+    torch.testing.assert_close(gradients(found, hidden, weight)[0], torch.zeros(5, 11).double())
+
+
+def test_probability_outside_the_kept_entries_costs_something() -> None:
+    weight = torch.eye(6, dtype=torch.float64).requires_grad_()
+    targets = Targets(torch.tensor([[0, 1]]).int(), torch.tensor([[0.6, 0.4]]).double().log())
+    objective = Objective(kind="kld", alpha=1.0, temperature=1.0)
+
+    def kd(outside: float) -> float:
+        kept = torch.tensor([0.6, 0.4]) * (1 - outside)
+        probabilities = torch.cat([kept, torch.full((4,), outside / 4)])
+        hidden = probabilities.double().log()[None].requires_grad_()
+        label = torch.zeros(1, dtype=torch.int64)
+        return distillation_loss(hidden, weight, label, targets, objective).kd.item()
+
+    assert kd(1e-9) == pytest.approx(0, abs=1e-6)
+    assert kd(0.5) == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-5)
+
+
+def test_positions_without_kept_entries_have_only_the_language_model_part() -> None:
+    hidden, weight, labels, targets = make_case(SIZES[2])
+    nothing = Targets(targets.ids, torch.full_like(targets.logprobs, float("-inf")))
+    mixed = Objective(kind="kld", alpha=0.25, temperature=1.0)
+    found = distillation_loss(hidden, weight, labels, nothing, mixed)
+    assert found.kd == 0
+    torch.testing.assert_close(found.total, 0.75 * found.lm)
+    only_kd = Objective(kind="kld", alpha=1.0, temperature=1.0)
+    found = distillation_loss(hidden, weight, labels, nothing, only_kd)
+    assert found.total == 0
+    assert all(not gradient.any() for gradient in gradients(found, hidden, weight))
+
+
+def test_no_valid_label_gives_zero_and_no_nan() -> None:
+    hidden, weight, labels, targets = make_case(SIZES[1])
+    found = distillation_loss(
+        hidden,
+        weight,
+        torch.full_like(labels, -100),
+        targets,
+        Objective(kind="kld", alpha=0.5, temperature=1.0),
+    )
+    assert [value.item() for value in found] == [0, 0, 0]
+    assert all(not gradient.any() for gradient in gradients(found, hidden, weight))
+
+
+def test_ignored_rows_may_hold_anything() -> None:
+    hidden, weight, labels, targets = make_case(SIZES[1])
+    objective = Objective(kind="nll", alpha=0.5, temperature=1.0)
+    expected = distillation_loss(hidden, weight, labels, targets, objective)
+    ignored = labels == -100
+    wild = hidden.detach().clone()
+    wild[ignored] = float("nan")
+    wild.requires_grad_()
+    found = distillation_loss(wild, weight, labels, targets, objective)
+    torch.testing.assert_close(found.total, expected.total, rtol=0, atol=0)
+    assert not gradients(found, wild, weight)[0][ignored].any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_extreme_logits_stay_finite_and_right(scale: float) -> None:
+    hidden, weight, labels, targets = make_case(SIZES[2])
+    objective = Objective(kind="kld", alpha=0.5, temperature=1.0)
+    large = (hidden.detach() * scale).requires_grad_()
+    expected = dense_reference(large, weight, labels, targets, objective)
+    narrow = large.detach().float().requires_grad_()
+    found = distillation_loss(
+        narrow, weight.float(), labels, Targets(targets.ids, targets.logprobs.float()), objective
+    )
+    torch.testing.assert_close(found.total, expected.total.float(), rtol=1e-4, atol=0)
+
+
+def test_sums_and_weight_gradient_are_float32_under_bfloat16_autocast() -> None:
+    size = (4096, 8, 64, 8)
+    hidden, weight, labels, targets = make_case(size, dtype=torch.float32)
+    hidden = (hidden.detach() * 0.1).requires_grad_()
+    objective = Objective(kind="nll", alpha=0.5, temperature=1.0)
+    exact = dense_reference(hidden.double(), weight.double(), labels, targets, objective)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distillation_loss(
+            hidden, weight, labels, targets, objective, block_bytes=16 * 64 * 4
+        )
+    assert {value.dtype for value in found} == {torch.float32}
+    # A bfloat16 sum stops growing at 256 terms of this size; rounding of logits averages out.
+    torch.testing.assert_close(found.total, exact.total.float(), rtol=1e-3, atol=0)
+    of_hidden, of_weight = gradients(found, hidden, weight)
+    assert of_hidden.dtype == of_weight.dtype == torch.float32
+    expected = torch.autograd.grad(exact.total, weight)[0]
+    assert (of_weight - expected).norm() < 0.02 * expected.norm()
+
+
+class _LargestResult(TorchDispatchMode):
+    """Remembers the largest number of elements of any tensor that an operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, value.numel())
+        return result
+
+
+def test_no_tensor_is_as_large_as_the_logits_of_the_batch() -> None:
+    size = (512, 4, 1000, 10)
+    hidden, weight, labels, targets = make_case(size, dtype=torch.float32)
+    objective = Objective(kind="kld", alpha=0.5, temperature=1.0)
+    rows_per_block = 16
+    with _LargestResult() as results:
+        loss = distillation_loss(
+            hidden, weight, labels, targets, objective, block_bytes=rows_per_block * 1000 * 4
+        )
+        loss.total.backward()
+    assert results.largest == rows_per_block * 1000
+    assert hidden.grad is not None
+
+
+def test_targets_are_given_exactly_if_alpha_needs_them() -> None:
+    hidden, weight, labels, targets = make_case(SIZES[1])
+    with pytest.raises(ValueError, match="alpha"):
+        distillation_loss(
+            hidden, weight, labels, targets, Objective(kind="kld", alpha=0.0, temperature=1.0)
+        )
+    with pytest.raises(ValueError, match="alpha"):
+        distillation_loss(
+            hidden, weight, labels, None, Objective(kind="kld", alpha=0.5, temperature=1.0)
+        )
+
+
+def test_a_second_differentiation_is_refused() -> None:
+    hidden, weight, labels, targets = make_case(SIZES[1])
+    objective = Objective(kind="kld", alpha=0.5, temperature=1.0)
+    total = distillation_loss(hidden, weight, labels, targets, objective).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        total.backward()

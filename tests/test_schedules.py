@@ -1,0 +1,53 @@
+"""The learning rate over a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from student_train.schedules import LearningRate, learning_rate
+
+
+def make(kind: str, num_steps: int = 100) -> LearningRate:
+    return learning_rate(
+        kind,
+        peak=0.01,
+        num_steps=num_steps,
+        warmup_fraction=0.1,
+        decay_fraction=0.2,
+        floor=0.1,
+    )
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine"])
+def test_it_rises_from_the_first_step_and_ends_at_the_floor(kind: str) -> None:
+    rate = make(kind)
+    values = [rate.at(step) for step in range(100)]
+    assert values[0] == pytest.approx(0.001)
+    assert values[9] == max(values) == 0.01
+    assert values[-1] == pytest.approx(0.001)
+    assert values[:10] == sorted(values[:10])
+    assert values[9:] == sorted(values[9:], reverse=True)
+
+
+def test_wsd_stays_at_the_peak_until_its_decay_and_then_falls_in_a_line() -> None:
+    rate = make("wsd")
+    assert [rate.at(step) for step in range(10, 80)] == [0.01] * 70
+    assert rate.at(89) == pytest.approx(0.01 * (0.1 + 0.9 * 0.5))
+
+
+def test_cosine_is_halfway_at_half_of_what_follows_the_warm_up() -> None:
+    assert make("cosine").at(54) == pytest.approx(0.01 * (0.1 + 0.9 * 0.5))
+
+
+@pytest.mark.parametrize("kind", ["wsd", "cosine"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
+def test_short_runs_have_a_learning_rate_at_every_step(kind: str, num_steps: int) -> None:
+    rate = make(kind, num_steps)
+    assert all(0 < rate.at(step) <= 0.01 for step in range(num_steps))
+
+
+def test_a_run_without_decay_ends_at_the_peak() -> None:
+    rate = learning_rate(
+        "wsd", peak=1.0, num_steps=10, warmup_fraction=0, decay_fraction=0, floor=0
+    )
+    assert [rate.at(step) for step in range(10)] == [1.0] * 10

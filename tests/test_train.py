@@ -1,0 +1,272 @@
+"""Whole runs on a dataset of a few sequences: learning, results, continuing, refusing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from shards.errors import IdentityMismatchError, InputError, RunError, ShardError
+from student_train.config import TrainConfig
+from student_train.train import run
+from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset, make_tokenizer
+
+STEP_SEQUENCES = 4
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("datasets") / "tiny", train=60, validation=20)
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough to learn the teacher's table from, and not by heart."""
+    folder = tmp_path_factory.mktemp("datasets") / "many"
+    return make_dataset(
+        folder, train=1000, validation=50, sequences_per_shard=1000, sequences_per_row_group=100
+    )
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A config file of a very small Llama."""
+    folder = tmp_path_factory.mktemp("student")
+    LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+    ).save_pretrained(folder)
+    return str((folder / "config.json").rename(folder / "student.json"))
+
+
+def make_config(shards: Path, student: str, out: Path, **changes: Any) -> TrainConfig:
+    config = TrainConfig(
+        shards=shards,
+        student=student,
+        out=out,
+        tokens=6 * STEP_SEQUENCES * SEQUENCE_LENGTH,
+        batch_tokens=STEP_SEQUENCES * SEQUENCE_LENGTH,
+        micro_batch_sequences=3,
+        learning_rate=1e-2,
+        dtype="float32",
+    )
+    return replace(config, **changes)
+
+
+def lines(out: Path, kind: str = "train") -> list[dict[str, Any]]:
+    content = (out / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, content) if line["kind"] == kind]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    for name, weight in weights(expected).items():
+        assert torch.equal(weights(found)[name], weight), name
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_student_learns_from_labels_from_the_teacher_and_from_both(
+    many_shards: Path, student: str, tmp_path: Path, alpha: float, dtype: str
+) -> None:
+    config = make_config(
+        many_shards,
+        student,
+        tmp_path / "out",
+        tokens=32_000,
+        batch_tokens=16 * SEQUENCE_LENGTH,
+        micro_batch_sequences=16,
+        eval_every=10,
+        alpha=alpha,
+        dtype=dtype,
+    )
+    summary = run(config)
+    first, last = (lines(config.out, "validation")[i] for i in (0, -1))
+    assert last["cross_entropy"] < first["cross_entropy"] - 0.2
+    assert last["kl_bound"] < first["kl_bound"] - 0.2
+    assert last["top1_agreement"] > first["top1_agreement"]
+    assert summary["validation_cross_entropy"] == last["cross_entropy"]
+    assert summary["steps"] == 125
+
+
+def test_the_result_is_a_folder_that_transformers_loads(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    config = make_config(shards, student, tmp_path / "out")
+    summary = run(config)
+    model = AutoModelForCausalLM.from_pretrained(summary["model"])
+    tokenizer = AutoTokenizer.from_pretrained(summary["model"])
+    assert len(tokenizer) == VOCAB_SIZE
+    assert tokenizer("word3 word5").input_ids == [3, 5]
+    assert model(torch.tensor([[3, 5]])).logits.shape == (1, 2, 64)
+
+
+def test_a_run_writes_its_settings_a_line_per_step_tensorboard_and_a_summary(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    config = make_config(shards, student, tmp_path / "out", eval_every=3, save_every=2)
+    summary = run(config)
+    assert [line["step"] for line in lines(config.out)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines(config.out, "validation")] == [3, 6]
+    assert lines(config.out)[-1]["tokens"] == summary["tokens"]
+    assert list((config.out / "tensorboard").iterdir())
+    assert json.loads((config.out / "run.json").read_text())["config"]["alpha"] == 0.9
+    assert json.loads((config.out / "summary.json").read_text()) == summary
+    kept = sorted(path.name for path in (config.out / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+
+
+def test_the_mean_of_a_step_does_not_depend_on_micro_batches(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    found = []
+    for size in (1, 3, 4):
+        config = make_config(
+            shards, student, tmp_path / str(size), micro_batch_sequences=size, tokens=2000
+        )
+        run(config)
+        found.append([(line["loss"], line["gradient_norm"]) for line in lines(config.out)])
+    for other in found[1:]:
+        for expected, actual in zip(found[0], other, strict=True):
+            assert actual == pytest.approx(expected, rel=1e-3)
+
+
+def test_loss_mask_and_short_rows_count_only_what_is_labelled(student: str, tmp_path: Path) -> None:
+    shards = make_dataset(tmp_path / "masked", train=8, validation=0, masked=True)
+    config = make_config(shards, student, tmp_path / "out", tokens=8 * SEQUENCE_LENGTH)
+    summary = run(config)
+    sidecars = [json.loads(path.read_text()) for path in (shards / "train").glob("*.json")]
+    assert summary["tokens"] == sum(sidecar["tokens"] for sidecar in sidecars)
+    assert "validation_cross_entropy" not in summary
+
+
+def test_more_tokens_than_the_dataset_has_are_further_epochs(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    summary = run(make_config(shards, student, tmp_path / "out", tokens=2000))
+    assert summary["epochs"] > 2
+    assert summary["steps"] == -(-2000 // (STEP_SEQUENCES * SEQUENCE_LENGTH))
+
+
+@pytest.mark.parametrize("changes", [{}, {"alpha": 0.0}, {"dtype": "bfloat16"}])
+def test_a_run_that_stops_after_any_checkpoint_goes_on_as_if_it_had_not(
+    shards: Path, student: str, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole = make_config(shards, student, tmp_path / "whole", save_every=1, eval_every=4, **changes)
+    run(whole)
+    out = tmp_path / "resumed"
+    shutil.copytree(whole.out, out)
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-00000006")  # the one of step 5 is left
+    run(replace(whole, out=out))
+    assert_same_weights(out, whole.out)
+    assert (out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+
+
+def test_a_finished_run_is_left_as_it_is(shards: Path, student: str, tmp_path: Path) -> None:
+    config = make_config(shards, student, tmp_path / "out")
+    summary = run(config)
+    shutil.rmtree(config.out / "checkpoints")
+    assert run(config) == summary
+    assert not (config.out / "checkpoints").exists()
+
+
+def test_saving_more_often_is_not_another_run_but_another_seed_is(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    config = make_config(shards, student, tmp_path / "out")
+    summary = run(config)
+    assert run(replace(config, save_every=1)) == summary
+    with pytest.raises(InputError, match=r"config\.seed: 3 here, 0 there"):
+        run(replace(config, seed=3))
+    with pytest.raises(InputError, match="learning rate at every step"):
+        run(replace(config, tokens=10 * config.tokens))
+
+
+def test_the_seed_decides_weights_and_order(shards: Path, student: str, tmp_path: Path) -> None:
+    configs = [
+        make_config(shards, student, tmp_path / str(i), seed=seed)
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    for config in configs:
+        run(config)
+    assert_same_weights(configs[1].out, configs[0].out)
+    assert lines(configs[2].out)[0]["loss"] != lines(configs[0].out)[0]["loss"]
+
+
+def test_a_run_continues_from_a_model_folder(shards: Path, student: str, tmp_path: Path) -> None:
+    first = run(make_config(shards, student, tmp_path / "first", tokens=20_000))
+    second = make_config(shards, str(first["model"]), tmp_path / "second")
+    run(second)
+    assert lines(second.out)[0]["loss"] < 0.8 * lines(tmp_path / "first")[0]["loss"]
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = make_config(shards, student, out)
+    for changes, error, match in (
+        ({"student": "1.5B"}, InputError, "demo, 330M"),
+        ({"student": student, "learning_rate": None}, InputError, "--learning-rate"),
+        ({"batch_tokens": SEQUENCE_LENGTH - 1}, InputError, "at least one sequence"),
+        ({"shards": tmp_path / "nothing"}, ShardError, "not a dataset"),
+        ({"eval_shards": tmp_path / "nothing"}, ShardError, "not a dataset"),
+        ({"student": str(shards)}, InputError, "no tokenizer"),
+    ):
+        with pytest.raises(error, match=match):
+            run(replace(config, **changes))
+        assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"something else \(notes\.txt\)"):
+        run(config)
+
+
+def test_another_tokenizer_is_refused_though_its_vocabulary_has_the_same_size(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    folder = Path(str(run(make_config(shards, student, tmp_path / "first"))["model"]))
+    make_tokenizer(folder, prefix="other")
+    with pytest.raises(IdentityMismatchError, match="another tokenizer"):
+        run(make_config(shards, str(folder), tmp_path / "second"))
+
+
+def test_evaluation_on_other_shards_of_the_same_tokenizer(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    other = make_dataset(tmp_path / "other", train=3, validation=4, seed=1)
+    config = make_config(shards, student, tmp_path / "out", eval_shards=other)
+    summary = run(config)
+    assert summary["validation_tokens"] == 4 * SEQUENCE_LENGTH - 5
+
+
+def test_a_run_that_diverges_ends_with_one_line_and_no_checkpoint_of_it(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    config = make_config(
+        shards, student, tmp_path / "out", learning_rate=1e30, save_every=1, gradient_clip=None
+    )
+    with pytest.raises(RunError, match="diverged"):
+        run(config)
+    for path in (config.out / "checkpoints").glob("step-*"):
+        assert all(
+            value.isfinite().all() for value in load_file(path / "model.safetensors").values()
+        )

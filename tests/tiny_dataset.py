@@ -1,0 +1,151 @@
+"""Small complete datasets for tests: a random bigram model is the teacher, so they can be learned.
+
+The teacher's distribution over the next token depends on the current token alone and is known
+exactly, which gives tests something to compare with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from shards.dataset import SplitSize, create_or_continue, missing_shards
+from shards.identity import Json, tokenizer_sha256
+from shards.rows import Row
+from shards.writer import ShardWriter
+
+VOCAB_SIZE = 61  # no multiple of anything, so that a padded vocabulary shows
+SEQUENCE_LENGTH = 16
+EOS_TOKEN_ID = 0
+TOP_K = 8
+LOGPROB_STEP = 1 / 16
+
+
+def make_tokenizer(folder: Path, *, prefix: str = "word") -> str:
+    """Save a tokenizer of VOCAB_SIZE whole words and return its identity."""
+    words = ["<eos>"] + [f"{prefix}{number}" for number in range(1, VOCAB_SIZE)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.save_pretrained(folder)
+    return tokenizer_sha256(fast.backend_tokenizer.to_str())
+
+
+def teacher_logprobs(seed: int = 0) -> npt.NDArray[np.float64]:
+    """The bigram teacher: log-probabilities of the next token, [VOCAB_SIZE, VOCAB_SIZE]."""
+    logits = np.random.default_rng(seed).normal(scale=2.5, size=(VOCAB_SIZE, VOCAB_SIZE))
+    table: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return table
+
+
+def make_row(
+    sequence: int, num_tokens: int, *, seed: int = 0, split: str = "train", masked: bool = False
+) -> Row:
+    """One sequence drawn from the teacher, with its top TOP_K entries kept."""
+    table = teacher_logprobs()
+    random = np.random.default_rng([seed, split == "train", sequence])
+    tokens = np.empty(num_tokens, np.int32)
+    tokens[0] = random.integers(VOCAB_SIZE)
+    for t in range(1, num_tokens):
+        tokens[t] = random.choice(VOCAB_SIZE, p=np.exp(table[tokens[t - 1]]))
+    logprobs = table[tokens[:-1]]
+    loss_mask = random.random(num_tokens - 1) < 0.8 if masked else None
+    counted = np.ones(num_tokens - 1, np.bool_) if loss_mask is None else loss_mask
+    # A count that varies, as top-p's does: ragged rows are what there is to get wrong.
+    counts = np.where(counted, random.integers(1, TOP_K + 1, num_tokens - 1), 0)
+    order = np.lexsort((np.broadcast_to(np.arange(VOCAB_SIZE), logprobs.shape), -logprobs))
+    kept = [order[t, : counts[t]] for t in range(num_tokens - 1)]
+    exact = [logprobs[t, ids] for t, ids in enumerate(kept)]
+    label = logprobs[np.arange(num_tokens - 1), tokens[1:]]
+    return Row(
+        sequence=sequence,
+        tokens=tokens,
+        segments=np.cumsum(np.append(0, tokens[:-1] == EOS_TOKEN_ID)).astype(np.int32),
+        counts=counts.astype(np.int32),
+        ids=np.concatenate(kept).astype(np.int32),
+        logprobs=_rounded(np.concatenate(exact)),
+        tail_logmass=_rounded(np.array([np.log1p(-np.exp(values).sum()) for values in exact])),
+        label_logprobs=_rounded(label),
+        loss_mask=loss_mask,
+        teacher_nll=float(-label[counted].sum()),
+        teacher_entropy=float(-(np.exp(logprobs) * logprobs).sum(1)[counted].sum()),
+    )
+
+
+def make_dataset(
+    path: Path,
+    *,
+    train: int = 22,
+    validation: int = 5,
+    sequences_per_shard: int = 7,
+    sequences_per_row_group: int = 3,
+    masked: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a complete dataset of SEQUENCE_LENGTH positions a sequence; the last of each is short.
+
+    The layout leaves short row groups at the end of every shard. Returns `path`.
+    """
+    identity: dict[str, Json] = {
+        "format_version": 1,
+        "teacher": {"config_sha256": "", "weights_sha256": "bigram", "dtype": "float64"},
+        "tokenizer_sha256": make_tokenizer(path / "tokenizer"),
+        "vocab_size": VOCAB_SIZE,
+        "tokens_sha256": str(seed),
+        "documents": {
+            "bos": False,
+            "eos_token_id": EOS_TOKEN_ID,
+            "joined": True,
+            "held_out": 0.1,
+        },
+        "sequence_length": SEQUENCE_LENGTH,
+        "keep": {
+            "method": "top-p-k",
+            "top_p": 1.0,
+            "top_k": TOP_K,
+            "logprob_step": LOGPROB_STEP,
+        },
+        "seed": seed,
+        "layout": {
+            "sequences_per_shard": sequences_per_shard,
+            "sequences_per_row_group": sequences_per_row_group,
+        },
+    }
+    sizes = {"train": train, "validation": validation}
+    splits = {
+        split: SplitSize(sequences=size, positions=max(0, size * SEQUENCE_LENGTH - 5))
+        for split, size in sizes.items()
+    }
+    manifest = create_or_continue(path, identity, splits, {"engine": "bigram"})
+    for split, size in sizes.items():
+        for shard, sequences in missing_shards(path, manifest, split):
+            with ShardWriter(
+                path / split,
+                shard=shard,
+                split=split,
+                identity=identity,
+                sequences_per_row_group=sequences_per_row_group,
+            ) as writer:
+                rows = [
+                    make_row(
+                        sequence,
+                        SEQUENCE_LENGTH + 1 - (5 if sequence == size - 1 else 0),
+                        seed=seed,
+                        split=split,
+                        masked=masked,
+                    )
+                    for sequence in sequences
+                ]
+                for first in range(0, len(rows), sequences_per_row_group):
+                    writer.write_rows(rows[first : first + sequences_per_row_group])
+                writer.publish()
+    return path
+
+
+def _rounded(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """float32, to a multiple of LOGPROB_STEP as the format wants it."""
+    return (np.rint(logprobs / LOGPROB_STEP) * LOGPROB_STEP).astype(np.float32)
