@@ -45,6 +45,8 @@ class DumpConfig:
             raise InputError(f"--keep {self.keep}: expected top-p-k")
         if self.engine not in ("vllm", "transformers"):
             raise InputError(f"--engine {self.engine}: expected vllm or transformers")
+        if self.engine_arg and self.engine != "vllm":
+            raise InputError(f"--engine-arg is for --engine vllm; {self.engine} takes none")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise InputError(f"--dtype {self.dtype}: expected auto, bfloat16 or float32")
         if not 0 < self.top_p <= 1:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from shards.errors import InputError
 from teacher_dump.selection import Selected, TopPK
 from teacher_dump.sequences import TokenSequence
 
@@ -55,8 +54,6 @@ def start_engine(
             keep=keep,
             engine_args=engine_args,
         )
-    if engine_args:
-        raise InputError(f"--engine-arg is for --engine vllm; --engine {engine} takes none")
     from teacher_dump.transformers_engine import TransformersEngine
 
     return TransformersEngine(

@@ -1,0 +1,173 @@
+"""The command line: instant help, and bad input that ends in one line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from click.testing import CliRunner
+
+import cli
+from tests.tiny_teacher import ROOT, dump_command, run_dump, write_corpus
+
+HEAVY = ("torch", "vllm", "transformers", "pyarrow", "numpy", "yaml", "tokenizers")
+
+
+@pytest.mark.parametrize("command", ["dump-logits", "train-student", "inspect-shards"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys, cli\n"
+        "try: cli.main([sys.argv[1], '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, command], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "Options:" in result.stdout
+    assert result.stdout.strip().endswith("HEAVY []")
+
+
+def _dump(*options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.dump_logits, list(options))
+    return result.exit_code, result.output
+
+
+def _options(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
+    words = dump_command(teacher, corpus, out, "--engine", "transformers", *more)
+    return words[3:]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--top-p", "0"], "--top-p 0.0: expected a value in (0, 1]"),
+        (["--top-p", "1.5"], "--top-p 1.5"),
+        (["--top-k", "302"], "--top-k 302: the tokenizer has only 301"),
+        (["--sequence-length", "65"], "--sequence-length 65"),
+        (["--keep", "everything"], "--keep everything"),
+        (["--engine", "magic"], "--engine magic"),
+        (["--held-out", "1"], "--held-out 1.0"),
+        (["--max-tokens", "0"], "--max-tokens 0"),
+        (["--text-key", "body"], "corpus.jsonl:1: no key 'body', found 'text'"),
+        (["--engine-arg", "max_num_seqs=4"], "--engine-arg is for --engine vllm"),
+    ],
+)
+def test_bad_options_end_in_one_line_and_leave_nothing(
+    more: list[str], says: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=20)
+    out = tmp_path / "out"
+    code, output = _dump(*_options(tiny_teacher, corpus, out, *more))
+    assert code == 2
+    assert says in output
+    assert len(output.strip().splitlines()) == 1
+    assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.jsonl", None, "missing.jsonl: no such corpus file"),
+        ("empty.jsonl", b"", "is it empty?"),
+        (
+            "broken.jsonl",
+            b'{"text": "w1 w2"}\n{"text": "w3\n',
+            "broken.jsonl:2: not a line of JSON",
+        ),
+        ("list.jsonl", b"[1]\n", "list.jsonl:1: expected an object"),
+        ("number.jsonl", b'{"text": 3}\n', "number.jsonl:1: 'text' is int"),
+        ("latin.txt", b"caf\xe9", "latin.txt: not UTF-8"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "w1"}\n' * 99)[:-9], "cut.jsonl.gz"),
+        ("not.parquet", b"PAR1 nothing PAR1", "not.parquet: not a Parquet file"),
+        ("corpus.doc", b"text", "not a kind of corpus file"),
+    ],
+)
+def test_a_bad_corpus_is_named_with_its_place_and_nothing_is_left(
+    name: str, content: bytes | None, says: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / name
+    if content is not None:
+        corpus.write_bytes(content)
+    out = tmp_path / "out"
+    code, output = _dump(*_options(tiny_teacher, corpus, out))
+    assert code == 2, output
+    assert says in output
+    assert len(output.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_an_unknown_teacher_and_a_foreign_folder_are_refused(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    code, output = _dump(*_options(tmp_path / "nobody", corpus, tmp_path / "out"))
+    assert code == 2
+    assert "neither a folder nor a model" in output
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "cat.jpg").write_bytes(b"cat")
+    code, output = _dump(*_options(tiny_teacher, corpus, foreign))
+    assert code == 2
+    assert "holds something else" in output
+    assert [path.name for path in foreign.iterdir()] == ["cat.jpg"]
+
+
+def test_every_kind_of_corpus_file_gives_the_same_tokens(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    lines = write_corpus(tmp_path / "a.jsonl", num_documents=30)
+    texts = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines.read_bytes()))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
+    hashes = set()
+    for number, corpus in enumerate(
+        ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "folder"]
+    ):
+        out = tmp_path / f"out{number}"
+        code, output = _dump(*_options(tiny_teacher, tmp_path / corpus, out, "--max-tokens", "40"))
+        assert code == 0, output
+        hashes.add(json.loads((out / "manifest.json").read_text())["identity"]["tokens_sha256"])
+    assert len(hashes) == 1
+
+
+def test_inspect_shows_figures_rows_and_a_sound_dataset(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=30)
+    out = tmp_path / "out"
+    assert (
+        run_dump(dump_command(tiny_teacher, corpus, out, "--engine", "transformers")).returncode
+        == 0
+    )
+    run = CliRunner().invoke
+    figures = json.loads(run(cli.inspect_shards, [str(out), "--json"]).output)
+    assert {"sequences", "tokens", "entries", "bytes", "teacher_cross_entropy"} <= figures.keys()
+    assert "bytes per token by column" in run(cli.inspect_shards, [str(out)]).output
+    shown = run(cli.inspect_shards, [str(out), "--row", "0"]).output
+    assert "leading predictions" in shown
+    assert "'w" in shown
+    assert run(cli.inspect_shards, [str(out), "--verify"]).output.strip() == f"{out}: sound"
+    result = run(cli.inspect_shards, [str(out), "--row", "10000"])
+    assert result.exit_code == 2
+    assert "sequences 0 to" in result.output
+    shard = next(out.glob("train/*.parquet"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    result = run(cli.inspect_shards, [str(out), "--verify"])
+    assert result.exit_code == 1
+    assert shard.name in result.output
+    result = run(cli.inspect_shards, [str(tmp_path)])
+    assert result.exit_code == 2
+    assert "not a dataset" in result.output

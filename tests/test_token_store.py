@@ -1,0 +1,116 @@
+"""The token store and the sequences cut from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teacher_dump import token_store
+from teacher_dump.corpus import list_files
+from teacher_dump.sequences import SplitSequences
+from teacher_dump.teacher import load_tokenizer, tokenizer_identity
+from teacher_dump.token_store import TokenisingRules, open_or_build
+from tests.tiny_teacher import write_corpus
+
+
+def _rules(tokenizer: Any, **more: Any) -> TokenisingRules:
+    options = {"text_key": "text", "held_out": 0.2, "seed": 0, **more}
+    return TokenisingRules(
+        **tokenizer_identity(tokenizer), eos_token_id=tokenizer.eos_token_id, **options
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20), length=st.integers(1, 9))
+def test_sequences_overlap_by_one_and_number_their_documents(
+    lengths: list[int], length: int
+) -> None:
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    tokens = np.arange(len(document), dtype=np.uint16)
+    starts = np.cumsum(lengths) - lengths
+    split = SplitSequences(
+        split="train", tokens=tokens, document_starts=starts, sequence_length=length
+    )
+    assert split.positions_of(len(split)) == split.num_positions == len(tokens) - 1
+    labels = []
+    for number in range(len(split)):
+        sequence = split[number]
+        assert 2 <= len(sequence.tokens) <= length + 1
+        assert sequence.tokens[0] == number * length
+        labels += sequence.tokens[1:].tolist()
+        of = document[sequence.tokens]
+        assert np.array_equal(sequence.segments, of - of[0])
+    assert labels == tokens[1:].tolist()
+    with pytest.raises(IndexError):
+        split[len(split)]
+
+
+def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = list_files([write_corpus(tmp_path / "corpus.jsonl", num_documents=200)])
+    tokenizer = load_tokenizer(tiny_teacher)
+    rules = _rules(tokenizer)
+    whole = open_or_build(tmp_path / "whole", corpus, tokenizer, rules, lambda *_: None)
+    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(token_store, "_RECORD_EVERY_S", 0.0)
+
+    def stop(documents: int, tokens: int) -> None:
+        if documents > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_or_build(tmp_path / "cut", corpus, tokenizer, rules, stop)
+    assert (tmp_path / "cut" / "progress.json").exists()
+    with (tmp_path / "cut" / "train.tokens").open("ab") as stream:
+        stream.write(b"written after the last record")
+    seen: list[int] = []
+    again = open_or_build(
+        tmp_path / "cut", corpus, tokenizer, rules, lambda documents, _: seen.append(documents)
+    )
+    assert again.sha256 == whole.sha256
+    assert seen[0] > 80  # what was recorded was not encoded again
+    for name in ("train.tokens", "train.documents", "validation.tokens", "validation.documents"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_documents_are_held_out_whole_and_equal_ones_together(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    path = write_corpus(tmp_path / "corpus.jsonl", num_documents=300)
+    path.write_text(path.read_text() * 2)
+    tokenizer = load_tokenizer(tiny_teacher)
+    store = open_or_build(
+        tmp_path / "store", list_files([path]), tokenizer, _rules(tokenizer), lambda *_: None
+    )
+    documents: dict[str, set[bytes]] = {}
+    for split in ("train", "validation"):
+        sequences = store.sequences(split, 1 << 20)
+        assert len(sequences) == 1
+        tokens = sequences[0].tokens
+        ends = np.flatnonzero(tokens == tokenizer.eos_token_id) + 1
+        documents[split] = {part.tobytes() for part in np.split(tokens, ends)[:-1]}
+    assert not documents["train"] & documents["validation"]
+    share = len(documents["validation"]) / sum(map(len, documents.values()))
+    assert 0.12 < share < 0.28  # 300 documents at 0.2: over three standard deviations
+
+
+def test_text_that_spells_a_special_token_stays_text(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("w1 <eos> w2", encoding="utf-8")
+    tokenizer = load_tokenizer(tiny_teacher)
+    store = open_or_build(
+        tmp_path / "store",
+        list_files([corpus]),
+        tokenizer,
+        _rules(tokenizer, held_out=0.0),
+        lambda *_: None,
+    )
+    sequence = store.sequences("train", 100)[0]
+    assert sequence.segments.max() == 0
+    assert tokenizer.eos_token_id == sequence.tokens[-1]
