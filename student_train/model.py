@@ -209,14 +209,13 @@ def _check_head(student: str, model: PreTrainedModel) -> None:
         finally:
             hook.remove()
     model.train(was_training)
-    if not torch.allclose(logits, plain * factor, rtol=1e-3, atol=1e-3 * _PROBE_LOGIT):
-        causes = [
-            f"{name} {getattr(model.config, name)}"
-            for name in _LOGIT_ATTRIBUTES
-            if getattr(model.config, name, None) is not None
-        ]
-        if getattr(head, "bias", None) is not None:
-            causes.append("a bias of the head")
+    has_bias = getattr(head, "bias", None) is not None  # zero in a fresh model, and not trained
+    same = torch.allclose(logits, plain * factor, rtol=1e-3, atol=1e-3 * _PROBE_LOGIT)
+    if has_bias or not same:
+        causes = ["a bias of the head"] if has_bias else []
+        for name in _LOGIT_ATTRIBUTES:
+            if getattr(model.config, name, None) is not None:
+                causes.append(f"{name} {getattr(model.config, name)}")
         raise InputError(
             f"--student {student}: the logits of {type(model).__name__} are not its hidden states"
             f" times its head's weight ({' and '.join(causes) or 'unknown cause'}); such a student"

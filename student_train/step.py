@@ -9,7 +9,7 @@ Dividing every micro batch by its own number of positions would weigh short ones
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -56,18 +56,21 @@ def optimizer_step(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     micro_batches: Iterable[Batch],
+    loss_of: Callable[[PreTrainedModel, Batch], Loss],
     *,
-    objective: Objective,
     gradient_clip: float | None,
     autocast: AbstractContextManager[object],
 ) -> StepResult:
-    """Train on the micro batches of one step; batches may be on another device than the model."""
+    """Train on the micro batches of one step, which may be on another device than the model.
+
+    `loss_of` gives the summed loss of a batch, `batch_loss` unless something else is compared.
+    """
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(3, device=head_weight(model).device)
     num_tokens = 0
     for batch in micro_batches:
         with autocast:
-            loss = batch_loss(model, batch.to(sums.device), objective)
+            loss = loss_of(model, batch.to(sums.device))
         loss.total.backward()  # type: ignore[no-untyped-call]
         sums += torch.stack(loss).detach()
         num_tokens += batch.num_valid
@@ -83,7 +86,7 @@ def optimizer_step(
     )
 
 
-def batch_loss(model: PreTrainedModel, batch: Batch, objective: Objective) -> Loss:
+def batch_loss(model: PreTrainedModel, batch: Batch, *, objective: Objective) -> Loss:
     """The summed loss of a batch on the model's device."""
     targets = None
     if batch.ids is not None and batch.logprobs is not None:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -36,7 +37,13 @@ from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder, describe_run, publish_folder
 from student_train.schedules import learning_rate
-from student_train.step import StepResult, autocast_for, make_optimizer, optimizer_step
+from student_train.step import (
+    StepResult,
+    autocast_for,
+    batch_loss,
+    make_optimizer,
+    optimizer_step,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -133,9 +140,8 @@ class _Training:
         self._folder = folder
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._autocast = autocast_for(config.dtype, self._device)
-        self._objective = Objective(
-            kind=config.loss, alpha=config.alpha, temperature=config.temperature
-        )
+        objective = Objective(kind=config.loss, alpha=config.alpha, temperature=config.temperature)
+        self._loss_of = partial(batch_loss, objective=objective)
         self._model = model.to(self._device).train()
         self._optimizer = make_optimizer(model, config)
         found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
@@ -209,7 +215,7 @@ class _Training:
             self._model,
             self._optimizer,
             batches,
-            objective=self._objective,
+            self._loss_of,
             gradient_clip=self._config.gradient_clip,
             autocast=self._autocast,
         )

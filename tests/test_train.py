@@ -212,7 +212,7 @@ def test_the_seed_decides_weights_and_order(shards: Path, student: str, tmp_path
 
 
 def test_a_run_continues_from_a_model_folder(shards: Path, student: str, tmp_path: Path) -> None:
-    first = run(make_config(shards, student, tmp_path / "first", tokens=20_000))
+    first = run(make_config(shards, student, tmp_path / "first", tokens=6_000))
     second = make_config(shards, str(first["model"]), tmp_path / "second")
     run(second)
     assert lines(second.out)[0]["loss"] < 0.8 * lines(tmp_path / "first")[0]["loss"]

@@ -1,0 +1,130 @@
+"""Checkpoints, run folders and metrics as files: whole, or as they were before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from shards.errors import InputError, RunError
+from student_train import checkpoint
+from student_train.checkpoint import Progress
+from student_train.metrics import Metrics, cut_back
+from student_train.run_folder import RunFolder, publish_folder
+
+
+def make_model(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def trained(seed: int = 0) -> tuple[LlamaForCausalLM, torch.optim.AdamW]:
+    model = make_model(seed)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(8)[None]).logits.square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_a_checkpoint_restores_weights_moments_and_progress_exactly(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    progress = Progress(step=3, tokens=100, evaluation={"cross_entropy": 0.1})
+    checkpoint.save(tmp_path, model, optimizer, progress)
+    other, other_optimizer = trained(seed=1)
+    assert checkpoint.load_newest(tmp_path, other, other_optimizer) == progress
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            assert torch.equal(other_optimizer.state_dict()["state"][index][name], value)
+
+
+def test_without_a_checkpoint_nothing_changes(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    assert checkpoint.load_newest(tmp_path / "none", model, optimizer) is None
+
+
+def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step in (9, 10, 100):
+        checkpoint.save(tmp_path, model, optimizer, Progress(step=step, tokens=step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+    found = checkpoint.load_newest(tmp_path, model, optimizer)
+    assert found == Progress(step=100, tokens=100)
+
+
+def test_what_was_killed_while_it_was_written_is_ignored_and_removed(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1))
+    half = tmp_path / ".step-00000002.0123456789abcdef.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    found = checkpoint.load_newest(tmp_path, model, optimizer)
+    assert found == Progress(step=1, tokens=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "progress.json"])
+def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str) -> None:
+    model, optimizer = trained()
+    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1))
+    file = tmp_path / "step-00000001" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(RunError, match="step-00000001"):
+        checkpoint.load_newest(tmp_path, model, optimizer)
+
+
+def test_a_folder_that_cannot_be_filled_leaves_the_one_before_it(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    publish_folder(final, lambda path: (path / "a").write_text("first") and None)
+
+    def fail(path: Path) -> None:
+        (path / "a").write_text("second")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        publish_folder(final, fail)
+    assert (final / "a").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_metrics_are_cut_back_to_a_step_and_half_a_line_goes(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "kind": "train"}) + "\n" for step in (1, 2, 2, 3)]
+    for text, step, expected in (
+        ("".join(whole), 2, "".join(whole[:3])),
+        ("".join(whole), 0, ""),
+        ("".join(whole), 9, "".join(whole)),
+        ("".join(whole) + '{"step": 4, "ki', 9, "".join(whole)),
+    ):
+        file.write_text(text)
+        cut_back(file, step)
+        assert file.read_text() == expected
+
+
+def test_metrics_can_be_read_while_they_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    with Metrics(file, tmp_path / "tensorboard", step=0) as metrics:
+        metrics.write(1, "train", {"loss": 0.5})
+        assert json.loads(file.read_text()) == {"step": 1, "kind": "train", "loss": 0.5}
+
+
+def test_a_file_where_the_run_folder_should_be_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("mine")
+    with pytest.raises(InputError, match="a file"):
+        RunFolder(file).check({"config": {}})

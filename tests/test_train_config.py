@@ -1,0 +1,76 @@
+"""Options of train-student that cannot be meant are refused in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.errors import InputError
+from student_train.config import TrainConfig
+
+GIVEN: dict[str, Any] = {
+    "shards": Path("shards"),
+    "student": "demo",
+    "out": Path("out"),
+    "tokens": 1000,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss", "mse"),
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("alpha", float("nan")),
+        ("temperature", 0.0),
+        ("temperature", float("inf")),
+        ("tokens", 0),
+        ("batch_tokens", 0),
+        ("micro_batch_sequences", 0),
+        ("learning_rate", 0.0),
+        ("lr_schedule", "constant"),
+        ("warmup_fraction", 2.0),
+        ("decay_fraction", 0.99),
+        ("min_learning_rate_ratio", -1.0),
+        ("beta1", 1.0),
+        ("beta2", -0.5),
+        ("weight_decay", -1.0),
+        ("gradient_clip", 0.0),
+        ("save_every", 0),
+        ("eval_every", 0),
+        ("seed", -1),
+        ("dtype", "float16"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_by_its_option(name: str, value: object) -> None:
+    with pytest.raises(InputError) as caught:
+        TrainConfig(**{**GIVEN, name: value})
+    message = str(caught.value)
+    assert f"--{name.replace('_', '-')}" in message
+    assert str(value) in message
+    assert "expected" in message
+    assert "\n" not in message
+
+
+def test_all_settings_are_plain_json() -> None:
+    content = TrainConfig(**GIVEN, eval_shards=Path("other")).to_json()
+    assert json.loads(json.dumps(content)) == content
+    assert content["shards"] == "shards"
+    assert content["eval_shards"] == "other"
+
+
+def test_entries_are_read_only_for_distillation() -> None:
+    assert TrainConfig(**GIVEN).reads_entries
+    assert not TrainConfig(**GIVEN, alpha=0.0).reads_entries
+
+
+def test_the_configuration_imports_nothing_heavy() -> None:
+    code = "import sys, student_train.config; print({'torch', 'pyarrow'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "set()", result.stderr
