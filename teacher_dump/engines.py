@@ -15,9 +15,7 @@ from teacher_dump.sequences import TokenSequence
 
 
 class TeacherEngine(Protocol):
-    """Runs a teacher over sequences. `head_dtype` and `versions` are recorded with the dataset."""
-
-    versions: Mapping[str, str]
+    """Runs a teacher over sequences."""
 
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """Every sequence once, in any order, T = n - 1 positions each; consumed as it is needed.

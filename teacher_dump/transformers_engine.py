@@ -7,8 +7,7 @@ Memory holds one sequence's logits: L x V in float32 (400 MB at L = 2,048, V = 4
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,6 @@ class TransformersEngine:
         self._model = model.to(self._device).eval()
         self._keep = keep
         self._select = TopPKSelector(keep)
-        self.versions: Mapping[str, str] = {
-            "transformers": version("transformers"),
-            "torch": version("torch"),
-        }
 
     @torch.inference_mode()
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:

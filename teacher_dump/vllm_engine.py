@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,6 @@ class VllmEngine:
         self._keep = keep
         self._labels_key = LABELS_KEY
         self._pooling_params = PoolingParams
-        self.versions: Mapping[str, str] = {"vllm": found, "torch": version("torch")}
         llm = _start(
             LLM,
             {

@@ -256,6 +256,7 @@ def test_the_resolved_configuration_lies_beside_the_shards(
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["identity"]["keep"]["top_k"] == 20  # what is on the command line wins
     assert manifest["identity"]["documents"]["held_out"] == 0.1
+    assert {"torch", "transformers"} <= manifest["recorded"][0]["versions"].keys()
     options.write_text("topk: 7\n", encoding="utf-8")
     result = run_dump([*command, "--config", str(options)])
     assert result.returncode == 2
