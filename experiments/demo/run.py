@@ -22,6 +22,7 @@ DEMO = BUILD / "demo"
 TEACHER, CORPUS, SHARDS = BUILD / "teacher", DEMO / "corpus.jsonl", DEMO / "shards"
 MAX_TOKENS = 60_000
 TRAIN_TOKENS = 120_000
+BATCH_TOKENS = 4096
 STUDENTS = {"distilled": 0.9, "labels only": 0.0}
 
 
@@ -42,7 +43,7 @@ def train(name: str, alpha: float, seed: int) -> Path:
     """One student; returns its folder."""
     out = DEMO / f"{name.replace(' ', '-')}-{seed}"
     command("train-student", "--shards", SHARDS, "--student", "demo", "--out", out,
-            "--alpha", alpha, "--tokens", TRAIN_TOKENS, "--batch-tokens", 4096,
+            "--alpha", alpha, "--tokens", TRAIN_TOKENS, "--batch-tokens", BATCH_TOKENS,
             "--micro-batch-sequences", 4, "--eval-every", 5, "--dtype", "float32",
             "--seed", seed)  # fmt: skip
     return out
@@ -86,8 +87,9 @@ def draw(runs: dict[str, list[Path]], out: Path) -> None:
         for colour, (name, folders) in zip(("C0", "C1"), runs.items(), strict=True):
             for number, folder in enumerate(folders):
                 points = lines(folder, "validation")
-                axis.plot([p["tokens"] for p in points], [p[key] for p in points], colour,
-                          label=name if number == 0 else None)  # fmt: skip
+                tokens = [point["step"] * BATCH_TOKENS for point in points]
+                label = name if number == 0 else None
+                axis.plot(tokens, [point[key] for point in points], colour, label=label)
         axis.set(title=title, xlabel="training tokens", ylabel="nats per token")
         axis.legend()
         axis.grid(alpha=0.3)
