@@ -1,5 +1,6 @@
 """A shard is published whole or not at all, and nothing that cannot be read back is written."""
 
+import contextlib
 import errno
 import resource
 import signal
@@ -107,29 +108,34 @@ def test_a_shard_without_rows_cannot_be_published(tmp_path):
         shard.publish()
 
 
-@pytest.fixture
-def limit_file_size():
-    """A disk that is full after so many bytes, as far as this process can tell."""
+@contextlib.contextmanager
+def limited_file_size(size):
+    """A disk that is full after so many bytes; lifted before pytest writes to a log of its own."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("size", [0, 100, 2000])
-def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path, limit_file_size, size):
-    limit_file_size(size)
-    with pytest.raises(RunError, match="cannot be written: File too large"):
-        write_shard(tmp_path, [example_row(0, most_entries=500)], IDENTITY)
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path, size):
+    rows = [example_row(0, most_entries=500)]
+    with (
+        limited_file_size(size),
+        pytest.raises(RunError, match="cannot be written: File too large"),
+    ):
+        write_shard(tmp_path, rows, IDENTITY)
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_while_publishing_leaves_nothing(tmp_path, limit_file_size):
+def test_a_full_disk_while_publishing_leaves_nothing(tmp_path):
     with writer(tmp_path) as shard:
         shard.write_rows([example_row(0)])
-        limit_file_size(2000)
-        with pytest.raises(RunError, match="cannot be written"):
+        with limited_file_size(2000), pytest.raises(RunError, match="cannot be written"):
             shard.publish()
     assert names(tmp_path) == []
 
