@@ -7,8 +7,8 @@ Inputs are `tokens[:-1]` and labels `tokens[1:]`: the row holds the shift alread
 their end, where causal attention keeps padding from everything that counts.
 
 A row group's columns are views of what Arrow decoded; the only copy is into the batch. Memory is
-the order's window of row groups and the batch itself, whatever the size of the dataset. Columns
-that nobody asked for are not read from disk.
+the order's window of row groups, as many that are decoded ahead, and the batch itself, whatever the
+size of the dataset. Columns that nobody asked for are not read from disk.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ import torch
 from torch import Tensor
 
 from shards.dataset import Split
-from shards.padding import pad_entries
+from shards.padding import empty_entries, pad_entries
 from shards.row_group import RowGroup, require
 from shards.schema import ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
 from student_train.loss import IGNORE_INDEX
-from student_train.order import Order
+from student_train.order import GROUPS_PER_WINDOW, Order
+from student_train.read_ahead import ReadAhead
 
 TOKEN_COLUMNS = (TOKENS, LOSS_MASK)
 TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
 EVALUATION_COLUMNS = (*TARGET_COLUMNS, TAIL_LOGMASS)
+
+# With the one that is being decoded, a window: decoding goes on while a window is padded.
+_READ_AHEAD_ROW_GROUPS = GROUPS_PER_WINDOW - 1
 
 _Place = tuple[RowGroup, int]  # a row group and a row of it
 
@@ -90,8 +94,9 @@ def sequential_batches(
     split: Split, *, batch_sequences: int, columns: Sequence[str]
 ) -> Iterator[Batch]:
     """All sequences once, in their own order. The split is closed with the iterator."""
-    with split:
-        rows = _rows(split.read_row_group(g, columns) for g in range(split.num_row_groups))
+    decoded = (split.read_row_group(g, columns) for g in range(split.num_row_groups))
+    with split, ReadAhead(decoded, 1) as row_groups:
+        rows = _rows(row_groups)
         while places := list(islice(rows, batch_sequences)):
             yield make_batch(places)
 
@@ -135,15 +140,13 @@ def _entries(
         for group, r in places
     ]
     width = max(int(np.diff(row).max()) for row in offsets)
-    ids = np.empty((*shape, width), np.int32)
-    logprobs = np.empty((*shape, width), np.float32)
+    ids, logprobs = empty_entries((*shape, width))
     for b, ((group, _), row) in enumerate(zip(places, offsets, strict=True)):
         length = len(row) - 1
-        entries = slice(row[0], row[-1])
         pad_entries(
             row - row[0],
-            require("ids", group.ids)[entries],
-            require("logprobs", group.logprobs)[entries],
+            require("ids", group.ids)[row[0] :],
+            require("logprobs", group.logprobs)[row[0] :],
             out=(ids[b, :length], logprobs[b, :length]),
         )
         ids[b, length:] = 0
@@ -180,9 +183,15 @@ def _rows(groups: Iterable[RowGroup]) -> Iterator[_Place]:
 def _rows_in_order(
     split: Split, order: Order, start: int, columns: Sequence[str]
 ) -> Iterator[_Place]:
-    """Rows without end; holds one window of row groups at a time."""
-    for window in order.windows(start):
-        groups = [split.read_row_group(g, columns) for g in window.row_groups]
-        for member, offset in window.picks.tolist():
-            yield groups[member], offset
-        del groups  # before the next window is read, not after
+    """Rows without end; the next window is decoded by a thread while this one is padded."""
+    decoded = (
+        split.read_row_group(g, columns)
+        for window in order.windows(start)
+        for g in window.row_groups
+    )
+    with ReadAhead(decoded, _READ_AHEAD_ROW_GROUPS) as row_groups:
+        for window in order.windows(start):
+            groups = list(islice(row_groups, len(window.row_groups)))
+            for member, offset in window.picks.tolist():
+                yield groups[member], offset
+            del groups  # before the next window is taken, not after

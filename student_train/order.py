@@ -22,7 +22,7 @@ from shards.layout import Layout
 from shards.row_group import Int64Array
 
 # A row group is about 128k tokens, 60 MB once decoded at 54 entries per token.
-_GROUPS_PER_WINDOW = 4
+GROUPS_PER_WINDOW = 4
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Order:
     def _epoch(self, epoch: int, skip: int) -> Iterator[Window]:
         sizes = self._row_group_sizes()
         groups = _permutation(len(sizes), self.seed, epoch)
-        ends = np.cumsum(np.add.reduceat(sizes[groups], range(0, len(sizes), _GROUPS_PER_WINDOW)))
+        ends = np.cumsum(np.add.reduceat(sizes[groups], range(0, len(sizes), GROUPS_PER_WINDOW)))
         first = int(np.searchsorted(ends, skip, side="right"))
         skip -= int(ends[first - 1]) if first else 0
         for window in range(first, len(ends)):
-            members = groups[window * _GROUPS_PER_WINDOW :][:_GROUPS_PER_WINDOW]
+            members = groups[window * GROUPS_PER_WINDOW :][:GROUPS_PER_WINDOW]
             picks = _picks(sizes[members])
             picks = picks[_permutation(len(picks), self.seed, epoch, window)]
             yield Window(tuple(members.tolist()), picks[skip:])

@@ -1,0 +1,171 @@
+"""How fast shards become training batches, and that memory does not grow with the dataset.
+
+    python benchmarks/read_speed.py [--json FILE]
+
+Speed, in turns over the same files:
+
+- bare:    pyarrow's ParquetFile(memory_map=True).read_row_group of the columns, nothing else
+- batches: padded tensors of the same columns, as training and evaluation get them, checksums
+           included; in the order of the files, because the shuffled stream has no end
+
+Memory: the highest RssAnon (the process's own memory; mapped files are page cache and not in it)
+over one epoch of shuffled batches, in a fresh process each, for a dataset and for one of four times
+the size.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
+from synthetic_shards import make_shards
+
+from shards.dataset import Dataset
+from shards.layout import Layout
+from student_train.batches import TARGET_COLUMNS, sequential_batches, training_batches
+from student_train.order import Order
+
+VOCAB_SIZE = 49_152
+BATCH_SEQUENCES = 8
+COLUMNS = ["tokens", "ids", "logprobs"]
+
+
+def read_bare(dataset: Dataset) -> None:
+    """Decode the columns of every row group."""
+    for path in sorted((dataset.path / "train").glob("*.parquet")):
+        file = pq.ParquetFile(path, memory_map=True)
+        for group in range(file.num_row_groups):
+            file.read_row_group(group, columns=COLUMNS)
+
+
+def read_batches(dataset: Dataset) -> None:
+    """Make padded tensors of all sequences."""
+    batches = sequential_batches(
+        dataset.split("train"), batch_sequences=BATCH_SEQUENCES, columns=TARGET_COLUMNS
+    )
+    for _ in batches:
+        pass
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+def peak_of(path: Path) -> int:
+    """The highest RssAnon over an epoch of training, bytes; to be called in a fresh process."""
+    dataset = Dataset.open(path)
+    split = dataset.split("train")
+    batches = training_batches(
+        split,
+        Order(num_sequences=split.num_sequences, layout=Layout.of(dataset.identity), seed=0),
+        first_step=0,
+        step_sequences=BATCH_SEQUENCES,
+        micro_batch_sequences=BATCH_SEQUENCES,
+        columns=TARGET_COLUMNS,
+    )
+    epoch = islice(batches, split.num_sequences // BATCH_SEQUENCES)
+    return max(anonymous_bytes() for _ in epoch)
+
+
+def measure_speed(dataset: Dataset, rounds: int) -> dict[str, object]:
+    """Medians over rounds in which both take a turn."""
+    seconds: dict[str, list[float]] = {"bare": [], "batches": []}
+    for number in range(rounds + 1):
+        for name, read in (("bare", read_bare), ("batches", read_batches)):
+            started = time.perf_counter()
+            read(dataset)
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    sidecars = list(dataset.split("train").sidecars())
+    num_entries = sum(sidecar.entries for sidecar in sidecars)
+    num_tokens = sum(sidecar.tokens for sidecar in sidecars)
+    ratios = [a / b for a, b in zip(seconds["bare"], seconds["batches"], strict=True)]
+    result: dict[str, object] = {
+        "tokens": num_tokens,
+        "entries": num_entries,
+        "bytes": sum(sidecar.bytes for sidecar in sidecars),
+        "speed of bare": statistics.median(ratios),
+    }
+    click.echo(f"{num_tokens:,} tokens, {num_entries / num_tokens:.1f} entries/token")
+    click.echo(f"{'':10}{'M tokens/s':>12}{'M entries/s':>13}")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        click.echo(f"{name:10}{num_tokens / median / 1e6:12.2f}{num_entries / median / 1e6:13.1f}")
+        result[name] = {
+            "seconds": median,
+            "tokens_per_s": num_tokens / median,
+            "entries_per_s": num_entries / median,
+        }
+    low, _, high = statistics.quantiles(ratios, n=4)
+    click.echo(
+        f"batches reach {statistics.median(ratios):.2f} of bare"
+        f" (middle half {low:.2f} to {high:.2f}, want >= 0.8)"
+    )
+    return result
+
+
+def measure_memory(folder: Path, sequence_length: int) -> dict[str, object]:
+    """Peaks for a dataset of four windows of row groups and for one of four times as many."""
+    row_group_tokens = 32 << 10
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for name, num_groups in (("small", 16), ("large", 64)):
+        dataset = make_shards(
+            folder / name,
+            num_sequences=num_groups * row_group_tokens // sequence_length,
+            sequence_length=sequence_length,
+            vocab_size=VOCAB_SIZE,
+            row_group_tokens=row_group_tokens,
+        )
+        with ProcessPoolExecutor(1, mp_context=context) as fresh:
+            peaks[name] = fresh.submit(peak_of, dataset.path).result()
+    growth = peaks["large"] / peaks["small"]
+    click.echo(
+        f"RssAnon at most {peaks['small'] / 2**20:.0f} MiB, {peaks['large'] / 2**20:.0f} MiB for"
+        f" a dataset of four times the size: {growth:.2f}"
+    )
+    return {"peak_bytes": peaks, "growth": growth}
+
+
+@click.command()
+@click.option("--sequence-length", default=512, show_default=True)
+@click.option("--row-groups", default=8, show_default=True, help="Of 128k tokens, for speed.")
+@click.option("--rounds", default=9, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path))
+def main(sequence_length: int, row_groups: int, rounds: int, json_file: Path | None) -> None:
+    """Print speeds, their ratio, and peaks of memory."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dataset = make_shards(
+            folder / "speed",
+            num_sequences=row_groups * (128 << 10) // sequence_length,
+            sequence_length=sequence_length,
+            vocab_size=VOCAB_SIZE,
+        )
+        result: dict[str, object] = {
+            "command": sys.argv,
+            "pyarrow": pa.__version__,
+            "threads": pa.cpu_count(),
+            **measure_speed(dataset, rounds),
+            "memory": measure_memory(folder, sequence_length),
+        }
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""A dataset of realistic shape without a teacher, for the benchmarks that read shards.
+
+The number of kept entries follows what top-0.95-100 keeps of SmolLM2-135M on text: a third of the
+positions reach 100, the others have a few; about 54 on average. Ids are Zipf-like,
+log-probabilities fall like a power of the rank and are rounded to 1/16 nat.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.dataset import Dataset, SplitSize, create_or_continue, missing_shards
+from shards.identity import Json
+from shards.rows import Row
+from shards.writer import ShardWriter
+
+TOP_P, TOP_K = 0.95, 100
+LOGPROB_STEP = 1 / 16
+
+
+def make_shards(
+    path: Path,
+    *,
+    num_sequences: int,
+    sequence_length: int,
+    vocab_size: int,
+    row_group_tokens: int = 128 << 10,
+    seed: int = 0,
+) -> Dataset:
+    """Write a complete dataset of one split in shards of 4 row groups."""
+    per_row_group = max(1, row_group_tokens // sequence_length)
+    identity: dict[str, Json] = {
+        "format_version": 1,
+        "teacher": {"config_sha256": "", "weights_sha256": "synthetic"},
+        "tokenizer_sha256": "",
+        "vocab_size": vocab_size,
+        "tokens_sha256": str(seed),
+        "documents": {"bos": False, "eos_token_id": 0, "joined": True, "held_out": 0.0},
+        "sequence_length": sequence_length,
+        "keep": {
+            "method": "top-p-k",
+            "top_p": TOP_P,
+            "top_k": TOP_K,
+            "logprob_step": LOGPROB_STEP,
+        },
+        "seed": seed,
+        "layout": {
+            "sequences_per_shard": 4 * per_row_group,
+            "sequences_per_row_group": per_row_group,
+        },
+    }
+    size = SplitSize(sequences=num_sequences, positions=num_sequences * sequence_length)
+    manifest = create_or_continue(path, identity, {"train": size}, {"engine": "synthetic"})
+    for shard, sequences in missing_shards(path, manifest, "train"):
+        with ShardWriter(
+            path / "train",
+            shard=shard,
+            split="train",
+            identity=identity,
+            sequences_per_row_group=per_row_group,
+        ) as writer:
+            for first in range(sequences.start, sequences.stop, per_row_group):
+                group = range(first, min(first + per_row_group, sequences.stop))
+                writer.write_rows([_row(s, sequence_length, vocab_size, seed) for s in group])
+            writer.publish()
+    return Dataset.open(path)
+
+
+def _row(sequence: int, length: int, vocab_size: int, seed: int) -> Row:
+    random = np.random.default_rng([seed, sequence])
+    few = np.minimum(TOP_K, random.geometric(1 / 30, length))
+    counts = np.where(random.random(length) < 0.35, TOP_K, few)
+    rank = np.arange(TOP_K)
+    # A flat distribution is one that needs many entries for the same mass.
+    slope = 0.5 + 4 * np.exp(-counts / 20)
+    weights = (rank + 1.0) ** -slope[:, None] * (rank < counts[:, None])
+    kept = TOP_P * weights / weights.sum(1, keepdims=True)
+    inside = rank < counts[:, None]
+    ids = (_zipf(random, (length, TOP_K), vocab_size) + 97 * rank) % vocab_size
+    return Row(
+        sequence=sequence,
+        tokens=_zipf(random, (length + 1,), vocab_size).astype(np.int32),
+        segments=np.zeros(length + 1, np.int32),
+        counts=counts.astype(np.int32),
+        ids=ids[inside].astype(np.int32),
+        logprobs=_rounded(np.log(kept[inside])),
+        tail_logmass=_rounded(np.full(length, np.log(1 - TOP_P))),
+        label_logprobs=_rounded(-random.exponential(3.0, length)),
+        teacher_nll=3.0 * length,
+        teacher_entropy=3.0 * length,
+    )
+
+
+def _zipf(
+    random: np.random.Generator, shape: tuple[int, ...], vocab_size: int
+) -> npt.NDArray[np.int64]:
+    """Integers below vocab_size, small ones far more often: log-uniform."""
+    return np.exp(random.random(shape) * np.log(vocab_size)).astype(np.int64) % vocab_size
+
+
+def _rounded(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    return (np.rint(logprobs / LOGPROB_STEP) * LOGPROB_STEP).astype(np.float32)
