@@ -143,7 +143,7 @@ def measure_memory(folder: Path, sequence_length: int) -> dict[str, object]:
 
 @click.command()
 @click.option("--sequence-length", default=512, show_default=True)
-@click.option("--row-groups", default=8, show_default=True, help="Of 128k tokens, for speed.")
+@click.option("--row-groups", default=16, show_default=True, help="Of 128k tokens, for speed.")
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(sequence_length: int, row_groups: int, rounds: int, json_file: Path | None) -> None:
@@ -158,7 +158,7 @@ def main(sequence_length: int, row_groups: int, rounds: int, json_file: Path | N
         )
         result: dict[str, object] = {
             "command": sys.argv,
-            "pyarrow": pa.__version__,
+            "pyarrow_version": pa.__version__,
             "threads": pa.cpu_count(),
             **measure_speed(dataset, rounds),
             "memory": measure_memory(folder, sequence_length),

@@ -191,7 +191,7 @@ def report(
     """Print the table, and write it."""
     result: dict[str, object] = {
         "command": sys.argv,
-        "torch": torch.__version__,
+        "torch_version": torch.__version__,
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "step_tokens": step_tokens,

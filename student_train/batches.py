@@ -97,8 +97,8 @@ def sequential_batches(
     decoded = (split.read_row_group(g, columns) for g in range(split.num_row_groups))
     with split, ReadAhead(decoded, 1) as row_groups:
         rows = _rows(row_groups)
-        while places := list(islice(rows, batch_sequences)):
-            yield make_batch(places)
+        while batch := _next_batch(rows, batch_sequences):
+            yield batch
 
 
 def make_batch(places: Sequence[_Place]) -> Batch:
@@ -174,10 +174,17 @@ def _num_positions(group: RowGroup, r: int) -> int:
     return int(offsets[r + 1] - offsets[r])
 
 
+def _next_batch(rows: Iterator[_Place], size: int) -> Batch | None:
+    """The next rows as a batch, None after the last; keeps no row group alive."""
+    places = list(islice(rows, size))
+    return make_batch(places) if places else None
+
+
 def _rows(groups: Iterable[RowGroup]) -> Iterator[_Place]:
     for group in groups:
         for r in range(group.num_rows):
             yield group, r
+        del group  # its memory is used again for one that is decoded next
 
 
 def _rows_in_order(
