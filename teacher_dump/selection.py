@@ -8,10 +8,9 @@ that was not kept, the label's log-probability and the entropy. The result is ON
 host and no Python object per token.
 
 Top-k narrows down by groups: the k largest values lie in the k groups with the largest maxima, so
-64 columns become one, then 8 candidates one (V = 49,152, one core: 14 us a position against 96 us
-for two stages with `gather`). The groups also give the tail: the mass of all groups without a
-candidate plus what is left of the candidates, sums of the unkept entries themselves. `1 - kept
-mass` would lose a tail of 1e-7, which is an ordinary tail after a token the teacher is sure of.
+64 columns become one, then 8 candidates one. The groups also give the tail: the mass of all groups
+without a candidate plus what is left of the candidates, sums of the unkept entries themselves.
+`1 - kept mass` would lose a tail of 1e-7, an ordinary one after a token the teacher is sure of.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Selected:
 class TopPKSelector:
     """Selects block after block; holds the work buffers, so that a block allocates nothing large.
 
-    On a CPU a fresh buffer of the size of the logits costs more in page faults than the arithmetic.
+    On a CPU a fresh buffer of the size of the logits costs page faults as dear as the arithmetic.
     """
 
     def __init__(self, keep: TopPK) -> None:
@@ -130,7 +129,7 @@ class TopPKSelector:
 
 
 def _take_groups(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """[T, V], group numbers [T, N] -> [T, N * GROUP]; ten times faster than `gather` on a CPU."""
+    """[T, V], group numbers [T, N] -> [T, N * GROUP]; whole rows, unlike `gather`."""
     num_rows = values.shape[0]
     num_groups = values.shape[1] // GROUP
     first = torch.arange(num_rows, device=values.device)[:, None] * num_groups
