@@ -48,7 +48,7 @@ class TransformersEngine:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"transformers does not load {teacher_folder}: {reason}") from error
-        if head_dtype != dtype:
+        if head_dtype not in ("model", dtype):
             head = _CastHead(model.get_output_embeddings(), getattr(torch, head_dtype))
             model.set_output_embeddings(head)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
