@@ -5,7 +5,6 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -40,26 +39,7 @@ class _Command(click.Command):
             ctx.exit(130)
 
 
-def _debug(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--debug", is_flag=True, help="Show a traceback with an error.")(function)
-
-
-def _config_file(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--config FILE.yaml` fills options by their names; what is on the command line wins."""
-
-    @click.option(
-        "--config",
-        type=click.Path(path_type=Path),
-        is_eager=True,
-        expose_value=False,
-        callback=_load_config_file,
-        help="YAML file of options by their names; options given here win.",
-    )
-    @functools.wraps(function)
-    def wrapped(**options: Any) -> Any:
-        return function(**options)
-
-    return wrapped
+_debug = click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 
 
 def _load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -89,6 +69,17 @@ def _load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None)
             value = [value]
         values[name] = value
     ctx.default_map = {**(ctx.default_map or {}), **values}
+
+
+# What is on the command line wins over the file.
+_config_file = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_load_config_file,
+    help="YAML file of options by their names; options given here win.",
+)
 
 
 def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:

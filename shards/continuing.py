@@ -62,7 +62,7 @@ def create_or_continue(
         if not manifest_path.exists() and _create(manifest_path, asked):
             return asked
         present = load_manifest(path)
-        _check_identity(path, asked, present)
+        check_identity(path, asked.identity, present.identity)
         merged = _merge(asked, present)
         if merged != present:
             _discard_outgrown(path, present, merged)
@@ -81,8 +81,9 @@ def _create(path: Path, manifest: Manifest) -> bool:
     return True
 
 
-def _check_identity(path: Path, asked: Manifest, present: Manifest) -> None:
-    found = differences(asked.identity, present.identity)
+def check_identity(path: Path, asked: Mapping[str, Json], present: Mapping[str, Json]) -> None:
+    """IdentityMismatchError naming every difference between this command and the folder `path`."""
+    found = differences(asked, present)
     if found:
         raise IdentityMismatchError(
             f"{path}: holds a dataset that was made from something else: {'; '.join(found)}"

@@ -9,7 +9,6 @@ left and nothing twice. A lock keeps two runs out of one folder.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from shards.completeness import discard_shard, missing_shards
-from shards.continuing import check_folder, create_or_continue
-from shards.errors import IdentityMismatchError, InputError, LogitshardsError, RunError
-from shards.identity import differences
+from shards.continuing import check_folder, check_identity, create_or_continue
+from shards.errors import InputError, RunError
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
+from shards.progress_line import ProgressLine, count
 from shards.schema import FORMAT_VERSION
 from shards.sidecar import Sidecar
 from teacher_dump.collector import ShardCollector, ShardPlan, make_row
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import list_files
 from teacher_dump.engines import TeacherEngine, start_engine
-from teacher_dump.progress import PassProgress, ProgressLine, count
+from teacher_dump.progress import PassProgress
 from teacher_dump.selection import TopPK
 from teacher_dump.sequences import SplitSequences, TokenSequence
 from teacher_dump.teacher import (
@@ -41,8 +40,6 @@ from teacher_dump.teacher import (
     weights_sha256,
 )
 from teacher_dump.token_store import SPLITS, TokenisingRules, TokenStore, open_or_build
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,13 +195,8 @@ def _refuse_another(out: Path, identity: Mapping[str, Any]) -> None:
     """Compare with the folder's manifest, if there is one, before anything is tokenised."""
     if not (out / MANIFEST_NAME).exists():
         return
-    found = {k: v for k, v in load_manifest(out).identity.items() if k != "tokens_sha256"}
-    different = differences(identity, found)
-    if different:
-        raise IdentityMismatchError(
-            f"{out} holds another dataset: {'; '.join(different)}; give another --out, or the "
-            "options that it was made with"
-        )
+    present = load_manifest(out).identity
+    check_identity(out, identity, {k: v for k, v in present.items() if k != "tokens_sha256"})
 
 
 @contextmanager
@@ -218,10 +210,12 @@ def _locked(out: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            made = False
+            raise InputError(f"{out}: another dump-logits is writing to it") from error
         yield
-    except BlockingIOError as error:
-        raise InputError(f"{out}: another dump-logits is writing to it") from error
     except InputError:
         if made and not (out / MANIFEST_NAME).exists():
             shutil.rmtree(out)
@@ -312,8 +306,6 @@ def _run_pass(
                 collector.add(sequence.split, make_row(sequence, selected, config.logprob_step))
                 progress.scored(len(selected.counts), len(selected.ids))
             collector.close()
-    except LogitshardsError:
-        raise
     except (OSError, ValueError) as error:
         raise RunError(f"{type(error).__name__}: {error}; finished shards are kept") from error
     finally:

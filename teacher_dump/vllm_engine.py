@@ -66,7 +66,6 @@ class VllmEngine:
         sequence_length: int,
         keep: TopPK,
         engine_args: Mapping[str, object],
-        prefix: str = "Teacher",
     ) -> None:
         _prepare_environment()
         found = _vllm_version()
@@ -79,7 +78,8 @@ class VllmEngine:
             if name in _OWNED:
                 raise InputError(f"--engine-arg {name}: set by the pass itself")
         vllm_plugin.register()
-        if prefix + architecture not in ModelRegistry.get_supported_archs():
+        teacher_architecture = vllm_plugin.PREFIX + architecture
+        if teacher_architecture not in ModelRegistry.get_supported_archs():
             raise InputError(
                 f"vLLM {found} has no causal LM {architecture}: use --engine transformers"
             )
@@ -96,7 +96,7 @@ class VllmEngine:
                 "enable_prefix_caching": False,
                 "skip_tokenizer_init": True,
                 "hf_overrides": {
-                    "architectures": [prefix + architecture],
+                    "architectures": [teacher_architecture],
                     "head_dtype": head_dtype,
                 },
                 "additional_config": {CONFIG_KEY: vars(keep)},
