@@ -124,7 +124,7 @@ def _stock(mode: str, teacher: Path, length: int) -> Callable[[list[Any]], None]
         "dtype": "bfloat16",
         "enforce_eager": True,
         "enable_prefix_caching": False,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": mode != "prefill",  # its scoring wants one
         "max_logprobs": TOP_K,
     }
     if mode == "prefill":
