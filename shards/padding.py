@@ -1,72 +1,99 @@
-"""Ragged entries become rectangles [P, K], the shape in which a loss can use them.
+"""Ragged entries become rectangles [N, K], the shape in which a loss can use them.
 
-Letters: P positions, E their entries, K the width of the rectangle.
+Letters: N positions, P consecutive ones of them, E entries, K the width of the rectangles.
 
-A mask of where entries are is made once for a block of positions and serves both arrays: 20 ms for
-7.3M entries in 123k positions of 100, whose decoding from Parquet takes 77 on one core. Copying
-windows of K values and clipping them takes 14 while its large temporary arrays are recycled, and
-several times as long when each of them is mapped afresh.
+A position's entries and what follows them are a window of K values. Windows are copied whole, as
+items of 4 K bytes, and a line of a small table, one for every number of entries, turns the
+log-probabilities that are not the position's own into -inf. The ids are left: an entry of
+probability 0 may have any. That costs a third of writing both through a boolean mask.
 
-For the same reason the rectangles come from Arrow's memory pool, which keeps what is freed. Batches
-that numpy allocates are given back to the kernel again and again; the page faults cost as much as
-the padding (25 ms becomes 55 in batches of 4,096 positions).
+The rectangles come from Arrow's memory pool, which keeps what is freed. Batches that numpy
+allocates are given back to the kernel again and again, and the page faults cost as much as the
+padding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from shards.row_group import Int64Array
 from shards.rows import Float32Array, Int32Array
 
-# A block's mask stays in the cache, and the overhead of a call does not count.
-_BLOCK_VALUES = 1 << 19
+_Values = TypeVar("_Values", Int32Array, Float32Array)
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+# Few calls (each takes and gives back Python's lock, for which the threads that decode wait) on
+# temporary arrays that still fit into the cache.
+_BLOCK_VALUES = 1 << 17
 
 
-def empty_entries(shape: tuple[int, ...]) -> tuple[Int32Array, Float32Array]:
-    """Uninitialised ids (int32) and logprobs (float32) of this shape, in recycled memory."""
-    num_bytes = 4 * math.prod(shape)
-    ids = np.frombuffer(pa.allocate_buffer(num_bytes), np.int32)
-    logprobs = np.frombuffer(pa.allocate_buffer(num_bytes), np.float32)
-    return ids.reshape(shape), logprobs.reshape(shape)
+class Run(NamedTuple):
+    """Entries of P consecutive positions, for the lines `[line : line + P]` of the rectangles.
 
-
-def pad_entries(
-    entry_offsets: Int64Array,
-    ids: Int32Array,
-    logprobs: Float32Array,
-    out: tuple[Int32Array, Float32Array] | None = None,
-) -> tuple[Int32Array, Float32Array]:
-    """Entries of P positions as ids [P, K] int32, 0 padded, logprobs [P, K] float32, -inf padded.
-
-    `entry_offsets` [P + 1] are those of a row group, or of some consecutive positions of it, and
-    count from the start of `ids` and `logprobs`. Without `out`, K is the largest number of entries
-    at a position; with it, the results are written there. ValueError if K is too small.
+    Position p has `[offsets[p] : offsets[p + 1]]` of ids (int32) and logprobs (float32), which may
+    hold those of other positions too. offsets [P + 1] int64 ascend.
     """
-    counts = np.diff(entry_offsets)
-    most = int(counts.max(initial=0))
-    if out is None:
-        out = empty_entries((len(counts), most))
-    padded_ids, padded_logprobs = out
-    width = padded_ids.shape[1]
-    if most > width:
-        raise ValueError(f"a position with {most} entries does not fit a width of {width}")
 
-    # The narrowest type that holds every count is compared fastest.
-    column_numbers = np.arange(width).astype(np.min_scalar_type(width))
-    counts = counts.astype(column_numbers.dtype)
-    block = max(1, _BLOCK_VALUES // max(1, width))
-    for first in range(0, len(counts), block):
-        rows = slice(first, first + block)
-        there = column_numbers < counts[rows, None]
-        entries = slice(entry_offsets[first], entry_offsets[: first + block + 1][-1])
-        for padded, values, padding in (
-            (padded_ids[rows], ids, 0),
-            (padded_logprobs[rows], logprobs, -np.inf),
-        ):
-            padded.fill(padding)
-            padded[there] = values[entries]
-    return out
+    line: int
+    offsets: Int64Array
+    ids: Int32Array
+    logprobs: Float32Array
+
+
+def pad_entries(runs: Sequence[Run], num_lines: int) -> tuple[Int32Array, Float32Array]:
+    """ids [N, K] int32 padded with any of `ids` or 0, logprobs [N, K] float32 padded with -inf.
+
+    N is `num_lines`, K the largest number of entries at any position. Lines of no run, which must
+    not overlap and come in order, are padding.
+    """
+    counts = np.zeros(num_lines, np.int64)
+    for line, offsets, _, _ in runs:
+        np.subtract(offsets[1:], offsets[:-1], out=counts[line : line + len(offsets) - 1])
+    width = int(counts.max(initial=0))
+    padded_ids = _recycled((num_lines, width), np.int32)
+    padded_logprobs = _recycled((num_lines, width), np.float32)
+    if not width:
+        return padded_ids, padded_logprobs
+    own = np.arange(width) < np.arange(width + 1)[:, None]  # [number of entries, K]
+    upper_limits = np.where(own, np.float32(np.inf), np.float32(-np.inf))
+    block = max(1, _BLOCK_VALUES // width)
+    limits = np.empty((block, width), np.float32)
+    filled = 0
+    for line, offsets, ids, logprobs in runs:
+        padded_ids[filled:line] = 0
+        padded_logprobs[filled:line] = -np.inf
+        filled = line + len(offsets) - 1
+        for first in range(line, filled, block):
+            lines = slice(first, min(first + block, filled))
+            starts = offsets[lines.start - line : lines.stop - line]
+            padded_ids[lines] = _windows(ids, starts, width)
+            limit = limits[: len(starts)]
+            # With another mode, take would copy through a buffer.
+            upper_limits.take(counts[lines], 0, out=limit, mode="clip")
+            np.minimum(_windows(logprobs, starts, width), limit, out=padded_logprobs[lines])
+    padded_ids[filled:] = 0
+    padded_logprobs[filled:] = -np.inf
+    return padded_ids, padded_logprobs
+
+
+def _recycled(shape: tuple[int, ...], scalar: type[_Scalar]) -> npt.NDArray[_Scalar]:
+    """Uninitialised [shape] from the pool."""
+    buffer = pa.allocate_buffer(math.prod(shape) * np.dtype(scalar).itemsize)
+    return np.frombuffer(buffer, scalar).reshape(shape)
+
+
+def _windows(values: _Values, starts: Int64Array, width: int) -> _Values:
+    """[R, K]: the K = `width` values from each of R starts on, which ascend."""
+    if starts[-1] + width > len(values):
+        # The last windows would reach beyond what there is.
+        values = np.concatenate([values[starts[0] :], np.zeros(width, values.dtype)])
+        starts = starts - starts[0]
+    window = np.dtype((np.void, width * values.itemsize))
+    windows = np.ndarray((len(values) - width + 1,), window, values, strides=(values.itemsize,))
+    return windows[starts].view(values.dtype).reshape(len(starts), width)

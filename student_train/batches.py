@@ -13,7 +13,8 @@ size of the dataset. Columns that nobody asked for are not read from disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any, Self
@@ -23,19 +24,19 @@ import torch
 from torch import Tensor
 
 from shards.dataset import Split
-from shards.padding import empty_entries, pad_entries
+from shards.padding import Run, pad_entries
 from shards.row_group import RowGroup, require
 from shards.schema import ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
+from student_train.decode_ahead import decode_ahead
 from student_train.loss import IGNORE_INDEX
 from student_train.order import GROUPS_PER_WINDOW, Order
-from student_train.read_ahead import ReadAhead
 
 TOKEN_COLUMNS = (TOKENS, LOSS_MASK)
 TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
 EVALUATION_COLUMNS = (*TARGET_COLUMNS, TAIL_LOGMASS)
 
-# With the one that is being decoded, a window: decoding goes on while a window is padded.
-_READ_AHEAD_ROW_GROUPS = GROUPS_PER_WINDOW - 1
+# While a window is padded, the next one is decoded.
+_ROW_GROUPS_AHEAD = GROUPS_PER_WINDOW
 
 _Place = tuple[RowGroup, int]  # a row group and a row of it
 
@@ -45,8 +46,8 @@ class Batch:
     """input_ids, labels [B, L] int64; ids [B, L, K] int32, logprobs [B, L, K] float32, nats.
 
     labels are -100 where padded or where `loss_mask` is false; num_valid counts the others.
-    ids are padded with 0, logprobs with -inf, tail_logmass [B, L] float32 with -inf; None if not
-    read, tail_logmass also if the dataset has none.
+    logprobs and tail_logmass [B, L] float32 are padded with -inf, ids with any of the shard; None
+    if not read, tail_logmass also if the dataset has none.
     """
 
     input_ids: Tensor
@@ -74,14 +75,14 @@ def training_batches(
     step_sequences: int,
     micro_batch_sequences: int,
     columns: Sequence[str],
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Micro batches without end, from the optimizer step `first_step` on.
 
     A step's sequences are cut into micro batches of which the last may be smaller; none spans two
-    steps. The split is closed with the iterator.
+    steps. Closing the iterator ends what is decoded ahead.
     """
-    with split:
-        rows = _rows_in_order(split, order, first_step * step_sequences, columns)
+    rows = _rows_in_order(split, order, first_step * step_sequences, columns)
+    with closing(rows):
         while True:
             left = step_sequences
             while left:
@@ -93,9 +94,9 @@ def training_batches(
 def sequential_batches(
     split: Split, *, batch_sequences: int, columns: Sequence[str]
 ) -> Iterator[Batch]:
-    """All sequences once, in their own order. The split is closed with the iterator."""
-    decoded = (split.read_row_group(g, columns) for g in range(split.num_row_groups))
-    with split, ReadAhead(decoded, 1) as row_groups:
+    """All sequences once, in their own order. Closing the iterator ends what is decoded ahead."""
+    numbers = iter(range(split.num_row_groups))
+    with closing(decode_ahead(split, numbers, columns, _ROW_GROUPS_AHEAD)) as row_groups:
         rows = _rows(row_groups)
         while batch := _next_batch(rows, batch_sequences):
             yield batch
@@ -116,7 +117,7 @@ def make_batch(places: Sequence[_Place]) -> Batch:
             counts = group.loss_mask[_positions(group, r)]
             labels[b, :length][~counts] = IGNORE_INDEX
     num_valid = int(np.count_nonzero(labels != IGNORE_INDEX))
-    ids, logprobs = _entries(places, shape)
+    ids, logprobs = _entries(places, shape[1])
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -128,30 +129,40 @@ def make_batch(places: Sequence[_Place]) -> Batch:
 
 
 def _entries(
-    places: Sequence[_Place], shape: tuple[int, int]
+    places: Sequence[_Place], num_positions: int
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """The kept entries, padded to the largest number at any position; None if not read."""
     if places[0][0].ids is None:
         return None, None
-    offsets = [
-        require("ids", group.entry_offsets)[
-            _positions(group, r).start : _positions(group, r).stop + 1
-        ]
-        for group, r in places
-    ]
-    width = max(int(np.diff(row).max()) for row in offsets)
-    ids, logprobs = empty_entries((*shape, width))
-    for b, ((group, _), row) in enumerate(zip(places, offsets, strict=True)):
-        length = len(row) - 1
-        pad_entries(
-            row - row[0],
-            require("ids", group.ids)[row[0] :],
-            require("logprobs", group.logprobs)[row[0] :],
-            out=(ids[b, :length], logprobs[b, :length]),
+    runs = [
+        Run(
+            b * num_positions,
+            require("ids", group.entry_offsets)[positions.start : positions.stop + 1],
+            require("ids", group.ids),
+            require("logprobs", group.logprobs),
         )
-        ids[b, length:] = 0
-        logprobs[b, length:] = -np.inf
-    return torch.from_numpy(ids), torch.from_numpy(logprobs)
+        for b, group, positions in _runs(places, num_positions)
+    ]
+    padded = pad_entries(runs, len(places) * num_positions)
+    shape = (len(places), num_positions, padded[0].shape[1])
+    return torch.from_numpy(padded[0].reshape(shape)), torch.from_numpy(padded[1].reshape(shape))
+
+
+def _runs(places: Sequence[_Place], num_positions: int) -> Iterator[tuple[int, RowGroup, slice]]:
+    """(index, row group, positions) of places, as one for rows that follow each other unpadded."""
+    b = 0
+    while b < len(places):
+        group, r = places[b]
+        positions = _positions(group, r)
+        size = 1
+        while b + size < len(places) and positions.stop - positions.start == size * num_positions:
+            next_group, next_r = places[b + size]
+            if next_group is not group or next_r != r + size:
+                break
+            positions = slice(positions.start, _positions(group, next_r).stop)
+            size += 1
+        yield b, group, positions
+        b += size
 
 
 def _tail_logmass(places: Sequence[_Place], shape: tuple[int, int]) -> Tensor | None:
@@ -189,14 +200,10 @@ def _rows(groups: Iterable[RowGroup]) -> Iterator[_Place]:
 
 def _rows_in_order(
     split: Split, order: Order, start: int, columns: Sequence[str]
-) -> Iterator[_Place]:
-    """Rows without end; the next window is decoded by a thread while this one is padded."""
-    decoded = (
-        split.read_row_group(g, columns)
-        for window in order.windows(start)
-        for g in window.row_groups
-    )
-    with ReadAhead(decoded, _READ_AHEAD_ROW_GROUPS) as row_groups:
+) -> Generator[_Place]:
+    """Rows without end."""
+    numbers = (g for window in order.windows(start) for g in window.row_groups)
+    with closing(decode_ahead(split, numbers, columns, _ROW_GROUPS_AHEAD)) as row_groups:
         for window in order.windows(start):
             groups = list(islice(row_groups, len(window.row_groups)))
             for member, offset in window.picks.tolist():

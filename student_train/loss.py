@@ -41,7 +41,10 @@ _BLOCK_BYTES = 128 << 20
 
 
 class Targets(NamedTuple):
-    """The teacher's kept entries: ids [T, K] int32, logprobs [T, K] float32, -inf where padded."""
+    """The teacher's kept entries: ids [T, K] int32, logprobs [T, K] float32.
+
+    Where a logprob is -inf there is no entry, whatever the id, which must be one all the same.
+    """
 
     ids: Tensor
     logprobs: Tensor

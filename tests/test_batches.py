@@ -16,6 +16,7 @@ from shards.dataset import Dataset
 from shards.errors import ShardCorruptError
 from shards.layout import Layout
 from shards.rows import Row
+from shards.writer import shard_name
 from student_train.batches import (
     EVALUATION_COLUMNS,
     TARGET_COLUMNS,
@@ -24,9 +25,10 @@ from student_train.batches import (
     sequential_batches,
     training_batches,
 )
+from student_train.decode_ahead import decode_ahead
 from student_train.order import Order
 from student_train.read_ahead import ReadAhead
-from tests.tiny_dataset import make_dataset
+from tests.tiny_dataset import VOCAB_SIZE, make_dataset
 
 STEP_SEQUENCES = 5
 
@@ -65,7 +67,7 @@ def assert_holds(batch: Batch, b: int, row: Row) -> None:
         kept = slice(entries[t], entries[t + 1]) if count else slice(0, 0)
         np.testing.assert_array_equal(batch.ids[b, t, :count], row.ids[kept])
         np.testing.assert_array_equal(batch.logprobs[b, t, :count], row.logprobs[kept])
-        assert not batch.ids[b, t, count:].any()
+        assert ((batch.ids[b, t] >= 0) & (batch.ids[b, t] < VOCAB_SIZE)).all()
         assert (batch.logprobs[b, t, count:] == -torch.inf).all()
 
 
@@ -194,3 +196,45 @@ def test_it_reads_no_further_ahead_than_asked() -> None:
         next(items)
         threading.Event().wait(0.3)
         assert len(made) <= 4
+
+
+def test_row_groups_decoded_ahead_come_in_the_order_asked_for(dataset: Dataset) -> None:
+    split = dataset.split("train")
+    order = [*reversed(range(split.num_row_groups)), 0, 0]
+    found = list(decode_ahead(split, iter(order), TARGET_COLUMNS, depth=3))
+    assert len(found) == len(order)
+    for number, group in zip(order, found, strict=True):
+        expected = split.read_row_group(number, TARGET_COLUMNS)
+        np.testing.assert_array_equal(group.sequences, expected.sequences)
+        np.testing.assert_array_equal(group.logprobs, expected.logprobs)
+
+
+def test_a_row_group_that_cannot_be_decoded_fails_in_its_turn(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "dataset")
+    split = Dataset.open(folder).split("train")
+    last = split.num_row_groups - 1
+    shard, *_ = split.locate(split.row_group_range(last).start)
+    assert shard > 0
+    (folder / "train" / shard_name(shard)).unlink()
+    decoded = decode_ahead(split, iter(range(last + 1)), TARGET_COLUMNS, depth=4)
+    before = [g for g in range(last) if split.locate(split.row_group_range(g).start)[0] < shard]
+    assert len(list(islice(decoded, len(before)))) == len(before)
+    with pytest.raises(ShardCorruptError, match=shard_name(shard)):
+        next(decoded)
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+
+
+def test_no_further_row_group_is_decoded_than_asked(dataset: Dataset) -> None:
+    asked = []
+
+    def counting() -> Iterator[int]:
+        while True:
+            asked.append(0)
+            yield 0
+
+    decoded = decode_ahead(dataset.split("train"), counting(), TARGET_COLUMNS, depth=3)
+    for _ in range(5):
+        next(decoded)
+    assert len(asked) == 5 + 2
+    decoded.close()  # type: ignore[attr-defined]
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())

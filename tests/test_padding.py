@@ -1,4 +1,4 @@
-"""Padding puts each position's entries at the start of its row and nothing else beside them."""
+"""Padding puts each position's entries at the start of its line and no probability beside them."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards import padding
-from shards.padding import empty_entries, pad_entries
+from shards.padding import Run, pad_entries
 
 
 def entries(counts):
@@ -16,64 +16,61 @@ def entries(counts):
 
 
 def assert_padded(result, counts, ids, logprobs):
+    """`counts` of lines; those of no run are 0."""
     start = 0
-    for row, count in enumerate(counts):
-        for padded, values, filler in zip(result, (ids, logprobs), (0, -np.inf), strict=True):
-            assert padded[row, :count].tolist() == values[start : start + count].tolist()
-            assert (padded[row, count:] == filler).all()
+    allowed = {0, *ids.tolist()}
+    for line, count in enumerate(counts):
+        kept = slice(start, start + count)
+        assert result[0][line, :count].tolist() == ids[kept].tolist()
+        assert result[1][line, :count].tolist() == logprobs[kept].tolist()
+        assert allowed.issuperset(result[0][line, count:].tolist())
+        assert (result[1][line, count:] == -np.inf).all()
         start += count
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 5), st.integers(1, 40))
-def test_every_position_holds_its_entries_and_then_padding(counts, extra, block_values):
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 40), st.data())
+def test_every_position_holds_its_entries_and_then_padding(counts, block_values, data):
     offsets, ids, logprobs = entries(counts)
-    width = max(counts) + extra
-    out = np.full((len(counts), width), 7, np.int32), np.full((len(counts), width), 7, np.float32)
+    cuts = data.draw(st.lists(st.integers(0, len(counts)), max_size=4).map(sorted))
+    runs, lines = [], []
+    for first, last in zip([0, *cuts], [*cuts, len(counts)], strict=True):
+        lines += [0] * data.draw(st.integers(0, 2))
+        runs.append(Run(len(lines), offsets[first : last + 1], ids, logprobs))
+        lines += counts[first:last]
+    lines += [0] * data.draw(st.integers(0, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(padding, "_BLOCK_VALUES", block_values)
-        result = pad_entries(offsets, ids, logprobs, out)
-    assert result[0] is out[0]
-    assert result[1] is out[1]
-    assert_padded(result, counts, ids, logprobs)
-
-
-@given(st.lists(st.integers(0, 9), min_size=2, max_size=30), st.data())
-def test_some_positions_of_a_group_are_padded_as_they_are_in_all_of_it(counts, data):
-    first = data.draw(st.integers(0, len(counts) - 1))
-    last = data.draw(st.integers(first, len(counts)))
-    offsets, ids, logprobs = entries(counts)
-    result = pad_entries(offsets[first : last + 1], ids, logprobs)
-    kept = slice(offsets[first], offsets[last])
-    assert result[0].shape == (last - first, max(counts[first:last], default=0))
-    assert_padded(result, counts[first:last], ids[kept], logprobs[kept])
+        result = pad_entries(runs, len(lines))
+    assert result[0].shape == result[1].shape == (len(lines), max(counts))
+    assert_padded(result, lines, ids, logprobs)
 
 
 def test_extreme_values_and_the_sign_of_zero_survive():
     offsets = np.array([0, 3, 3, 5])
     ids = np.array([2**31 - 1, 0, 151_935, 0, 1], np.int32)
     logprobs = np.array([-0.0, -1e-30, -3e38, 0.0, -87.0], np.float32)
-    padded_ids, padded_logprobs = pad_entries(offsets, ids, logprobs)
-    assert padded_ids.tolist() == [[2**31 - 1, 0, 151_935], [0, 0, 0], [0, 1, 0]]
+    padded_ids, padded_logprobs = pad_entries([Run(0, offsets, ids, logprobs)], 3)
+    assert padded_ids[0].tolist() == [2**31 - 1, 0, 151_935]
+    assert padded_ids[2, :2].tolist() == [0, 1]
     assert padded_logprobs[0].tobytes() == logprobs[:3].tobytes()
     assert padded_logprobs[2, :2].tobytes() == logprobs[3:].tobytes()
 
 
-def test_fresh_rectangles_can_be_written_in_parts():
-    ids, logprobs = empty_entries((2, 3, 4))
-    assert (ids.dtype, logprobs.dtype) == (np.int32, np.float32)
-    for b in range(2):
-        pad_entries(*entries([4, 0, b]), (ids[b], logprobs[b]))
-        assert_padded((ids[b], logprobs[b]), [4, 0, b], *entries([4, 0, b])[1:])
-    assert empty_entries((0, 5))[0].shape == (0, 5)
+def test_runs_of_different_groups_share_a_rectangle():
+    few, many = entries([1, 0]), entries([4, 2, 3])
+    ids, logprobs = pad_entries([Run(0, *few), Run(3, *many)], 7)
+    assert_padded((ids[:3], logprobs[:3]), [1, 0, 0], *few[1:])
+    assert_padded((ids[3:], logprobs[3:]), [4, 2, 3, 0], *many[1:])
+
+
+def test_nothing_kept_anywhere_gives_rectangles_without_width():
+    ids, logprobs = pad_entries([Run(0, *entries([0, 0]))], 2)
+    assert (ids.shape, ids.dtype) == ((2, 0), np.int32)
+    assert (logprobs.shape, logprobs.dtype) == ((2, 0), np.float32)
+    assert pad_entries([], 0)[0].shape == (0, 0)
 
 
 def test_views_of_read_only_buffers_can_be_padded():
     offsets, ids, logprobs = entries([2, 1])
     ids.flags.writeable = logprobs.flags.writeable = False
-    assert_padded(pad_entries(offsets, ids, logprobs), [2, 1], ids, logprobs)
-
-
-def test_a_width_that_is_too_small_is_refused():
-    out = np.empty((2, 3), np.int32), np.empty((2, 3), np.float32)
-    with pytest.raises(ValueError, match="4 entries does not fit a width of 3"):
-        pad_entries(*entries([4, 1]), out)
+    assert_padded(pad_entries([Run(0, offsets, ids, logprobs)], 2), [2, 1], ids, logprobs)
