@@ -277,10 +277,11 @@ def train_student(**options: Any) -> None:
     The same command again continues from the last checkpoint.
     """
     from shards.allocator import keep_freed_memory
+
+    keep_freed_memory()
     from student_train.config import TrainConfig
 
     config = TrainConfig(**options)
-    keep_freed_memory()
     from student_train.train import run
 
     summary = run(config)

@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from synthetic_shards import make_shards
 
-from shards.dataset import Dataset
+from shards.dataset import Dataset, Split
 from shards.layout import Layout
 from student_train.batches import TARGET_COLUMNS, Batch, sequential_batches, training_batches
 from student_train.order import GROUPS_PER_WINDOW, Order
@@ -76,7 +76,7 @@ def read_shuffled(dataset: Dataset) -> float:
     """
     split = dataset.split("train")
     window = GROUPS_PER_WINDOW * len(split.row_group_range(0)) // BATCH_SEQUENCES
-    with closing(_epochs(dataset)) as batches:
+    with closing(_shuffled(split, dataset)) as batches:
         next(islice(batches, window - 1, window))
         started = time.perf_counter()
         for _ in islice(batches, split.num_sequences // BATCH_SEQUENCES):
@@ -98,12 +98,12 @@ def anonymous_bytes() -> int:
 def peak_of(path: Path) -> int:
     """The highest RssAnon over an epoch of training, bytes; to be called in a fresh process."""
     dataset = Dataset.open(path)
-    epoch = islice(_epochs(dataset), dataset.split("train").num_sequences // BATCH_SEQUENCES)
+    split = dataset.split("train")
+    epoch = islice(_shuffled(split, dataset), split.num_sequences // BATCH_SEQUENCES)
     return max(anonymous_bytes() for _ in epoch)
 
 
-def _epochs(dataset: Dataset) -> Generator[Batch]:
-    split = dataset.split("train")
+def _shuffled(split: Split, dataset: Dataset) -> Generator[Batch]:
     return training_batches(
         split,
         Order(num_sequences=split.num_sequences, layout=Layout.of(dataset.identity), seed=0),

@@ -5,7 +5,8 @@ Letters: N positions, P consecutive ones of them, E entries, K the width of the 
 A position's entries and what follows them are a window of K values. Windows are copied whole, as
 items of 4 K bytes, and a line of a small table, one for every number of entries, turns the
 log-probabilities that are not the position's own into -inf. The ids are left: an entry of
-probability 0 may have any. That costs a third of writing both through a boolean mask.
+probability 0 may have any. That takes two thirds of the time of writing both through
+a boolean mask.
 
 The rectangles come from Arrow's memory pool, which keeps what is freed. Batches that numpy
 allocates are given back to the kernel again and again, and the page faults cost as much as the
@@ -28,8 +29,7 @@ from shards.rows import Float32Array, Int32Array
 _Values = TypeVar("_Values", Int32Array, Float32Array)
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
-# Few calls (each takes and gives back Python's lock, for which the threads that decode wait) on
-# temporary arrays that still fit into the cache.
+# Fewer values make the calls show, more leave the cache.
 _BLOCK_VALUES = 1 << 17
 
 

@@ -95,7 +95,7 @@ def sequential_batches(
     split: Split, *, batch_sequences: int, columns: Sequence[str]
 ) -> Iterator[Batch]:
     """All sequences once, in their own order. Closing the iterator ends what is decoded ahead."""
-    numbers = iter(range(split.num_row_groups))
+    numbers = range(split.num_row_groups)
     with closing(decode_ahead(split, numbers, columns, _ROW_GROUPS_AHEAD)) as row_groups:
         rows = _rows(row_groups)
         while batch := _next_batch(rows, batch_sequences):
@@ -150,19 +150,16 @@ def _entries(
 
 def _runs(places: Sequence[_Place], num_positions: int) -> Iterator[tuple[int, RowGroup, slice]]:
     """(index, row group, positions) of places, as one for rows that follow each other unpadded."""
-    b = 0
-    while b < len(places):
-        group, r = places[b]
-        positions = _positions(group, r)
-        size = 1
-        while b + size < len(places) and positions.stop - positions.start == size * num_positions:
-            next_group, next_r = places[b + size]
-            if next_group is not group or next_r != r + size:
-                break
-            positions = slice(positions.start, _positions(group, next_r).stop)
-            size += 1
-        yield b, group, positions
-        b += size
+    first = 0
+    for b, (group, r) in enumerate(places):
+        last = b + 1 == len(places)
+        if not last and _num_positions(group, r) == num_positions:
+            next_group, next_r = places[b + 1]
+            if next_group is group and next_r == r + 1:
+                continue
+        start = _positions(*places[first]).start
+        yield first, group, slice(start, _positions(group, r).stop)
+        first = b + 1
 
 
 def _tail_logmass(places: Sequence[_Place], shape: tuple[int, int]) -> Tensor | None:

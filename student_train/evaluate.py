@@ -46,8 +46,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The figures above over a whole split, and `tokens`; leaves the model's mode as it was.
 
-    `autocast` surrounds the model without its head, whose logits are float32 always. The split is
-    closed. InputError if none of its positions counts.
+    `autocast` surrounds the model without its head, whose logits are float32 always. InputError if
+    none of the split's positions counts.
     """
     sidecars = list(split.sidecars())
     num_tokens = sum(sidecar.tokens for sidecar in sidecars)

@@ -201,7 +201,7 @@ def test_it_reads_no_further_ahead_than_asked() -> None:
 def test_row_groups_decoded_ahead_come_in_the_order_asked_for(dataset: Dataset) -> None:
     split = dataset.split("train")
     order = [*reversed(range(split.num_row_groups)), 0, 0]
-    found = list(decode_ahead(split, iter(order), TARGET_COLUMNS, depth=3))
+    found = list(decode_ahead(split, order, TARGET_COLUMNS, depth=3))
     assert len(found) == len(order)
     for number, group in zip(order, found, strict=True):
         expected = split.read_row_group(number, TARGET_COLUMNS)
@@ -216,7 +216,7 @@ def test_a_row_group_that_cannot_be_decoded_fails_in_its_turn(tmp_path: Path) ->
     shard, *_ = split.locate(split.row_group_range(last).start)
     assert shard > 0
     (folder / "train" / shard_name(shard)).unlink()
-    decoded = decode_ahead(split, iter(range(last + 1)), TARGET_COLUMNS, depth=4)
+    decoded = decode_ahead(split, range(last + 1), TARGET_COLUMNS, depth=4)
     before = [g for g in range(last) if split.locate(split.row_group_range(g).start)[0] < shard]
     assert len(list(islice(decoded, len(before)))) == len(before)
     with pytest.raises(ShardCorruptError, match=shard_name(shard)):
@@ -236,5 +236,5 @@ def test_no_further_row_group_is_decoded_than_asked(dataset: Dataset) -> None:
     for _ in range(5):
         next(decoded)
     assert len(asked) == 5 + 2
-    decoded.close()  # type: ignore[attr-defined]
+    decoded.close()
     assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
