@@ -88,7 +88,7 @@ class Split:
     def __init__(self, path: Path, size: SplitSize, identity: Mapping[str, Any]) -> None:
         self.path = path
         self._size = size
-        self._identity = identity
+        self.identity = identity
         self._layout = Layout.of(identity)
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
 
@@ -152,7 +152,7 @@ class Split:
 
     def reopened(self) -> Split:
         """The same split with readers of its own, for another thread."""
-        return Split(self.path, self._size, self._identity)
+        return Split(self.path, self._size, self.identity)
 
     def close(self) -> None:
         """Close all readers; the next read opens them again."""
@@ -185,7 +185,7 @@ class Split:
         """Open a shard and make sure that it is this dataset's and stands where it belongs."""
         reader = ShardReader(self.path / shard_name(shard))
         try:
-            found = differences(self._identity, reader.metadata["identity"])
+            found = differences(self.identity, reader.metadata["identity"])
             if found:
                 raise IdentityMismatchError(
                     f"{reader.path}: a shard of another dataset than the one around it:"

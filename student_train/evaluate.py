@@ -1,16 +1,20 @@
 """How good a student is on held-out sequences, and how close to its teacher.
 
 Letters: K kept entries, V vocabulary, D hidden, R rows of a block. q is the student's full
-softmax at temperature 1, p the kept probabilities as they were stored. `docs/evaluation.md` defines
-the figures:
+softmax at temperature 1, p the kept probabilities, or weights, as they were stored.
+`docs/evaluation.md` defines the figures:
 
 - cross_entropy: mean of -log q(label), nats; perplexity: its exponential
 - teacher_cross_entropy: the same of the teacher, from the exact sums in the sidecars
-- kl_kept: KL(w || q), w = p renormalised over the kept entries
+- kl_kept: KL(w || q), w = p renormalised over the kept entries; of truncating keep methods
 - kl_bound: KL between both distributions after all that was not kept became one entry. By the
-  log-sum inequality merging entries never raises a KL, so it is a lower bound of the full one. Only
-  for keep methods that record the tail
-- top1_agreement: how often the student's most likely token is the teacher's
+  log-sum inequality merging entries never raises a KL, so it is a lower bound of the full one. Of
+  truncating keep methods
+- kl_unbiased: mean of sum_k p_k * -log q_k, less the teacher's entropy from the exact sums in the
+  sidecars: an unbiased estimate of the KL of the full distributions. Of sampling keep methods at
+  temperature 1
+- top1_agreement: how often the student's most likely token is the teacher's, where that is known;
+  not of draws, where chance decides over all entries
 
 Sums are float64 over float32 logits, in blocks as in `loss.py`; each labelled position counts once.
 """
@@ -26,6 +30,7 @@ from transformers import PreTrainedModel
 
 from shards.dataset import Split
 from shards.errors import InputError
+from shards.keep_method import KeepMethod
 from student_train.batches import EVALUATION_COLUMNS, Batch, sequential_batches
 from student_train.loss import IGNORE_INDEX, split_evenly
 from student_train.model import head_weight, hidden_states
@@ -34,6 +39,7 @@ from student_train.read_ahead import ReadAhead
 # Of float32 logits; a quarter of a training step's blocks, because a few copies of them are made.
 _BLOCK_BYTES = 32 << 20
 _READ_AHEAD_BATCHES = 2
+_NUM_SUMS = 6
 
 
 def evaluate(
@@ -49,12 +55,12 @@ def evaluate(
     `autocast` surrounds the model without its head, whose logits are float32 always. InputError if
     none of the split's positions counts.
     """
+    method = KeepMethod.of(split.identity)
     sidecars = list(split.sidecars())
     num_tokens = sum(sidecar.tokens for sidecar in sidecars)
     if not num_tokens:
         raise InputError(f"{split.path}: none of its positions counts, nothing can be evaluated")
-    sums = torch.zeros(5, dtype=torch.float64)
-    has_tail = True
+    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
     was_training = model.training
     model.eval()
     batches = sequential_batches(split, batch_sequences=batch_sequences, columns=EVALUATION_COLUMNS)
@@ -62,25 +68,26 @@ def evaluate(
         for batch in ahead:
             with autocast:
                 hidden = hidden_states(model, batch.input_ids.to(device))
-            sums += _batch_sums(hidden, head_weight(model), batch.to(device))
-            has_tail = batch.tail_logmass is not None
+            sums += _batch_sums(hidden, head_weight(model), batch.to(device), method)
     model.train(was_training)
-    nll, kl_kept, kl_bound, num_agreed, num_with_entries = sums.tolist()
+    nll, kl_kept, kl_bound, weighted, num_agreed, num_known = sums.tolist()
     figures = {
         "tokens": num_tokens,
         "cross_entropy": nll / num_tokens,
         "perplexity": math.exp(nll / num_tokens),
         "teacher_cross_entropy": sum(sidecar.teacher_nll for sidecar in sidecars) / num_tokens,
-        "kl_kept": kl_kept / num_tokens,
-        "kl_bound": kl_bound / num_tokens,
-        "top1_agreement": num_agreed / max(1, num_with_entries),
     }
-    if not has_tail:
-        del figures["kl_bound"]
+    if not method.is_sampled:
+        figures |= {"kl_kept": kl_kept / num_tokens, "kl_bound": kl_bound / num_tokens}
+    elif method.temperature == 1:
+        entropy = sum(sidecar.teacher_entropy for sidecar in sidecars)
+        figures["kl_unbiased"] = (weighted - entropy) / num_tokens
+    if method.exact_above is not None:
+        figures["top1_agreement"] = num_agreed / max(1, num_known)
     return figures
 
 
-def _batch_sums(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
+def _batch_sums(hidden: Tensor, weight: Tensor, batch: Batch, method: KeepMethod) -> Tensor:
     """Sums over the labelled positions of a batch, block by block; see `position_sums`."""
     assert batch.ids is not None
     assert batch.logprobs is not None
@@ -89,7 +96,8 @@ def _batch_sums(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
     logprobs = batch.logprobs.flatten(0, 1)
     tails = None if batch.tail_logmass is None else batch.tail_logmass.flatten()
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    sums = torch.zeros(5, dtype=torch.float64)
+    exact_above = -math.inf if method.exact_above is None else method.exact_above
+    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
     for block in split_evenly(rows, len(weight), _BLOCK_BYTES, torch.float32):
         sums += position_sums(
             hidden[block].float() @ weight.float().T,
@@ -97,27 +105,39 @@ def _batch_sums(hidden: Tensor, weight: Tensor, batch: Batch) -> Tensor:
             ids[block].long(),
             logprobs[block],
             None if tails is None else tails[block],
+            exact_above,
         ).cpu()
     return sums
 
 
 def position_sums(
-    logits: Tensor, labels: Tensor, ids: Tensor, logprobs: Tensor, tail_logmass: Tensor | None
+    logits: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    tail_logmass: Tensor | None,
+    exact_above: float = -math.inf,
 ) -> Tensor:
-    """Sums over R positions, float64 [5]: nll, kl_kept, kl_bound, top-1 agreed, with entries.
+    """Sums over R positions, float64 [6].
+
+    They are: nll, kl_kept, kl_bound, sum of p * -log q, and of the positions where the teacher's
+    most likely token is known those where the student agrees, and all.
 
     logits [R, V] float32, overwritten; labels [R], ids [R, K] int64, logprobs [R, K] padded with
-    -inf, tail_logmass [R]: None gives a kl_bound of 0. Positions of which nothing was kept add
-    nothing to any sum but the first.
+    -inf, tail_logmass [R]: None gives a kl_bound of 0. `exact_above` is that of `KeepMethod`.
+    Positions of which nothing was kept add nothing to any sum but the first.
     """
     kept = logprobs > float("-inf")
     with_entries = kept.any(1)
     logsumexp = logits.logsumexp(1, keepdim=True)
     nll = logsumexp - logits.gather(1, labels[:, None])
     student = logits.gather(1, ids) - logsumexp
-    # Entries are largest first. Without any, the comparison means nothing.
-    agreed = with_entries & (logits.argmax(1) == ids[:, 0]) if ids.shape[1] else with_entries
+    agreed = known = with_entries
+    if ids.shape[1]:  # entries are largest first
+        known = logprobs[:, 0] > exact_above
+        agreed = known & (logits.argmax(1) == ids[:, 0])
     teacher = logprobs.double()
+    weighted = torch.where(kept, teacher.exp() * -student.double(), 0.0).sum(1)
     kl_kept = _kl(teacher, student)
     kl_bound = torch.zeros_like(kl_kept)
     if tail_logmass is not None:
@@ -128,7 +148,7 @@ def position_sums(
         kl_bound = _kl(
             torch.cat([teacher, tail_logmass[:, None].double()], 1), torch.cat([student, rest], 1)
         )
-    parts = (nll.double(), kl_kept, kl_bound * with_entries, agreed, with_entries)
+    parts = (nll.double(), kl_kept, kl_bound * with_entries, weighted, agreed, known)
     return torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
 

@@ -8,14 +8,19 @@ For every labelled token, z the student's logits, w the teacher's target on the 
     LM  = logsumexp(z) - z[label]
     NLL = sum_k w_k * (logsumexp(z) - z[id_k])         KLD = NLL - H(w)
     w   = softmax over the kept entries of logprob / temperature
+          of sampled shards: the stored weights as they are, at the temperature of the dump
 
-w is F(z) = softmax(Truncate(z) / tau) of pre-training distillation (Peng et al., arXiv 2410.16215).
-The student's side is its full softmax at temperature 1, so probability outside the kept entries
-costs something; only the teacher is tempered, so there is no tau^2. H(w) does not depend on the
-student: the gradients of NLL and KLD are the same,
+The first w is F(z) = softmax(Truncate(z) / tau) of pre-training distillation (Peng et al., arXiv
+2410.16215). The student's side is its full softmax at temperature 1, so probability outside the
+kept entries costs something; only the teacher is tempered, so there is no tau^2. H(w) does not
+depend on the student: the gradients of NLL and KLD are the same,
 
     d loss / d z = c * softmax(z) - (1 - alpha) * onehot(label) - alpha * w
     c = (1 - alpha) + alpha * sum(w)                   sum(w) is 1, or 0 where nothing was kept
+
+Sampled weights are right in expectation only. They do not sum to 1 at a position, and dividing them
+by their sum would be a bias: their sum is the coefficient of the log-sum-exp. H(w) of such weights
+is no estimate of the teacher's entropy, so KLD is then the same as NLL.
 
 The gradient of the logits is one scatter away from their softmax. So the forward pass takes a block
 of R rows, turns its logits into their gradient in place, and adds up both gradients that backward
@@ -63,11 +68,15 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised: `kind` "kld" or "nll", `alpha` the weight of KD, the teacher's tau."""
+    """What is minimised: `kind` "kld" or "nll", `alpha` the weight of KD, the teacher's tau.
+
+    `sampled`: the targets are weights of a sampling keep method, whatever the temperature.
+    """
 
     kind: str
     alpha: float
     temperature: float
+    sampled: bool = False
 
 
 def distillation_loss(
@@ -172,17 +181,19 @@ class _Blocks:
         probabilities, logsumexp = _softmax_in_place(logits)
         self.lm += (logsumexp - label_logits).sum()
         if targets is not None:
-            target, entropy = _target(kept, self._objective.temperature)
+            target, entropy, mass = _target(kept, self._objective)
             nll = (target * (logsumexp - kept_logits)).sum()
             self.kd += nll - entropy if self._objective.kind == "kld" else nll
-            mass = target.sum(1, keepdim=True)
-            # Exactly 0 or about 1; the pass over [R, V] is for rows of which nothing was kept.
-            nothing_kept = mass == 0
-            if bool(nothing_kept.any()):
-                probabilities.mul_(torch.where(nothing_kept, 1 - alpha, 1.0))
-            probabilities.scatter_add_(1, ids, target.mul_(-alpha))
-        probabilities.scatter_add_(1, label, torch.full_like(label_logits, alpha - 1))
-        self._add_gradients(rows, hidden, probabilities)
+            coefficient = (1 - alpha) + alpha * mass
+            # Taken out of the row, so that it costs no pass over [R, V]. It is 0 only with the row.
+            target *= -alpha / torch.where(coefficient > 0, coefficient, 1.0)
+            probabilities.scatter_add_(1, ids, target)
+            off_label = (alpha - 1) / torch.where(coefficient > 0, coefficient, 1.0)
+        else:
+            coefficient = torch.ones_like(label_logits)
+            off_label = torch.full_like(label_logits, alpha - 1)
+        probabilities.scatter_add_(1, label, off_label)
+        self._add_gradients(rows, hidden, probabilities, coefficient)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[R, V], products in the compute dtype, then wide."""
@@ -195,14 +206,20 @@ class _Blocks:
         torch.mm(hidden, self._weight.T, out=narrow)
         return wide if wide.dtype == narrow.dtype else wide.copy_(narrow)
 
-    def _add_gradients(self, rows: Tensor, hidden: Tensor, of_logits: Tensor) -> None:
-        """Take the gradient of a block's logits [R, V] to hidden states and weight."""
+    def _add_gradients(
+        self, rows: Tensor, hidden: Tensor, of_logits: Tensor, coefficient: Tensor
+    ) -> None:
+        """Take the gradient of a block's logits to hidden states and weight.
+
+        That gradient is of_logits [R, V] times coefficient [R, 1].
+        """
+        scaled = (hidden * coefficient).to(hidden.dtype)
         if of_logits.dtype == self._weight.dtype:
-            self.weight_gradient.addmm_(of_logits.T, hidden)
+            self.weight_gradient.addmm_(of_logits.T, scaled)
         else:
             of_logits = self._narrow[: len(hidden)].copy_(of_logits)
-            self.weight_gradient.add_(of_logits.T @ hidden)
-        product = of_logits @ self._weight
+            self.weight_gradient.add_(of_logits.T @ scaled)
+        product = (of_logits @ self._weight) * coefficient
         self.hidden_gradient.index_copy_(0, rows, product.to(self.hidden_gradient.dtype))
 
 
@@ -217,11 +234,16 @@ def _softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:
     return probabilities, largest - probabilities.amax(1, keepdim=True).log()
 
 
-def _target(logprobs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Target w [R, K] of logprobs [R, K] and the sum of H(w) over the rows, nats.
+def _target(logprobs: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """Target w [R, K] of logprobs [R, K], the sum of H(w) over the rows, sums of w [R, 1].
 
-    All zero, and without entropy, where nothing was kept.
+    All zero, and without entropy, where nothing was kept. Sampled: H(w) is given as 0.
     """
-    target = torch.softmax(logprobs / temperature, 1)
-    target = torch.where(logprobs > float("-inf"), target, 0.0)
-    return target, torch.special.entr(target).sum()
+    if objective.sampled:
+        target = logprobs.exp()
+        return target, target.new_zeros(()), target.sum(1, keepdim=True)
+    target = torch.softmax(logprobs / objective.temperature, 1)
+    kept = logprobs > float("-inf")
+    target = torch.where(kept, target, 0.0)
+    mass = kept.any(1, keepdim=True).to(target.dtype)
+    return target, torch.special.entr(target).sum(), mass

@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from shards.dataset import Dataset, Split
 from shards.errors import IdentityMismatchError, InputError, RunError
 from shards.identity import Json
+from shards.keep_method import KeepMethod
 from shards.layout import Layout
 from student_train import checkpoint
 from student_train.batches import TARGET_COLUMNS, TOKEN_COLUMNS, Batch, training_batches
@@ -59,6 +60,7 @@ def run(config: TrainConfig) -> dict[str, Json]:
     """
     disable_progress_bar()
     dataset = Dataset.open(config.shards)
+    _check_temperature(config, dataset)
     evaluation_dataset = _evaluation_dataset(config, dataset)
     rate = config.learning_rate or default_learning_rate(config.student)
     config = replace(config, learning_rate=rate)
@@ -106,6 +108,16 @@ def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
     return step_sequences, -(-config.tokens // step_tokens)
 
 
+def _check_temperature(config: TrainConfig, dataset: Dataset) -> None:
+    """Sampled weights are of one temperature; no other one can be had from them. InputError."""
+    method = KeepMethod.of(dataset.identity)
+    if config.alpha and method.is_sampled and config.temperature != method.temperature:
+        raise InputError(
+            f"--temperature {config.temperature}: {dataset.path} was sampled at temperature"
+            f" {method.temperature} (--keep {method.name}), and its weights can be used at no other"
+        )
+
+
 def _evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | None:
     """The dataset whose validation split is used; None, and said so, if it has none."""
     found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
@@ -140,7 +152,12 @@ class _Training:
         self._folder = folder
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._autocast = autocast_for(config.dtype, self._device)
-        objective = Objective(kind=config.loss, alpha=config.alpha, temperature=config.temperature)
+        objective = Objective(
+            kind=config.loss,
+            alpha=config.alpha,
+            temperature=config.temperature,
+            sampled=KeepMethod.of(dataset.identity).is_sampled,
+        )
         self._loss_of = partial(batch_loss, objective=objective)
         self._model = model.to(self._device).train()
         self._optimizer = make_optimizer(model, config)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shards.dataset import Dataset
 from shards.rows import Row
 from student_train.evaluate import evaluate, position_sums
-from tests.tiny_dataset import VOCAB_SIZE, make_dataset
+from tests.tiny_dataset import LOG_THRESHOLD, VOCAB_SIZE, make_dataset
 
 CPU = torch.device("cpu")
 
@@ -72,6 +72,41 @@ def reference(model: LlamaForCausalLM, rows: list[Row]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
+def test_the_figures_of_sampled_shards_equal_their_definitions(
+    model: LlamaForCausalLM, tmp_path: Path, masked: bool
+) -> None:
+    path = make_dataset(tmp_path / "dataset", validation=9, masked=masked, sampled=True)
+    dataset = Dataset.open(path)
+    cross = entropy = 0.0
+    agreed = known = tokens = 0
+    for row in dataset.split("validation").rows():
+        with torch.no_grad():
+            logits = model(torch.tensor(row.tokens[:-1].tolist())[None]).logits[0].double()
+        q = torch.log_softmax(logits, 1).numpy()
+        ends = np.cumsum(row.counts)
+        entropy += row.teacher_entropy
+        for t, end in enumerate(ends):
+            kept = slice(end - row.counts[t], end)
+            ids, weights = row.ids[kept], np.exp(row.logprobs[kept].astype(float))
+            cross -= (weights * q[t, ids]).sum()
+            tokens += row.loss_mask is None or bool(row.loss_mask[t])
+            if len(ids) and row.logprobs[kept][0] > LOG_THRESHOLD:
+                known += 1
+                agreed += q[t].argmax() == ids[0]
+    found = evaluate(
+        model,
+        dataset.split("validation"),
+        batch_sequences=4,
+        device=CPU,
+        autocast=nullcontext(),
+    )
+    assert found["kl_unbiased"] == pytest.approx((cross - entropy) / tokens, rel=1e-5)
+    assert found["top1_agreement"] == pytest.approx(agreed / known, rel=1e-5)
+    assert found["tokens"] == tokens
+    assert not {"kl_kept", "kl_bound"} & found.keys()
+
+
+@pytest.mark.parametrize("masked", [False, True])
 def test_all_figures_equal_their_definitions(
     model: LlamaForCausalLM, tmp_path: Path, masked: bool
 ) -> None:
@@ -120,7 +155,7 @@ def test_a_student_that_equals_the_teacher_has_a_bound_of_zero() -> None:
     p = torch.softmax(torch.randn(VOCAB_SIZE), 0).sort(descending=True).values
     ids, logprobs = entries(p[:5].tolist())
     tail = p[5:].sum().log()[None]
-    _, kl_kept, kl_bound, agreed, num = position_sums(
+    _, kl_kept, kl_bound, _, agreed, num = position_sums(
         p.log()[None], torch.zeros(1, dtype=torch.int64), ids, logprobs, tail
     ).tolist()
     assert kl_bound == pytest.approx(0, abs=1e-6)
@@ -144,6 +179,24 @@ def test_the_bound_is_never_above_the_divergence_of_the_full_distributions() -> 
             tail[r : r + 1],
         )
         assert 0 <= sums[2] <= full[r] + 1e-6
+
+
+def test_on_samples_the_divergence_is_right_on_average() -> None:
+    random = torch.Generator().manual_seed(0)
+    p = torch.softmax(2 * torch.randn(30, generator=random).double(), 0)
+    logits = 2 * torch.randn(30, generator=random)
+    full = (p * (p.log() - torch.log_softmax(logits.double(), 0))).sum()
+    repeats, threshold = 40_000, 0.1
+    kept = torch.rand(repeats, 30, generator=random).double() < p / threshold
+    logprobs = torch.where(kept, p.clamp(min=threshold).log(), -math.inf).float()
+    ids = torch.arange(30).expand(repeats, -1)
+    labels = torch.zeros(repeats, dtype=torch.int64)
+    weighted = position_sums(logits.repeat(repeats, 1), labels, ids, logprobs, None)[3]
+    found = weighted / repeats + (p * p.log()).sum()
+    student = -torch.log_softmax(logits.double(), 0)
+    sampled = p < threshold
+    variance = (student**2 * p * (threshold - p))[sampled].sum()
+    assert abs(found - full) < 6.5 * (variance / repeats).sqrt()
 
 
 def test_a_confident_student_and_an_exact_tail_give_finite_figures() -> None:

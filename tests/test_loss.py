@@ -53,8 +53,10 @@ def dense_reference(
         kept = targets.logprobs[t] > float("-inf")
         if kept.any():
             target = torch.softmax(targets.logprobs[t][kept] / objective.temperature, 0)
+            if objective.sampled:
+                target = targets.logprobs[t][kept].exp()
             kd = kd - (target * logs[t, targets.ids[t][kept].long()]).sum()
-            if objective.kind == "kld":
+            if objective.kind == "kld" and not objective.sampled:
                 kd = kd + (target * target.log()).sum()
     return Loss((1 - objective.alpha) * lm + objective.alpha * kd, lm, kd)
 
@@ -66,11 +68,12 @@ def gradients(loss: Loss, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("kind", ["kld", "nll"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("temperature", "sampled"), [(0.5, False), (1.0, False), (2.0, False),
+                                                      (2.0, True)])  # fmt: skip
 def test_values_and_gradients_equal_the_dense_reference(
-    kind: str, alpha: float, temperature: float
+    kind: str, alpha: float, temperature: float, sampled: bool
 ) -> None:
-    objective = Objective(kind=kind, alpha=alpha, temperature=temperature)
+    objective = Objective(kind=kind, alpha=alpha, temperature=temperature, sampled=sampled)
     for size, rows_per_block in itertools.product(SIZES, (1, 3, 1000)):
         hidden, weight, labels, targets = make_case(size)
         expected = dense_reference(hidden, weight, labels, targets, objective)
@@ -263,3 +266,33 @@ def test_a_second_differentiation_is_refused() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         total.backward()
+
+
+def test_the_mean_gradient_over_many_samples_is_that_of_the_full_distribution() -> None:
+    """With weights that sum to 1 only on average; dividing by their sum fails this by far."""
+    random = torch.Generator().manual_seed(0)
+    width, vocab_size, threshold, repeats = 5, 30, 0.2, 20_000
+    p = torch.softmax(1.5 * torch.randn(vocab_size, generator=random).double(), 0)
+    weight = torch.randn(vocab_size, width, generator=random).double().requires_grad_()
+    state = torch.randn(1, width, generator=random).double()
+    label = torch.zeros(1, dtype=torch.int64)
+
+    def gradient(ids: Tensor, logprobs: Tensor, *, sampled: bool) -> Tensor:
+        hidden = state.expand(len(ids), -1).clone().requires_grad_()
+        objective = Objective(kind="kld", alpha=1.0, temperature=1.0, sampled=sampled)
+        loss = distillation_loss(
+            hidden, weight, label.expand(len(ids)), Targets(ids, logprobs), objective
+        )
+        return torch.autograd.grad(loss.total, weight)[0] / len(ids)
+
+    every = torch.arange(vocab_size).int()
+    exact = gradient(every[None], p.log()[None], sampled=False)
+    kept = torch.rand(repeats, vocab_size, generator=random).double() < p / threshold
+    logprobs = torch.where(kept, p.clamp(min=threshold).log(), float("-inf"))
+    ids = every.expand(repeats, -1)
+    found = gradient(ids, logprobs, sampled=True)
+    renormalised = gradient(ids, logprobs, sampled=False)
+    # The standard error of an element is at most |state| * threshold / 2 / sqrt(repeats).
+    bound = 6.5 * state.abs().max() * threshold / 2 / repeats**0.5
+    assert (found - exact).abs().max() < bound
+    assert (renormalised - exact).abs().max() > 3 * bound

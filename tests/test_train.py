@@ -218,6 +218,37 @@ def test_a_run_continues_from_a_model_folder(shards: Path, student: str, tmp_pat
     assert lines(second.out)[0]["loss"] < 0.8 * lines(tmp_path / "first")[0]["loss"]
 
 
+def test_a_student_learns_from_sampled_shards_at_the_temperature_of_the_dump(
+    student: str, tmp_path: Path
+) -> None:
+    shards = make_dataset(
+        tmp_path / "sampled",
+        train=1000,
+        validation=50,
+        sequences_per_shard=1000,
+        sequences_per_row_group=100,
+        sampled=True,
+    )
+    config = make_config(
+        shards,
+        student,
+        tmp_path / "out",
+        tokens=32_000,
+        batch_tokens=16 * SEQUENCE_LENGTH,
+        micro_batch_sequences=16,
+        eval_every=10,
+        alpha=1.0,
+    )
+    with pytest.raises(InputError, match=r"--temperature 2.0: .* at temperature 1.0"):
+        run(replace(config, temperature=2.0))
+    assert not config.out.exists()
+    run(config)
+    first, last = (lines(config.out, "validation")[i] for i in (0, -1))
+    assert last["cross_entropy"] < first["cross_entropy"] - 0.2
+    assert last["kl_unbiased"] < first["kl_unbiased"] - 0.2
+    assert "kl_bound" not in last
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     shards: Path, student: str, tmp_path: Path
 ) -> None:

@@ -23,6 +23,20 @@ SEQUENCE_LENGTH = 16
 EOS_TOKEN_ID = 0
 TOP_K = 8
 LOGPROB_STEP = 1 / 16
+LOG_THRESHOLD = -2.0
+
+TOP_P_K: dict[str, Json] = {
+    "method": "top-p-k",
+    "top_p": 1.0,
+    "top_k": TOP_K,
+    "logprob_step": LOGPROB_STEP,
+}
+THRESHOLD: dict[str, Json] = {
+    "method": "threshold",
+    "log_threshold": LOG_THRESHOLD,
+    "temperature": 1.0,
+    "logprob_step": LOGPROB_STEP,
+}
 
 
 def make_tokenizer(folder: Path, *, prefix: str = "word") -> str:
@@ -43,9 +57,15 @@ def teacher_logprobs(seed: int = 0) -> npt.NDArray[np.float64]:
 
 
 def make_row(
-    sequence: int, num_tokens: int, *, seed: int = 0, split: str = "train", masked: bool = False
+    sequence: int,
+    num_tokens: int,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    masked: bool = False,
+    sampled: bool = False,
 ) -> Row:
-    """One sequence drawn from the teacher, with its top TOP_K entries kept."""
+    """One sequence drawn from the teacher, with its top TOP_K entries kept, or a sample of all."""
     table = teacher_logprobs()
     random = np.random.default_rng([seed, split == "train", sequence])
     tokens = np.empty(num_tokens, np.int32)
@@ -59,7 +79,15 @@ def make_row(
     counts = np.where(counted, random.integers(1, TOP_K + 1, num_tokens - 1), 0)
     order = np.lexsort((np.broadcast_to(np.arange(VOCAB_SIZE), logprobs.shape), -logprobs))
     kept = [order[t, : counts[t]] for t in range(num_tokens - 1)]
-    exact = [logprobs[t, ids] for t, ids in enumerate(kept)]
+    if sampled:
+        weights = np.maximum(logprobs, LOG_THRESHOLD)
+        hit = (random.random(logprobs.shape) < np.exp(logprobs - weights)) & counted[:, None]
+        order = np.lexsort((np.broadcast_to(np.arange(VOCAB_SIZE), weights.shape), -weights))
+        kept = [order[t][hit[t, order[t]]] for t in range(num_tokens - 1)]
+        counts = hit.sum(1)
+    else:
+        weights = logprobs
+    exact = [weights[t, ids] for t, ids in enumerate(kept)]
     label = logprobs[np.arange(num_tokens - 1), tokens[1:]]
     return Row(
         sequence=sequence,
@@ -68,7 +96,9 @@ def make_row(
         counts=counts.astype(np.int32),
         ids=np.concatenate(kept).astype(np.int32),
         logprobs=_rounded(np.concatenate(exact)),
-        tail_logmass=_rounded(np.array([np.log1p(-np.exp(values).sum()) for values in exact])),
+        tail_logmass=None
+        if sampled
+        else _rounded(np.array([np.log1p(-np.exp(values).sum()) for values in exact])),
         label_logprobs=_rounded(label),
         loss_mask=loss_mask,
         teacher_nll=float(-label[counted].sum()),
@@ -84,6 +114,7 @@ def make_dataset(
     sequences_per_shard: int = 7,
     sequences_per_row_group: int = 3,
     masked: bool = False,
+    sampled: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a complete dataset of SEQUENCE_LENGTH positions a sequence; the last of each is short.
@@ -103,12 +134,7 @@ def make_dataset(
             "held_out": 0.1,
         },
         "sequence_length": SEQUENCE_LENGTH,
-        "keep": {
-            "method": "top-p-k",
-            "top_p": 1.0,
-            "top_k": TOP_K,
-            "logprob_step": LOGPROB_STEP,
-        },
+        "keep": THRESHOLD if sampled else TOP_P_K,
         "seed": seed,
         "layout": {
             "sequences_per_shard": sequences_per_shard,
@@ -137,6 +163,7 @@ def make_dataset(
                         seed=seed,
                         split=split,
                         masked=masked,
+                        sampled=sampled,
                     )
                     for sequence in sequences
                 ]
