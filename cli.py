@@ -114,16 +114,33 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     show_default=True,
     help="Tokens that the teacher reads at once.",
 )
-@click.option("--keep", default="top-p-k", show_default=True, help="What to keep of a position.")
+@click.option(
+    "--keep",
+    default="top-p-k",
+    show_default=True,
+    help="What to keep of a position: top-p-k, draws or threshold (docs/keep-methods.md).",
+)
 @click.option(
     "--top-p",
     type=float,
-    default=0.95,
-    show_default=True,
-    help="Keep the smallest set of entries with this mass ...",
+    show_default="0.95",
+    help="top-p-k: keep the smallest set of entries with this mass ...",
+)
+@click.option("--top-k", type=int, show_default="100", help="... and at most this many.")
+@click.option(
+    "--draws", type=int, show_default="50", help="draws: so many, with replacement, per position."
 )
 @click.option(
-    "--top-k", type=int, default=100, show_default=True, help="... and at most this many."
+    "--threshold",
+    type=float,
+    show_default="0.05",
+    help="threshold: keep every entry of at least this probability, sample the others.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    show_default="1.0",
+    help="draws and threshold: temperature of the teacher before anything is selected.",
 )
 @click.option(
     "--logprob-step",
@@ -161,7 +178,8 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     type=int,
     help="Labelled positions of both splits together; a larger value extends a dataset.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses held-out documents.")
+@click.option("--seed", type=int, default=0, show_default=True,
+              help="Of held-out documents and of sampling.")  # fmt: skip
 @_debug
 def dump_logits(**options: Any) -> None:
     """Run a teacher over a corpus and write its compressed next-token distributions.

@@ -20,7 +20,7 @@ from shards.identity import Json
 from shards.rows import Row
 from shards.sidecar import Sidecar
 from shards.writer import ShardWriter
-from teacher_dump.selection import Selected, round_to_step
+from teacher_dump.packing import Selected, round_to_step
 from teacher_dump.sequences import TokenSequence
 
 
@@ -28,6 +28,7 @@ def make_row(sequence: TokenSequence, selected: Selected, logprob_step: float) -
     """The shard's row of a scored sequence; sums are taken before anything is rounded."""
     nll = -float(selected.label_logprobs.sum(dtype=np.float64))
     entropy = float(selected.entropy.sum(dtype=np.float64))
+    tail = selected.tail_logmass
     return Row(
         sequence=sequence.number,
         tokens=sequence.tokens,
@@ -35,7 +36,7 @@ def make_row(sequence: TokenSequence, selected: Selected, logprob_step: float) -
         counts=selected.counts,
         ids=selected.ids,
         logprobs=selected.logprobs,
-        tail_logmass=round_to_step(selected.tail_logmass, logprob_step),
+        tail_logmass=None if tail is None else round_to_step(tail, logprob_step),
         label_logprobs=round_to_step(selected.label_logprobs, logprob_step),
         teacher_nll=nll,
         teacher_entropy=entropy,

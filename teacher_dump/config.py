@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from shards.errors import InputError
 
 TARGET_SHARD_TOKENS = 2 << 20  # about 256 MiB at 120 bytes per token
 TARGET_ROW_GROUP_TOKENS = 128 << 10
+
+# The options of each keep method with what they are if not given.
+KEEP_OPTIONS: dict[str, dict[str, float]] = {
+    "top-p-k": {"top_p": 0.95, "top_k": 100},
+    "draws": {"draws": 50, "temperature": 1.0},
+    "threshold": {"threshold": 0.05, "temperature": 1.0},
+}
+MIN_THRESHOLD = 1e-3  # a thousand entries per position; below it sampling has nothing to save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +26,8 @@ class DumpConfig:
     """Options of `dump-logits`, one field each; raises InputError for values that cannot be meant.
 
     `max_tokens` counts labelled positions of both splits together; None is the whole corpus.
-    `sequences_per_shard` None is about 2 million tokens. `logprob_step` is in nats.
+    `sequences_per_shard` None is about 2 million tokens. `logprob_step` is in nats. Of the options
+    of a keep method, None is the default in `KEEP_OPTIONS`; those of another one must be None.
     """
 
     teacher: str
@@ -26,8 +36,11 @@ class DumpConfig:
     teacher_revision: str | None = None
     sequence_length: int = 2048
     keep: str = "top-p-k"
-    top_p: float = 0.95
-    top_k: int = 100
+    top_p: float | None = None
+    top_k: int | None = None
+    draws: int | None = None
+    threshold: float | None = None
+    temperature: float | None = None
     logprob_step: float = 1 / 16
     held_out: float = 0.01
     engine: str = "vllm"
@@ -41,28 +54,53 @@ class DumpConfig:
     def __post_init__(self) -> None:
         if not self.corpus:
             raise InputError("--corpus: give at least one file or folder")
-        if self.keep != "top-p-k":
-            raise InputError(f"--keep {self.keep}: expected top-p-k")
+        self._check_keep()
         if self.engine not in ("vllm", "transformers"):
             raise InputError(f"--engine {self.engine}: expected vllm or transformers")
         if self.engine_arg and self.engine != "vllm":
             raise InputError(f"--engine-arg is for --engine vllm; {self.engine} takes none")
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise InputError(f"--dtype {self.dtype}: expected auto, bfloat16 or float32")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: expected a value in (0, 1]")
         if not 0 < self.logprob_step <= 1:
             raise InputError(f"--logprob-step {self.logprob_step}: expected nats in (0, 1]")
         if not 0 <= self.held_out < 1:
             raise InputError(f"--held-out {self.held_out}: expected a fraction in [0, 1)")
         for option, value in (
             ("--top-k", self.top_k),
+            ("--draws", self.draws),
             ("--sequence-length", self.sequence_length),
             ("--sequences-per-shard", self.sequences_per_shard),
             ("--max-tokens", self.max_tokens),
         ):
             if value is not None and value < 1:
                 raise InputError(f"{option} {value}: expected at least 1")
+
+    def _check_keep(self) -> None:
+        if self.keep not in KEEP_OPTIONS:
+            raise InputError(f"--keep {self.keep}: expected {', '.join(KEEP_OPTIONS)}")
+        for option in {name: 0 for options in KEEP_OPTIONS.values() for name in options}:
+            if getattr(self, option) is None or option in KEEP_OPTIONS[self.keep]:
+                continue
+            reason = f"not an option of --keep {self.keep}"
+            if option == "temperature":
+                reason += ", whose probabilities are stored at 1: train-student applies it"
+            raise InputError(f"--{option.replace('_', '-')}: {reason}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p}: expected a value in (0, 1]")
+        if self.threshold is not None and not MIN_THRESHOLD <= self.threshold <= 1:
+            raise InputError(
+                f"--threshold {self.threshold}: expected a value in [{MIN_THRESHOLD}, 1]"
+            )
+        if self.temperature is not None and not 0.01 <= self.temperature <= 100:
+            raise InputError(f"--temperature {self.temperature}: expected a value in [0.01, 100]")
+
+    @property
+    def keep_options(self) -> dict[str, Any]:
+        """The options of the keep method, as given or by default."""
+        return {
+            name: default if getattr(self, name) is None else getattr(self, name)
+            for name, default in KEEP_OPTIONS[self.keep].items()
+        }
 
     @property
     def resolved_dtype(self) -> str:

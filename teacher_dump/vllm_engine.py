@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from shards.errors import InputError, RunError
-from teacher_dump.selection import Selected, TopPK, unpack
+from teacher_dump.keep import Keep
+from teacher_dump.packing import Selected, unpack
+from teacher_dump.random_keys import sequence_key
 from teacher_dump.sequences import TokenSequence
 
 SUPPORTED_VLLM = "0.32"
@@ -64,7 +66,8 @@ class VllmEngine:
         dtype: str,
         head_dtype: str,
         sequence_length: int,
-        keep: TopPK,
+        keep: Keep,
+        seed: int,
         engine_args: Mapping[str, object],
     ) -> None:
         _prepare_environment()
@@ -72,7 +75,7 @@ class VllmEngine:
         from vllm import LLM, ModelRegistry, PoolingParams
 
         from teacher_dump import vllm_plugin
-        from teacher_dump.vllm_pooler import CONFIG_KEY, LABELS_KEY
+        from teacher_dump.vllm_pooler import CONFIG_KEY, LABELS_KEY, RANDOM_KEY
 
         for name in engine_args:
             if name in _OWNED:
@@ -84,7 +87,8 @@ class VllmEngine:
                 f"vLLM {found} has no causal LM {architecture}: use --engine transformers"
             )
         self._keep = keep
-        self._labels_key = LABELS_KEY
+        self._seed = seed
+        self._names = LABELS_KEY, RANDOM_KEY
         self._pooling_params = PoolingParams
         llm = _start(
             LLM,
@@ -99,7 +103,7 @@ class VllmEngine:
                     "architectures": [teacher_architecture],
                     "head_dtype": head_dtype,
                 },
-                "additional_config": {CONFIG_KEY: vars(keep)},
+                "additional_config": {CONFIG_KEY: keep.to_plain()},
                 **_default_args(),
                 **engine_args,
             },
@@ -126,9 +130,9 @@ class VllmEngine:
 
     def _submit(self, request: str, sequence: TokenSequence) -> None:
         labels = np.ascontiguousarray(sequence.tokens[1:], dtype=np.int32).tobytes()
-        params = self._pooling_params(
-            task="token_classify", extra_kwargs={self._labels_key: labels}
-        )
+        key = sequence_key(self._seed, sequence.split, sequence.number)
+        sent = dict(zip(self._names, (labels, key), strict=True))
+        params = self._pooling_params(task="token_classify", extra_kwargs=sent)
         prompt = {"prompt_token_ids": sequence.tokens[:-1].tolist()}
         self._engine.add_request(request, prompt, params)
 

@@ -4,7 +4,7 @@ Letters: T positions scheduled in this step, D hidden, V vocabulary, W packed wo
 
 The LM head and the selection run a block of rows at a time, sized by the bytes of its logits, so
 that no [T, V] tensor of the batch ever exists. A request leaves as one int32 tensor [n, W]. Its
-labels (the last of them is not in the prompt) travel with it as bytes in
+labels (the last of them is not in the prompt) and its random key travel with it in
 `PoolingParams.extra_kwargs`, which both model runners hand through unchanged; neither the prompt's
 ids nor their device then matter. `extra_kwargs` is "internal use" in vLLM, hence the pinned minor
 version and the unit tests against both shapes of metadata.
@@ -25,10 +25,14 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 from vllm.model_executor.layers.pooler.abstract import Pooler
 
-from teacher_dump.selection import TopPK, TopPKSelector
+from teacher_dump.keep import Keep, from_plain
+from teacher_dump.random_keys import position_keys
+from teacher_dump.selection import make_selector
 
 CONFIG_KEY = "logitshards"  # in vLLM's additional_config
-LABELS_KEY = "labels"  # in PoolingParams.extra_kwargs: int32 bytes, one per prompt token
+# In PoolingParams.extra_kwargs: int32 bytes, one per prompt token, and the sequence's random key.
+LABELS_KEY = "labels"
+RANDOM_KEY = "random_key"
 
 # 64 rows of a vocabulary of 49,152 in float32: the fastest block on a CPU; a GPU wants full tiles.
 CPU_BLOCK_BYTES = 12 << 20
@@ -39,12 +43,12 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
     """hidden states [T, D] -> one packed int32 [n, W] per finished request, None for the others."""
 
     def __init__(
-        self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], keep: TopPK
+        self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], keep: Keep
     ) -> None:
         super().__init__()
         self.compute_logits = compute_logits
         self.keep = keep
-        self.select = TopPKSelector(keep)
+        self.select = make_selector(keep)
 
     def get_supported_tasks(self) -> Set[str]:
         return {"token_classify"}
@@ -57,18 +61,23 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
         block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
         return max(1, block_bytes // (4 * self.keep.vocab_size))
 
-    def score(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """hidden [T, D], labels [T] int64 on the same device -> packed [T, W] int32."""
+    def score(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [T, D], labels, keys [T] int64, all on one device -> packed [T, W] int32."""
         rows = self.block_rows(hidden_states.device)
         packed = []
-        for hidden, wanted in zip(
-            torch.split(hidden_states, rows), torch.split(labels, rows), strict=True
+        for hidden, wanted, chance in zip(
+            torch.split(hidden_states, rows),
+            torch.split(labels, rows),
+            torch.split(keys, rows),
+            strict=True,
         ):
             logits = self.compute_logits(hidden)
             if logits is None:  # a tensor-parallel rank that holds no gathered logits
                 packed.append(hidden.new_zeros((len(hidden), self.keep.width), dtype=torch.int32))
             else:
-                packed.append(self.select(logits, wanted))
+                packed.append(self.select(logits, wanted, chance))
         return packed[0] if len(packed) == 1 else torch.cat(packed)
 
     def forward(
@@ -78,14 +87,17 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
         cursor = pooling_metadata.get_pooling_cursor()
         scheduled = cursor.num_scheduled_tokens_cpu.tolist()
         starts = (cursor.seq_lens_cpu - cursor.num_scheduled_tokens_cpu).tolist()
-        labels = [
-            _labels(params, start, count)
-            for params, start, count in zip(
-                pooling_metadata.pooling_params, starts, scheduled, strict=True
-            )
-        ]
-        on_device = torch.from_numpy(np.concatenate(labels)).to(hidden_states.device, torch.int64)
-        packed = torch.split(self.score(hidden_states, on_device), scheduled)
+        words = np.concatenate(
+            [
+                _labels_and_keys(params, start, count)
+                for params, start, count in zip(
+                    pooling_metadata.pooling_params, starts, scheduled, strict=True
+                )
+            ],
+            axis=1,
+        )
+        labels, keys = torch.from_numpy(words).to(hidden_states.device)
+        packed = torch.split(self.score(hidden_states, labels, keys), scheduled)
         finished = cursor.get_finished_mask()
         lengths = cursor.prompt_lens_cpu.tolist()
         return [
@@ -96,12 +108,14 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
         ]
 
 
-def _labels(params: Any, start: int, count: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """The labels [count] of the scheduled positions; zeros in the engine's own profiling run."""
-    if not params.extra_kwargs or LABELS_KEY not in params.extra_kwargs:
-        return np.zeros(count, dtype=np.int32)
-    labels = np.frombuffer(params.extra_kwargs[LABELS_KEY], dtype=np.int32)
-    return labels[start : start + count]
+def _labels_and_keys(params: Any, start: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """[2, count] for the scheduled positions; zeros in the engine's own profiling run."""
+    words = np.zeros((2, count), dtype=np.int64)
+    sent = params.extra_kwargs or {}
+    if LABELS_KEY in sent:
+        words[0] = np.frombuffer(sent[LABELS_KEY], dtype=np.int32)[start : start + count]
+        words[1] = position_keys(sent[RANDOM_KEY], start, count)
+    return words
 
 
 def _collect(
@@ -164,7 +178,7 @@ def teacher_class(
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             if vllm_config.device_config.device_type == "cpu":
                 _keep_cast_heads(self, vllm_config.model_config.dtype)
-            keep = TopPK(**vllm_config.additional_config[CONFIG_KEY])
+            keep = from_plain(vllm_config.additional_config[CONFIG_KEY])
             self.pooler = pooler_class(self.compute_logits, keep)
 
     Teacher.__name__ = Teacher.__qualname__ = name

@@ -52,7 +52,10 @@ def _options(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
         (["--top-p", "1.5"], "--top-p 1.5"),
         (["--top-k", "302"], "--top-k 302: the tokenizer has only 301"),
         (["--sequence-length", "65"], "--sequence-length 65"),
-        (["--keep", "everything"], "--keep everything"),
+        (["--keep", "everything"], "--keep everything: expected top-p-k, draws, threshold"),
+        (["--keep", "threshold"], "--top-k: not an option of --keep threshold"),
+        (["--draws", "50"], "--draws: not an option of --keep top-p-k"),
+        (["--temperature", "2"], "whose probabilities are stored at 1: train-student applies it"),
         (["--engine", "magic"], "--engine magic"),
         (["--held-out", "1"], "--held-out 1.0"),
         (["--max-tokens", "0"], "--max-tokens 0"),
@@ -70,6 +73,29 @@ def test_bad_options_end_in_one_line_and_leave_nothing(
     assert says in output
     assert len(output.strip().splitlines()) == 1
     assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["draws", "--draws", "0"], "--draws 0: expected at least 1"),
+        (["draws", "--threshold", "0.1"], "--threshold: not an option of --keep draws"),
+        (["threshold", "--threshold", "0.0009"], "--threshold 0.0009: expected a value in"),
+        (["threshold", "--threshold", "1.1"], "--threshold 1.1: expected a value in"),
+        (["threshold", "--temperature", "0"], "--temperature 0.0: expected a value in"),
+        (["threshold", "--draws", "50"], "--draws: not an option of --keep threshold"),
+    ],
+)
+def test_bad_options_of_sampling_end_in_one_line_and_leave_nothing(
+    more: list[str], says: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=20)
+    out = tmp_path / "out"
+    code, output = _dump(*dump_command(tiny_teacher, corpus, out, keep=("--keep", *more))[3:])
+    assert code == 2
+    assert says in output
+    assert len(output.strip().splitlines()) == 1
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

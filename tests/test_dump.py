@@ -17,7 +17,7 @@ import pytest
 from shards import inspect
 from shards.dataset import Dataset
 from shards.rows import Row
-from teacher_dump.selection import TopPK
+from teacher_dump.keep import TopPK
 from teacher_dump.sequences import TokenSequence
 from teacher_dump.transformers_engine import TransformersEngine
 from tests.tiny_teacher import (
@@ -126,6 +126,76 @@ def test_the_real_teacher_in_float32_is_exact_and_in_bfloat16_close(
             assert max(errors) <= BOUND
     assert 0 <= divergence["float32"] < STEP**2 / 12  # rounding costs about half of that
     assert 0 <= divergence["bfloat16"] < 5e-3
+
+
+def _sampled(row: Row, log_threshold: float) -> set[tuple[int, int]]:
+    """(position, id) of the entries that chance chose."""
+    by_chance = row.logprobs <= log_threshold
+    where = np.repeat(np.arange(len(row.counts)), row.counts)
+    return set(zip(where[by_chance].tolist(), row.ids[by_chance].tolist(), strict=True))
+
+
+def test_threshold_sampling_is_the_same_on_both_engines_and_true_to_the_teacher(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=40)
+    keep = ("--keep", "threshold", "--threshold", "0.01")
+    for engine in ("vllm", "transformers"):
+        out = tmp_path / engine
+        command = dump_command(tiny_teacher, corpus, out, "--engine", engine, keep=keep)
+        result = run_dump([*command, "--dtype", "float32"])
+        assert result.returncode == 0, result.stderr
+        assert "--threshold 0.01: 0.00980366" in result.stderr
+        assert inspect.verify(out) == []
+    log_threshold = -74 * STEP
+    rows, others = _all_rows(tmp_path / "vllm"), _all_rows(tmp_path / "transformers")
+    same = different = 0
+    excess = []
+    for key, row in rows.items():
+        exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
+        position = np.repeat(np.arange(len(row.counts)), row.counts)
+        true = exact[position, row.ids]
+        assert np.abs(row.logprobs - np.maximum(true, log_threshold)).max() <= BOUND
+        always = exact > log_threshold + 1e-3
+        stored = np.zeros_like(always)
+        stored[position, row.ids] = True
+        assert stored[always].all()
+        expected = np.exp(np.minimum(exact, log_threshold) - log_threshold).sum(1)
+        excess.append(np.bincount(position, minlength=len(expected)) - expected)
+        here, there = _sampled(row, log_threshold), _sampled(others[key], log_threshold)
+        same += len(here & there)
+        different += len(here ^ there)
+    # of thousands of choices a few differ, where the engines' probabilities do by 1e-6
+    assert same > 5000
+    assert different < 0.01 * same
+    # the number of entries of a position has less than half an entry of deviation
+    excess = np.concatenate(excess)
+    assert abs(excess.mean()) < 6.5 * 0.5 / np.sqrt(len(excess))
+    result = run_dump([*command, "--threshold", "0.02", "--dtype", "float32"])
+    assert result.returncode == 2
+    assert "keep.log_threshold" in result.stderr
+
+
+def test_draws_of_a_continued_dump_are_those_of_an_uninterrupted_one(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=40)
+    keep = ("--keep", "draws", "--draws", "30", "--temperature", "2")
+    more = ("--engine", "transformers", "--dtype", "float32", "--max-tokens")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, sizes in ((whole, ("1000",)), (parts, ("300", "1000"))):
+        for size in sizes:
+            command = dump_command(tiny_teacher, corpus, out, *more, size, keep=keep)
+            assert run_dump(command).returncode == 0
+    rows = _all_rows(whole)
+    assert len(rows) > 20
+    for key, row in _all_rows(parts).items():
+        assert np.array_equal(row.ids, rows[key].ids)
+        assert np.array_equal(row.logprobs, rows[key].logprobs)
+    manifest = json.loads((whole / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["identity"]["keep"] == {
+        "method": "draws", "draws": 30, "temperature": 2.0, "logprob_step": STEP
+    }  # fmt: skip
 
 
 def _wait_for(condition, process: subprocess.Popen[str], limit_s: float = 240) -> None:  # type: ignore[no-untyped-def,type-arg]
@@ -238,7 +308,7 @@ def test_a_head_that_keeps_the_models_dtype_runs_under_transformers(
     tokens = np.arange(1, 9, dtype=np.int32)
     sequence = TokenSequence(split="train", number=0, tokens=tokens, segments=tokens * 0)
     engine = TransformersEngine(
-        teacher_folder=tiny_teacher, dtype="bfloat16", head_dtype="model", keep=keep
+        teacher_folder=tiny_teacher, dtype="bfloat16", head_dtype="model", keep=keep, seed=0
     )
     ((_, selected),) = engine.score([sequence])
     exact = dense_logprobs(tiny_teacher, tokens, TOKENIZER_LENGTH)

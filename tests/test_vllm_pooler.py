@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_dump.selection import TopPK, unpack
+from teacher_dump.keep import Keep, Threshold, TopPK
+from teacher_dump.packing import unpack
+from teacher_dump.random_keys import sequence_key
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's imports warn of their own accord
     from vllm.pooling_params import PoolingParams
     from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates
 
-    from teacher_dump.vllm_pooler import LABELS_KEY, TeacherPooler
+    from teacher_dump.vllm_pooler import LABELS_KEY, RANDOM_KEY, TeacherPooler
 
 VOCAB, HIDDEN = 97, 8
 KEEP = TopPK(top_p=0.9, top_k=5, logprob_step=1 / 16, vocab_size=VOCAB)
@@ -29,22 +31,25 @@ KEEP = TopPK(top_p=0.9, top_k=5, logprob_step=1 / 16, vocab_size=VOCAB)
 class _Requests:
     """Prompts with their hidden states, fed to a pooler in pieces as a model runner would."""
 
-    def __init__(self, lengths: list[int], *, ids_on_device: bool) -> None:
+    def __init__(self, lengths: list[int], *, ids_on_device: bool, keep: Keep = KEEP) -> None:
         torch.manual_seed(0)
         self.head = torch.randn(VOCAB + 3, HIDDEN)  # three padded rows
         self.hidden = [torch.randn(length, HIDDEN) for length in lengths]
         self.labels = [torch.randint(0, VOCAB, (length,)) for length in lengths]
         self.states = [PoolingStates() for _ in lengths]
         self.ids_on_device = ids_on_device
-        self.pooler = TeacherPooler(lambda hidden: hidden @ self.head.T, KEEP)
+        self.pooler = TeacherPooler(lambda hidden: hidden @ self.head.T, keep)
 
     def step(self, starts: list[int], stops: list[int]) -> list[torch.Tensor | None]:
         params = [
             PoolingParams(
                 task="token_classify",
-                extra_kwargs={LABELS_KEY: labels.to(torch.int32).numpy().tobytes()},
+                extra_kwargs={
+                    LABELS_KEY: labels.to(torch.int32).numpy().tobytes(),
+                    RANDOM_KEY: sequence_key(0, "train", number),
+                },
             )
-            for labels in self.labels
+            for number, labels in enumerate(self.labels)
         ]
         lengths = torch.tensor([len(hidden) for hidden in self.hidden])
         ids = torch.zeros((len(lengths), int(lengths.max())), dtype=torch.int64)
@@ -114,3 +119,22 @@ def test_blocks_do_not_change_the_result() -> None:
     assert blocks is not None
     assert torch.equal(whole[:, 0], blocks[:, 0])
     requests.check(0, blocks)
+
+
+def test_what_is_random_belongs_to_the_position_however_the_prompt_is_cut() -> None:
+    keep = Threshold(threshold_steps=24, temperature=1.0, logprob_step=1 / 16, vocab_size=VOCAB)
+    lengths = [30, 17]
+    whole = _Requests(lengths, ids_on_device=False, keep=keep).step([0, 0], lengths)
+    requests = _Requests(lengths, ids_on_device=False, keep=keep)
+    requests.pooler.block_rows = lambda device: 4
+    assert requests.step([0, 0], [11, 5]) == [None, None]
+    assert requests.step([0, 5], [2, 9]) == [None, None]  # the first was preempted
+    pieces = requests.step([2, 9], lengths)
+    for found, expected in zip(pieces, whole, strict=True):
+        assert found is not None
+        assert expected is not None
+        first, again = unpack(expected.numpy(), keep), unpack(found.numpy(), keep)
+        assert np.array_equal(first.counts, again.counts)
+        assert np.array_equal(first.ids, again.ids)
+    # the test would notice chance that is the same everywhere
+    assert len(np.unique(unpack(whole[0].numpy(), keep).counts)) > 1

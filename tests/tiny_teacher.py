@@ -73,12 +73,17 @@ def dense_logprobs(folder: Path, tokens: npt.NDArray[np.int32], vocab: int) -> n
     return table
 
 
-def dump_command(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
+TOP_P_K = ("--top-k", "20")
+
+
+def dump_command(
+    teacher: Path, corpus: Path, out: Path, *more: str, keep: tuple[str, ...] = TOP_P_K
+) -> list[str]:
     """The command line of a real `dump-logits` on a tiny scale."""
     return [
         *(sys.executable, str(ROOT / "cli.py"), "dump-logits", "--teacher", str(teacher)),
         *("--corpus", str(corpus), "--out", str(out), "--sequence-length", "32"),
-        *("--held-out", "0.1", "--sequences-per-shard", "8", "--top-k", "20", *more),
+        *("--held-out", "0.1", "--sequences-per-shard", "8", *keep, *more),
     ]
 
 

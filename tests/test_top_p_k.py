@@ -1,4 +1,4 @@
-"""Selection against a dense float64 reference, over sizes that fit no block and no group."""
+"""Top-p-k against a dense float64 reference, over sizes that fit no block and no group."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_dump.selection import TopPK, TopPKSelector, round_to_step, unpack
+from teacher_dump.keep import TopPK
+from teacher_dump.packing import round_to_step, unpack
+from teacher_dump.selection import make_selector
 
 STEP = 1 / 16
 
 
 def _select(logits: torch.Tensor, labels: torch.Tensor, keep: TopPK):  # type: ignore[no-untyped-def]
-    selected = unpack(TopPKSelector(keep)(logits, labels).numpy(), keep)
+    selected = unpack(make_selector(keep)(logits, labels, torch.zeros_like(labels)).numpy(), keep)
     borders = np.concatenate([[0], np.cumsum(selected.counts)])
     rows = [
         (selected.ids[a:b].astype(np.int64), selected.logprobs[a:b])

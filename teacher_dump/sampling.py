@@ -1,0 +1,126 @@
+"""Draws and threshold sampling of a block of logits, on whatever device the logits are on.
+
+Letters: T positions of the block, V vocabulary, K the most entries a position can keep.
+
+Both lay the vocabulary out along a line, each entry as long as its mass, and look up which entries
+some points hit. Draws are n uniform points. Threshold clips masses at t and takes points one t
+apart from one uniform start: an entry of p >= t is as long as that and hit once, whatever the
+start; any other one is hit with probability p / t, never twice.
+
+The line is measured in float64: sums of float32 masses are exact there but for 1e-16. Lookup is by
+groups of 64, so that only the groups that are hit are summed up entry by entry.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from teacher_dump.groups import GROUP, IMPOSSIBLE, Workspace, take_groups
+from teacher_dump.keep import Draws, Threshold
+from teacher_dump.packing import (
+    empty_packed,
+    order_entries,
+    steps_below_zero,
+    write_entries,
+    write_header,
+)
+from teacher_dump.random_keys import uniforms
+
+_Entries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # counts [T], ids, logprobs [T, <= K]
+
+
+class SamplingSelector:
+    """Selects block after block; holds the work buffers."""
+
+    def __init__(self, keep: Draws | Threshold) -> None:
+        self.keep = keep
+        self._workspace = Workspace(keep.vocab_size)
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Selector.__call__`. The label's log-probability and entropy are at temperature 1."""
+        keep, num_rows = self.keep, logits.shape[0]
+        logits = self._workspace.whole_groups(logits)
+        probs = torch.softmax(logits, -1, out=self._buffer("probs", logits))
+        log_total = _log_total(logits, probs, 1.0)
+        label_logprobs = logits.gather(1, labels[:, None]) - log_total
+        tempered = probs if keep.temperature == 1 else self._tempered(logits)
+        if isinstance(keep, Threshold):
+            counts, ids, logprobs = self._threshold(keep, logits, tempered, keys)
+        else:
+            counts, ids, logprobs = _draws(tempered, keys, keep)
+
+        packed = empty_packed(num_rows, keep, logits.device)
+        entropy = log_total[:, 0] - probs.mul_(logits).sum(-1)
+        write_header(packed, counts, label_logprobs[:, 0], entropy)
+        write_entries(packed, ids, logprobs)
+        return packed
+
+    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        return self._workspace.buffer(name, like.shape[0], like.device)
+
+    def _tempered(self, logits: torch.Tensor) -> torch.Tensor:
+        """The probabilities [T, V] at the temperature of the method."""
+        tempered = torch.div(logits, self.keep.temperature, out=self._buffer("tempered", logits))
+        tempered[:, self.keep.vocab_size :] = IMPOSSIBLE
+        return torch.softmax(tempered, -1, out=tempered)
+
+    def _threshold(
+        self, keep: Threshold, logits: torch.Tensor, probs: torch.Tensor, keys: torch.Tensor
+    ) -> _Entries:
+        threshold = float(np.float32(keep.threshold))
+        mass = torch.clamp(probs, max=threshold, out=self._buffer("clipped", logits))
+        grid = torch.arange(keep.max_entries, device=logits.device)
+        points = (uniforms(keys, 1) + grid) * threshold
+        ids, total = _look_up(mass, points)
+        hit = points < total
+        hit[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # holds already but for a rounding of 1e-16
+
+        logprobs = logits.gather(1, ids) / keep.temperature - _log_total(
+            logits, probs, keep.temperature
+        )
+        steps = steps_below_zero(logprobs, keep.logprob_step)
+        steps = torch.where(mass.gather(1, ids) < threshold, keep.threshold_steps, steps)
+        steps, ids = order_entries(steps, ids, hit)
+        return hit.sum(-1), ids, steps.to(torch.float32) * -keep.logprob_step
+
+
+def _draws(probs: torch.Tensor, keys: torch.Tensor, keep: Draws) -> _Entries:
+    num = keep.draws
+    points = uniforms(keys, num).sort(dim=-1)[0]
+    # ids come in ascending order, so that draws of one entry stand side by side: a run
+    drawn, _ = _look_up(probs, points)
+    starts = torch.ones_like(drawn, dtype=torch.bool)
+    torch.ne(drawn[:, 1:], drawn[:, :-1], out=starts[:, 1:])
+    run = starts.cumsum(-1) - 1
+    times = torch.zeros_like(drawn).scatter_add_(1, run, torch.ones_like(drawn))
+    ids = torch.zeros_like(drawn).scatter_(1, run, drawn)
+    missed, ids = order_entries(num - times, ids, times > 0)
+    missed, ids = missed[:, : keep.max_entries], ids[:, : keep.max_entries]
+    return starts.sum(-1), ids, ((num - missed).clamp(min=1) / num).log()
+
+
+def _log_total(logits: torch.Tensor, probs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log of the sum of exp(logits / temperature) [T, 1], from the softmax that there is."""
+    return logits.amax(-1, keepdim=True) / temperature - probs.amax(-1, keepdim=True).log()
+
+
+def _look_up(mass: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entries that points hit on the line of masses laid end to end.
+
+    mass [T, V], points [T, N] float64 -> ids [T, N], total [T, 1] float64. Points may be given in
+    any order; one at or beyond the total hits an entry without meaning.
+    """
+    num_rows, num_points = points.shape
+    group_mass = mass.view(num_rows, -1, GROUP).sum(-1, dtype=torch.float64)
+    ends = group_mass.cumsum(-1)
+    groups = torch.searchsorted(ends, points, right=True).clamp_(max=ends.shape[1] - 1)
+    inside = points - (ends.gather(1, groups) - group_mass.gather(1, groups))
+    members = take_groups(mass, groups).view(num_rows, num_points, GROUP)
+    inner_ends = members.cumsum(-1, dtype=torch.float64)
+    # Below the last end whatever 1e-16 says: behind it lie entries of mass 0.
+    inside = torch.minimum(inside, inner_ends[:, :, -1] * (1 - 1e-12))
+    offsets = torch.searchsorted(inner_ends, inside[:, :, None], right=True)[:, :, 0]
+    return groups * GROUP + offsets.clamp_(max=GROUP - 1), ends[:, -1:]

@@ -1,0 +1,87 @@
+"""Top-p-k of a block of logits, on whatever device the logits are on.
+
+Letters: T positions of the block, V vocabulary, K the most entries a position can keep.
+
+Top-k narrows down by groups: the k largest values lie in the k groups with the largest maxima, so
+64 columns become one, then 8 candidates one. The groups also give the tail: the mass of all groups
+without a candidate plus what is left of the candidates, sums of the unkept entries themselves.
+`1 - kept mass` would lose a tail of 1e-7, an ordinary one after a token the teacher is sure of.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from teacher_dump.groups import GROUP, Workspace, take_groups
+from teacher_dump.keep import TopPK
+from teacher_dump.packing import (
+    empty_packed,
+    order_entries,
+    steps_below_zero,
+    write_entries,
+    write_header,
+)
+
+_SUBGROUP = 8
+
+
+class TopPKSelector:
+    """Selects block after block; holds the work buffers."""
+
+    def __init__(self, keep: TopPK) -> None:
+        self.keep = keep
+        self._workspace = Workspace(keep.vocab_size)
+
+    def __call__(
+        self, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Selector.__call__`; nothing is random here, so the keys are not looked at."""
+        keep, num_rows = self.keep, logits.shape[0]
+        logits = self._workspace.whole_groups(logits)
+        probs = self._workspace.buffer("probs", num_rows, logits.device)
+        torch.softmax(logits, -1, out=probs)
+
+        k = min(keep.top_k, keep.vocab_size)
+        best, candidates = _best_groups(logits, k)
+        values, where = _top_of_candidates(candidates, k)
+        ids = best.gather(1, where // GROUP) * GROUP + where % GROUP
+        mass = probs.gather(1, ids)
+        log_total = values[:, :1] - mass[:, :1].log()
+        kept = (mass.cumsum(-1) - mass) < keep.top_p  # the prefix before it is still too light
+        kept[:, 0] = True
+
+        group_mass = probs.view(num_rows, -1, GROUP).sum(-1)
+        left = take_groups(probs, best).scatter_(1, where, torch.where(kept, 0.0, mass)).sum(-1)
+        tail = left + group_mass.scatter_(1, best, 0.0).sum(-1)
+
+        packed = empty_packed(num_rows, keep, logits.device)
+        write_header(
+            packed,
+            kept.sum(-1),
+            logits.gather(1, labels[:, None])[:, 0] - log_total[:, 0],
+            log_total[:, 0] - probs.mul_(logits).sum(-1),
+            tail.log(),
+        )
+        steps = steps_below_zero(values - log_total, keep.logprob_step)
+        steps, ids = order_entries(steps, ids, kept)
+        write_entries(packed, ids, steps.to(torch.float32) * -keep.logprob_step)
+        return packed
+
+
+def _best_groups(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, V] -> the groups [T, N] holding the k largest values, their values [T, N * GROUP]."""
+    maxima = logits.view(logits.shape[0], -1, GROUP).amax(-1)
+    best = torch.topk(maxima, min(k, maxima.shape[1]), dim=-1, sorted=False)[1]
+    return best, take_groups(logits, best)
+
+
+def _top_of_candidates(candidates: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, C] -> the k largest values [T, k], largest first, and their places in C [T, k]."""
+    num_rows, num_candidates = candidates.shape
+    stride = num_candidates // _SUBGROUP
+    maxima = candidates.view(num_rows, _SUBGROUP, stride).amax(1)
+    best = torch.topk(maxima, min(k, stride), dim=-1, sorted=False)[1]
+    members = torch.arange(_SUBGROUP, device=candidates.device) * stride
+    places = (best[:, :, None] + members).view(num_rows, -1)
+    values, order = torch.topk(candidates.gather(1, places), k, dim=-1)
+    return values, places.gather(1, order)
