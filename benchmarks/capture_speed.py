@@ -61,7 +61,7 @@ def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[
 
     from teacher_dump import vllm_engine, vllm_pooler
     from teacher_dump.collector import ShardCollector, ShardPlan, make_row
-    from teacher_dump.selection import TopPK
+    from teacher_dump.keep import TopPK
     from teacher_dump.teacher import find_teacher, load_tokenizer, tokenizer_identity
 
     keep = TopPK(
