@@ -1,10 +1,15 @@
 """Teacher pass against the limit of the engine, side by side in one run.
 
 limit      the same plugin with the same blocks runs the LM head and returns one number per row
-extract    the plugin as it is: selection, label, tail and entropy, unpacked to numpy, rows made,
-           Parquet shards written and published by the background writer
+top-p-k, draws, threshold
+           the plugin as it is, with that keep method: selection, label, tail and entropy, unpacked
+           to numpy, rows made, Parquet shards written and published by the background writer
 prefill    the stock model as an embedding model: no LM head at all
 prompt_logprobs   vLLM's own flat prompt log-probabilities, top 100, to numpy
+
+`--layers 2` takes a teacher cut off after two layers, whose engine costs little beside head,
+selection and frontend. The frontend is what the pass itself does in the engine's thread for a
+token: request, unpacking, row, collecting; measured as CPU time of that thread.
 
 Engines are loaded one process each (vLLM holds one engine well), hold their model, and are asked
 for rounds in turn, so that whatever else the machine does falls on all of them alike.
@@ -27,52 +32,44 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-MODES = ("limit", "extract", "prefill", "prompt_logprobs")
+KEEPS = ("top-p-k", "draws", "threshold")
+MODES = ("limit", *KEEPS, "prefill", "prompt_logprobs")
 TOP_K = 100
 
 
-def _sequences(corpus: Path, teacher: Path, count: int, length: int) -> list[Any]:
-    """The first sequences of a text, tokens [length + 1]."""
-    from teacher_dump.sequences import TokenSequence
-    from teacher_dump.teacher import load_tokenizer
+class _ThreadTime:
+    """CPU seconds of the calling thread within what it wraps."""
 
-    tokenizer = load_tokenizer(teacher)
-    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
-    encoded = [
-        ids for text in texts for ids in [*tokenizer(text).input_ids, tokenizer.eos_token_id]
-    ]
-    tokens = np.array(encoded[: count * length + 1], dtype=np.int32)
-    assert len(tokens) == count * length + 1, "the corpus is too short for this benchmark"
-    segments = np.zeros(length + 1, dtype=np.int32)
-    return [
-        TokenSequence(
-            split="train",
-            number=number,
-            tokens=tokens[number * length : (number + 1) * length + 1],
-            segments=segments,
-        )
-        for number in range(count)
-    ]
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.seconds += time.thread_time() - started
+
+        return timed
 
 
-def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[Any]], None]:
-    """`limit` and `extract`: the project's engine, with another pooler for the limit."""
+def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[Any]], float]:
+    """`limit` and the keep methods: the project's engine, with another pooler for the limit."""
     import torch
 
     from teacher_dump import vllm_engine, vllm_pooler
     from teacher_dump.collector import ShardCollector, ShardPlan, make_row
-    from teacher_dump.keep import TopPK
+    from teacher_dump.config import DumpConfig
+    from teacher_dump.keep import make_keep
     from teacher_dump.teacher import find_teacher, load_tokenizer, tokenizer_identity
 
-    keep = TopPK(
-        top_p=0.95,
-        top_k=TOP_K,
-        logprob_step=1 / 16,
-        vocab_size=tokenizer_identity(load_tokenizer(teacher))["vocab_size"],
-    )
+    method = "top-p-k" if mode == "limit" else mode
+    config = DumpConfig(teacher=str(teacher), corpus=(teacher,), out=out, keep=method)
+    keep = make_keep(config, tokenizer_identity(load_tokenizer(teacher))["vocab_size"])
     if mode == "limit":
 
-        def largest(self: Any, hidden: Any, labels: Any) -> Any:
+        def largest(self: Any, hidden: Any, labels: Any, keys: Any) -> Any:
             rows = self.block_rows(hidden.device)
             return torch.cat(
                 [self.compute_logits(block)[:, :1].float() for block in torch.split(hidden, rows)]
@@ -87,32 +84,43 @@ def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[
         head_dtype="float32",
         sequence_length=length,
         keep=keep,
+        seed=0,
         engine_args={},
     )
+    frontend = _ThreadTime()
+    engine._submit = frontend.of(engine._submit)
+    vllm_engine.unpack = frontend.of(vllm_engine.unpack)
+    to_row = frontend.of(make_row)
     rounds = iter(range(1_000_000))
 
-    def run_limit(sequences: list[Any]) -> None:
+    def run_limit(sequences: list[Any]) -> float:
         assert sum(1 for _ in engine.score(sequences)) == len(sequences)
+        return 0.0
 
-    def run_extract(sequences: list[Any]) -> None:
-        layout = {"sequences_per_shard": len(sequences), "sequences_per_row_group": len(sequences)}
+    def run_pass(sequences: list[Any]) -> float:
+        frontend.seconds = 0.0
+        # what is left to encode when the engine is done is the last row group, as in a real run
+        group = max(1, len(sequences) // 8)
+        layout = {"sequences_per_shard": len(sequences), "sequences_per_row_group": group}
         plan = ShardPlan(split="train", shard=0, sequences=range(len(sequences)))
         with ShardCollector(
             out / f"round-{next(rounds)}",
             [plan],
             identity={"vocab_size": keep.vocab_size, "layout": layout},
             sequences_per_shard=len(sequences),
-            sequences_per_row_group=len(sequences),
+            sequences_per_row_group=group,
             on_shard=lambda sidecar: None,
         ) as collector:
+            add = frontend.of(collector.add)
             for sequence, selected in engine.score(sequences):
-                collector.add("train", make_row(sequence, selected, keep.logprob_step))
+                add("train", to_row(sequence, selected, keep.logprob_step))
             collector.close()
+        return frontend.seconds
 
-    return run_limit if mode == "limit" else run_extract
+    return run_limit if mode == "limit" else run_pass
 
 
-def _stock(mode: str, teacher: Path, length: int) -> Callable[[list[Any]], None]:
+def _stock(mode: str, teacher: Path, length: int) -> Callable[[list[Any]], float]:
     """`prefill` and `prompt_logprobs`: vLLM as it comes."""
     from teacher_dump import vllm_engine
 
@@ -130,9 +138,10 @@ def _stock(mode: str, teacher: Path, length: int) -> Callable[[list[Any]], None]
     if mode == "prefill":
         llm = LLM(runner="pooling", convert="embed", max_model_len=length, **common)
 
-        def run_prefill(sequences: list[Any]) -> None:
+        def run_prefill(sequences: list[Any]) -> float:
             prompts = [{"prompt_token_ids": s.tokens[:-1].tolist()} for s in sequences]
             llm.encode(prompts, PoolingParams(), pooling_task="embed", use_tqdm=False)
+            return 0.0
 
         return run_prefill
     overrides = {"head_dtype": "float32"}
@@ -141,12 +150,13 @@ def _stock(mode: str, teacher: Path, length: int) -> Callable[[list[Any]], None]
         max_tokens=1, prompt_logprobs=TOP_K, flat_logprobs=True, detokenize=False
     )
 
-    def run_logprobs(sequences: list[Any]) -> None:
+    def run_logprobs(sequences: list[Any]) -> float:
         prompts = [{"prompt_token_ids": s.tokens[:-1].tolist()} for s in sequences]
         for output in llm.generate(prompts, params, use_tqdm=False):
             flat = output.prompt_logprobs
             np.array(flat.token_ids, dtype=np.int32)
             np.array(flat.logprobs, dtype=np.float32)
+        return 0.0
 
     return run_logprobs
 
@@ -156,23 +166,28 @@ def _worker(pipe: Any, mode: str, teacher: Path, corpus: Path, count: int, lengt
     import os
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    sequences = _sequences(corpus, teacher, count, length)
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    from benchmarks.teacher_inputs import read_sequences
+
+    sequences = read_sequences(corpus, teacher, count, length)
     with tempfile.TemporaryDirectory() as out:
         run = (
             _plugin(mode, teacher, length, Path(out))
-            if mode in ("limit", "extract")
+            if mode in ("limit", *KEEPS)
             else _stock(mode, teacher, length)
         )
         run(sequences[:2])  # warm
         pipe.send("ready")
         while pipe.recv() == "go":
             started = time.perf_counter()
-            run(sequences)
-            pipe.send(time.perf_counter() - started)
+            frontend_s = run(sequences)
+            pipe.send((time.perf_counter() - started, frontend_s))
 
 
-def _measure(modes: tuple[str, ...], rounds: int, *work: Any) -> dict[str, list[float]]:
-    """Seconds of each round by mode; the order of the modes turns with every round."""
+def _measure(
+    modes: tuple[str, ...], rounds: int, *work: Any
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each round, and of its frontend, by mode; the modes' order turns every round."""
     context = multiprocessing.get_context("spawn")
     pipes = {}
     for mode in modes:
@@ -181,7 +196,7 @@ def _measure(modes: tuple[str, ...], rounds: int, *work: Any) -> dict[str, list[
         theirs.close()
         assert pipes[mode].recv() == "ready"
         click.echo(f"{mode}: engine ready", err=True)
-    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    seconds: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
     for number in range(rounds):
         turn = number % len(modes)
         for mode in modes[turn:] + modes[:turn]:
@@ -197,6 +212,7 @@ def _measure(modes: tuple[str, ...], rounds: int, *work: Any) -> dict[str, list[
 @click.option(
     "--corpus", type=click.Path(path_type=Path), default=ROOT / "build" / "demo" / "corpus.jsonl"
 )
+@click.option("--layers", type=int, help="Cut the teacher off after so many layers.")
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--sequences", default=16, show_default=True, help="Sequences of one round.")
 @click.option("--rounds", default=5, show_default=True)
@@ -205,6 +221,7 @@ def _measure(modes: tuple[str, ...], rounds: int, *work: Any) -> dict[str, list[
 def main(
     teacher: Path,
     corpus: Path,
+    layers: int | None,
     sequence_length: int,
     sequences: int,
     rounds: int,
@@ -212,23 +229,39 @@ def main(
     json_file: Path | None,
 ) -> None:
     """Tokens/s of the teacher pass and of its rivals (`make demo` makes the inputs)."""
-    seconds = _measure(modes or MODES, rounds, teacher, corpus, sequences, sequence_length)
+    if layers is not None:
+        from benchmarks.teacher_inputs import first_layers
+
+        teacher = first_layers(teacher, layers)
+    measured = _measure(modes or MODES, rounds, teacher, corpus, sequences, sequence_length)
     tokens = sequences * sequence_length
-    speeds = {mode: tokens / statistics.median(values) for mode, values in seconds.items()}
-    of_limit = {
-        mode: statistics.median(
-            limit / mine for limit, mine in zip(seconds["limit"], values, strict=True)
-        )
-        for mode, values in seconds.items()
-        if "limit" in seconds
-    }
+    seconds = {mode: [total for total, _ in values] for mode, values in measured.items()}
+    figures: dict[str, Any] = {"sequence_length": sequence_length, "seconds": seconds}
     click.echo(f"L = {sequence_length}, {sequences} sequences a round, {rounds} rounds, medians")
-    for mode, speed in speeds.items():
-        click.echo(f"{mode:<18}{speed:>10.0f} tokens/s{of_limit.get(mode, 0):>10.3f} of the limit")
+    click.echo(
+        f"{'':<18}{'tokens/s':>10}{'of limit':>10}{'of logprobs':>12}{'frontend us/token':>19}"
+    )
+    for mode, values in seconds.items():
+        frontend = statistics.median(part for _, part in measured[mode]) / tokens * 1e6
+        row = figures[mode] = {
+            "tokens_per_s": tokens / statistics.median(values),
+            "of_limit": _ratio(seconds, "limit", values),
+            "of_prompt_logprobs": _ratio(seconds, "prompt_logprobs", values),
+            "frontend_us_per_token": frontend,
+        }
+        click.echo(
+            f"{mode:<18}{row['tokens_per_s']:>10.0f}{row['of_limit']:>10.3f}"
+            f"{row['of_prompt_logprobs']:>12.3f}{frontend:>19.2f}"
+        )
     if json_file is not None:
-        figures = {"sequence_length": sequence_length, "tokens_per_s": speeds,
-                   "of_limit": of_limit, "seconds": seconds}  # fmt: skip
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _ratio(seconds: dict[str, list[float]], other: str, values: list[float]) -> float:
+    """Speed relative to another mode's, the median over rounds; NaN if that was not measured."""
+    if other not in seconds:
+        return float("nan")
+    return statistics.median(a / b for a, b in zip(seconds[other], values, strict=True))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.teacher_inputs import read_sequences  # noqa: E402
 from shards.reader import ShardReader  # noqa: E402
 from shards.schema import ENTRY_COLUMNS  # noqa: E402
 from shards.writer import ShardWriter  # noqa: E402
@@ -114,14 +115,12 @@ class _Method:
 
 def measure(teacher: Path, corpus: Path, num_sequences: int, length: int) -> list[dict[str, Any]]:
     """Figures of every method over the same positions."""
-    from benchmarks.capture_speed import _sequences
-
     vocab_size = tokenizer_identity(load_tokenizer(teacher))["vocab_size"]
     keep = make_keep(DumpConfig(teacher="", corpus=(Path(),), out=Path()), vocab_size)
     engine = TransformersEngine(
         teacher_folder=teacher, dtype="bfloat16", head_dtype="float32", keep=keep, seed=0
     )
-    sequences = _sequences(corpus, teacher, num_sequences, length)
+    sequences = read_sequences(corpus, teacher, num_sequences, length)
     with tempfile.TemporaryDirectory() as folder:
         methods = [
             _Method(options, vocab_size, Path(folder) / str(number), num_sequences)

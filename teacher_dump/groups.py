@@ -1,5 +1,8 @@
 """A vocabulary in groups of 64: what is looked for is narrowed down to a few groups first.
 
+The k largest values lie in the k groups with the largest maxima: 64 columns become one, and then 8
+candidates one.
+
 Letters: T positions of a block, V vocabulary rounded up to whole groups, N groups looked at.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import torch
 
 GROUP = 64
+_SUBGROUP = 8
 
 # Padding of the last group: its probability is 0, and 0 * -1e4 too, unlike 0 * -inf.
 IMPOSSIBLE = -1e4
@@ -50,3 +54,32 @@ def take_groups(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     first = torch.arange(num_rows, device=values.device)[:, None] * num_groups
     rows = values.view(-1, GROUP).index_select(0, (first + groups).view(-1))
     return rows.view(num_rows, -1)
+
+
+def largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[T, V] -> groups [T, N] that hold the k largest values, their places in them, the values.
+
+    The places [T, k] are in the N * GROUP values of the groups, the values [T, k] largest first.
+    """
+    groups, candidates = _best_groups(values, k)
+    found, places = _top_of_candidates(candidates, k)
+    return groups, places, found
+
+
+def _best_groups(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, V] -> the groups [T, N] holding the k largest values, their values [T, N * GROUP]."""
+    maxima = logits.view(logits.shape[0], -1, GROUP).amax(-1)
+    best = torch.topk(maxima, min(k, maxima.shape[1]), dim=-1, sorted=False)[1]
+    return best, take_groups(logits, best)
+
+
+def _top_of_candidates(candidates: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, C] -> the k largest values [T, k], largest first, and their places in C [T, k]."""
+    num_rows, num_candidates = candidates.shape
+    stride = num_candidates // _SUBGROUP
+    maxima = candidates.view(num_rows, _SUBGROUP, stride).amax(1)
+    best = torch.topk(maxima, min(k, stride), dim=-1, sorted=False)[1]
+    members = torch.arange(_SUBGROUP, device=candidates.device) * stride
+    places = (best[:, :, None] + members).view(num_rows, -1)
+    values, order = torch.topk(candidates.gather(1, places), k, dim=-1)
+    return values, places.gather(1, order)

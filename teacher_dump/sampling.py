@@ -2,13 +2,12 @@
 
 Letters: T positions of the block, V vocabulary, K the most entries a position can keep.
 
-Both lay the vocabulary out along a line, each entry as long as its mass, and look up which entries
-some points hit. Draws are n uniform points. Threshold clips masses at t and takes points one t
-apart from one uniform start: an entry of p >= t is as long as that and hit once, whatever the
-start; any other one is hit with probability p / t, never twice.
+Both lay entries out along a line, each as long as its mass, and look up which of them some points
+hit. Draws are n uniform points on all entries. Threshold takes out those of p >= t, which are kept
+for certain, and lays points one t apart, from one uniform start, on the others: each is hit with
+probability p / t, and never twice.
 
-The line is measured in float64: sums of float32 masses are exact there but for 1e-16. Lookup is by
-groups of 64, so that only the groups that are hit are summed up entry by entry.
+Lookup is by groups of 64, so that only the groups that are hit are summed up entry by entry.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from teacher_dump.groups import GROUP, IMPOSSIBLE, Workspace, take_groups
+from teacher_dump.groups import GROUP, IMPOSSIBLE, Workspace, largest, take_groups
 from teacher_dump.keep import Draws, Threshold
 from teacher_dump.packing import (
     empty_packed,
@@ -44,11 +43,11 @@ class SamplingSelector:
         keep, num_rows = self.keep, logits.shape[0]
         logits = self._workspace.whole_groups(logits)
         probs = torch.softmax(logits, -1, out=self._buffer("probs", logits))
-        log_total = _log_total(logits, probs, 1.0)
+        log_total = logits.amax(-1, keepdim=True) - probs.amax(-1, keepdim=True).log()
         label_logprobs = logits.gather(1, labels[:, None]) - log_total
         tempered = probs if keep.temperature == 1 else self._tempered(logits)
         if isinstance(keep, Threshold):
-            counts, ids, logprobs = self._threshold(keep, logits, tempered, keys)
+            counts, ids, logprobs = _threshold(tempered, keys, keep)
         else:
             counts, ids, logprobs = _draws(tempered, keys, keep)
 
@@ -67,27 +66,38 @@ class SamplingSelector:
         tempered[:, self.keep.vocab_size :] = IMPOSSIBLE
         return torch.softmax(tempered, -1, out=tempered)
 
-    def _threshold(
-        self, keep: Threshold, logits: torch.Tensor, probs: torch.Tensor, keys: torch.Tensor
-    ) -> _Entries:
-        threshold = float(np.float32(keep.threshold))
-        mass = torch.clamp(probs, max=threshold, out=self._buffer("clipped", logits))
-        grid = torch.arange(keep.max_entries, device=logits.device)
-        points = (uniforms(keys, 1) + grid) * threshold
-        ids, total = _look_up(mass, points)
-        hit = points < total
-        hit[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # holds already but for a rounding of 1e-16
 
-        logprobs = logits.gather(1, ids) / keep.temperature - _log_total(
-            logits, probs, keep.temperature
-        )
-        steps = steps_below_zero(logprobs, keep.logprob_step)
-        steps = torch.where(mass.gather(1, ids) < threshold, keep.threshold_steps, steps)
-        steps, ids = order_entries(steps, ids, hit)
-        return hit.sum(-1), ids, steps.to(torch.float32) * -keep.logprob_step
+def _threshold(probs: torch.Tensor, keys: torch.Tensor, keep: Threshold) -> _Entries:
+    """Probabilities [T, V] at the method's temperature, which are left as they were."""
+    threshold = float(np.float32(keep.threshold))
+    num_certain = min(int(1.0001 / threshold), keep.vocab_size)
+    groups, places, mass = largest(probs, num_certain)
+    certain = mass >= threshold
+    large = groups.gather(1, places // GROUP) * GROUP + places % GROUP
+
+    probs.scatter_(1, large, torch.where(certain, 0.0, mass))
+    grid = torch.arange(keep.max_entries, device=probs.device)
+    points = (uniforms(keys, 1) + grid) * threshold
+    small, total = _look_up(probs, points)
+    hit = points < total
+    hit[:, 1:] &= small[:, 1:] != small[:, :-1]  # but for rounding, p < t is hit once at most
+    probs.scatter_(1, large, mass)
+
+    steps = torch.cat(
+        [
+            steps_below_zero(mass.log(), keep.logprob_step),
+            torch.full_like(small, keep.threshold_steps),
+        ],
+        dim=-1,
+    )
+    kept = torch.cat([certain, hit], dim=-1)
+    steps, ids = order_entries(steps, torch.cat([large, small], dim=-1), kept)
+    steps, ids = steps[:, : keep.max_entries], ids[:, : keep.max_entries]
+    return kept.sum(-1), ids, steps.to(torch.float32) * -keep.logprob_step
 
 
 def _draws(probs: torch.Tensor, keys: torch.Tensor, keep: Draws) -> _Entries:
+    """Probabilities [T, V] at the method's temperature."""
     num = keep.draws
     points = uniforms(keys, num).sort(dim=-1)[0]
     # ids come in ascending order, so that draws of one entry stand side by side: a run
@@ -102,11 +112,6 @@ def _draws(probs: torch.Tensor, keys: torch.Tensor, keep: Draws) -> _Entries:
     return starts.sum(-1), ids, ((num - missed).clamp(min=1) / num).log()
 
 
-def _log_total(logits: torch.Tensor, probs: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log of the sum of exp(logits / temperature) [T, 1], from the softmax that there is."""
-    return logits.amax(-1, keepdim=True) / temperature - probs.amax(-1, keepdim=True).log()
-
-
 def _look_up(mass: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The entries that points hit on the line of masses laid end to end.
 
@@ -114,13 +119,14 @@ def _look_up(mass: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, to
     any order; one at or beyond the total hits an entry without meaning.
     """
     num_rows, num_points = points.shape
-    group_mass = mass.view(num_rows, -1, GROUP).sum(-1, dtype=torch.float64)
+    group_mass = mass.view(num_rows, -1, GROUP).sum(-1).to(torch.float64)
     ends = group_mass.cumsum(-1)
     groups = torch.searchsorted(ends, points, right=True).clamp_(max=ends.shape[1] - 1)
-    inside = points - (ends.gather(1, groups) - group_mass.gather(1, groups))
+    of_group = group_mass.gather(1, groups)
+    share = (points - ends.gather(1, groups)) / of_group + 1
     members = take_groups(mass, groups).view(num_rows, num_points, GROUP)
     inner_ends = members.cumsum(-1, dtype=torch.float64)
-    # Below the last end whatever 1e-16 says: behind it lie entries of mass 0.
-    inside = torch.minimum(inside, inner_ends[:, :, -1] * (1 - 1e-12))
-    offsets = torch.searchsorted(inner_ends, inside[:, :, None], right=True)[:, :, 0]
+    # Below the last end, whatever rounding says: behind it lie entries of mass 0.
+    inside = inner_ends[:, :, -1:] * share.clamp_(min=0, max=1 - 1e-12)[:, :, None]
+    offsets = torch.searchsorted(inner_ends, inside, right=True)[:, :, 0]
     return groups * GROUP + offsets.clamp_(max=GROUP - 1), ends[:, -1:]

@@ -2,9 +2,8 @@
 
 Letters: T positions of the block, V vocabulary, K the most entries a position can keep.
 
-Top-k narrows down by groups: the k largest values lie in the k groups with the largest maxima, so
-64 columns become one, then 8 candidates one. The groups also give the tail: the mass of all groups
-without a candidate plus what is left of the candidates, sums of the unkept entries themselves.
+The groups of which the k largest logits come also give the tail: the mass of all other groups
+plus what is left of the candidates in these, sums of the unkept entries themselves.
 `1 - kept mass` would lose a tail of 1e-7, an ordinary one after a token the teacher is sure of.
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from teacher_dump.groups import GROUP, Workspace, take_groups
+from teacher_dump.groups import GROUP, Workspace, largest, take_groups
 from teacher_dump.keep import TopPK
 from teacher_dump.packing import (
     empty_packed,
@@ -21,8 +20,6 @@ from teacher_dump.packing import (
     write_entries,
     write_header,
 )
-
-_SUBGROUP = 8
 
 
 class TopPKSelector:
@@ -42,8 +39,7 @@ class TopPKSelector:
         torch.softmax(logits, -1, out=probs)
 
         k = min(keep.top_k, keep.vocab_size)
-        best, candidates = _best_groups(logits, k)
-        values, where = _top_of_candidates(candidates, k)
+        best, where, values = largest(logits, k)
         ids = best.gather(1, where // GROUP) * GROUP + where % GROUP
         mass = probs.gather(1, ids)
         log_total = values[:, :1] - mass[:, :1].log()
@@ -66,22 +62,3 @@ class TopPKSelector:
         steps, ids = order_entries(steps, ids, kept)
         write_entries(packed, ids, steps.to(torch.float32) * -keep.logprob_step)
         return packed
-
-
-def _best_groups(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, V] -> the groups [T, N] holding the k largest values, their values [T, N * GROUP]."""
-    maxima = logits.view(logits.shape[0], -1, GROUP).amax(-1)
-    best = torch.topk(maxima, min(k, maxima.shape[1]), dim=-1, sorted=False)[1]
-    return best, take_groups(logits, best)
-
-
-def _top_of_candidates(candidates: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, C] -> the k largest values [T, k], largest first, and their places in C [T, k]."""
-    num_rows, num_candidates = candidates.shape
-    stride = num_candidates // _SUBGROUP
-    maxima = candidates.view(num_rows, _SUBGROUP, stride).amax(1)
-    best = torch.topk(maxima, min(k, stride), dim=-1, sorted=False)[1]
-    members = torch.arange(_SUBGROUP, device=candidates.device) * stride
-    places = (best[:, :, None] + members).view(num_rows, -1)
-    values, order = torch.topk(candidates.gather(1, places), k, dim=-1)
-    return values, places.gather(1, order)

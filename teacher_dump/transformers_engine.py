@@ -15,6 +15,7 @@ import torch
 
 from shards.errors import InputError
 from shards.rows import Int32Array
+from teacher_dump.head import WideHead
 from teacher_dump.keep import Keep
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key
@@ -22,21 +23,6 @@ from teacher_dump.selection import make_selector
 from teacher_dump.sequences import TokenSequence
 
 BLOCK_ROWS = 64
-
-
-class _CastHead(torch.nn.Module):
-    """An output embedding that runs in another dtype than the model's."""
-
-    def __init__(self, head: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(head.weight.detach().to(dtype), requires_grad=False)
-        bias = getattr(head, "bias", None)
-        self.bias = None
-        if bias is not None:
-            self.bias = torch.nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
 
 class TransformersEngine:
@@ -55,8 +41,9 @@ class TransformersEngine:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"transformers does not load {teacher_folder}: {reason}") from error
         if head_dtype not in ("model", dtype):
-            head = _CastHead(model.get_output_embeddings(), getattr(torch, head_dtype))
-            model.set_output_embeddings(head)
+            head = model.get_output_embeddings()
+            bias = getattr(head, "bias", None)
+            model.set_output_embeddings(WideHead(head.weight, bias, getattr(torch, head_dtype)))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self._keep = keep

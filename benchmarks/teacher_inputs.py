@@ -1,0 +1,57 @@
+"""What benchmarks of the teacher pass run on: sequences of a text, and a teacher of few layers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def read_sequences(corpus: Path, teacher: Path, count: int, length: int) -> list[Any]:
+    """The first sequences of a JSON-lines text, repeated if it is short, tokens [length + 1]."""
+    from teacher_dump.sequences import TokenSequence
+    from teacher_dump.teacher import load_tokenizer
+
+    tokenizer = load_tokenizer(teacher)
+    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+    encoded = [
+        ids for text in texts for ids in [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    ]
+    tokens = np.resize(np.array(encoded, dtype=np.int32), count * length + 1)
+    segments = np.zeros(length + 1, dtype=np.int32)
+    return [
+        TokenSequence(
+            split="train",
+            number=number,
+            tokens=tokens[number * length : (number + 1) * length + 1],
+            segments=segments,
+        )
+        for number in range(count)
+    ]
+
+
+def first_layers(teacher: Path, num_layers: int) -> Path:
+    """A copy of a model with its first layers alone, beside it, made once.
+
+    Its predictions mean nothing; its head and vocabulary are those of the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = teacher.with_name(f"{teacher.name}-{num_layers}-layers")
+    if folder.exists():
+        return folder
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    del model.model.layers[num_layers:]
+    model.config.num_hidden_layers = num_layers
+    model.config.layer_types = None
+    temporary = folder.with_suffix(".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    for file in teacher.iterdir():
+        if not (temporary / file.name).exists() and not file.name.startswith("model"):
+            shutil.copy(file, temporary)
+    temporary.rename(folder)
+    return folder

@@ -1,0 +1,52 @@
+"""The LM head in a wider dtype than the model's: bf16 logits tie heavily, float32 ones do not.
+
+Letters: T positions, D hidden, V vocabulary.
+
+A bfloat16 model has bfloat16 hidden states and a bfloat16 head. Their products are exact in
+float32, so that rounding the float32 factors to bfloat16 and summing up in float32 loses nothing.
+oneDNN does that when it is allowed to, where the processor has such instructions, in about half the
+time: on 2 cores of an AMD EPYC with D = 576 and V = 49,152, 64 rows at a time, a row takes 330 us
+instead of 630.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class WideHead(nn.Module):
+    """weight [V, D], bias [V]: a head that runs in another dtype, cast once, not at each call."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._exact_in_bfloat16 = weight.dtype == torch.bfloat16 and dtype == torch.float32
+        self.weight = _frozen(weight, dtype)
+        self.bias = None if bias is None else _frozen(bias, dtype)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, D] -> logits [T, V] of the head's dtype."""
+        wide = hidden.to(self.weight.dtype)
+        if not (self._exact_in_bfloat16 and hidden.dtype == torch.bfloat16):
+            return nn.functional.linear(wide, self.weight, self.bias)
+        with _bfloat16_factors():
+            return nn.functional.linear(wide, self.weight, self.bias)
+
+
+def _frozen(parameter: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+
+
+@contextmanager
+def _bfloat16_factors() -> Iterator[None]:
+    """Let oneDNN round the factors of float32 matrix products; GPUs are not affected."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

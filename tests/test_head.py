@@ -1,0 +1,39 @@
+"""The wide head: what bfloat16 factors hold exactly is not lost, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from teacher_dump.head import WideHead
+
+
+def products(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [T, D], weight [V, D] that the dtype holds exactly, and their product in float64."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 576, generator=random).to(dtype)
+    weight = torch.randn(1024, 576, generator=random).to(dtype)
+    return hidden, weight, hidden.double() @ weight.double().T
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_logits_are_as_exact_as_float32_sums_are(dtype: torch.dtype, with_bias: bool) -> None:
+    hidden, weight, exact = products(dtype)
+    bias = torch.arange(1024).to(dtype) / 64 if with_bias else None
+    if bias is not None:
+        exact = exact + bias.double()
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    logits = WideHead(weight, bias, torch.float32)(hidden)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 2e-4
+    if dtype == torch.bfloat16:  # what the test must notice
+        assert (hidden @ weight.T - exact.to(dtype)).abs().max() > 0.1
+
+
+def test_a_float32_head_of_bfloat16_states_is_not_rounded() -> None:
+    hidden, _, _ = products(torch.bfloat16)
+    _, weight, _ = products(torch.float32)
+    logits = WideHead(weight, None, torch.float32)(hidden)
+    assert (logits - hidden.double() @ weight.double().T).abs().max() < 2e-4
