@@ -65,7 +65,7 @@ def _load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None)
             raise click.BadParameter(f"{path}: unknown option {key!r}")
         if name == "engine_arg" and isinstance(value, Mapping):
             value = [f"{argument}={json.dumps(setting)}" for argument, setting in value.items()]
-        elif name == "corpus" and isinstance(value, str):
+        elif name in ("corpus", "corpus_weight") and not isinstance(value, list):
             value = [value]
         values[name] = value
     ctx.default_map = {**(ctx.default_map or {}), **values}
@@ -104,7 +104,15 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     type=_FOLDER,
     multiple=True,
     required=True,
-    help="File or folder of text: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, .md. Repeatable.",
+    help="File or folder: text as .jsonl (.gz, .zst), .parquet, .arrow, .txt, .md; tokens as .npy, "
+    ".bin (flat or Megatron-LM's), .parquet, .arrow. Repeatable.",
+)
+@click.option(
+    "--corpus-weight",
+    type=float,
+    multiple=True,
+    help="How often documents of a corpus are taken: 2 is twice, 0.5 half of them. As many as "
+    "--corpus, in their order.",
 )
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the dataset.")
 @click.option(
@@ -170,7 +178,17 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     "--text-key",
     default="text",
     show_default=True,
-    help="Key or column of the text in JSON lines and Parquet.",
+    help="Key or column of the text in JSON lines, Parquet and Arrow.",
+)
+@click.option("--token-key", help="Column of token lists in Parquet and Arrow, instead of text.")
+@click.option("--mask-key", help="Column of lists of booleans: which tokens count as labels.")
+@click.option("--token-dtype", help="uint16 or uint32 in a flat .bin; default: by the vocabulary.")
+@click.option("--bos/--no-bos", default=False, show_default=True, help="Begin each document so.")
+@click.option(
+    "--eos/--no-eos",
+    default=True,
+    show_default=True,
+    help="Close each document with the end-of-document token, unless it ends with it already.",
 )
 @click.option("--sequences-per-shard", type=int, help="Default: about 2 million tokens.")
 @click.option(
@@ -180,18 +198,34 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
 )
 @click.option("--seed", type=int, default=0, show_default=True,
               help="Of held-out documents and of sampling.")  # fmt: skip
+@click.option(
+    "--plan", is_flag=True, help="Measure briefly, say what the dump would cost, write nothing."
+)
+@click.option(
+    "--tokens",
+    type=float,
+    help="With --plan: tokens of a corpus, such as 1e12, of which --corpus is a sample.",
+)
 @_debug
-def dump_logits(**options: Any) -> None:
+def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     """Run a teacher over a corpus and write its compressed next-token distributions.
 
     The same command again continues where it stopped.
     """
     from teacher_dump.config import DumpConfig
 
+    if tokens is not None and (not plan or not 1 <= tokens < 1e18):
+        raise InputError(f"--tokens {tokens:g}: is a number from 1 to 1e18 for --plan")
     options["engine_arg"] = _engine_args(options["engine_arg"])
     config = DumpConfig(**options)
     if Path(config.teacher).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if plan:
+        from teacher_dump.plan import make_plan
+
+        for line in make_plan(config, None if tokens is None else int(tokens)).lines():
+            click.echo(line)
+        return
     from teacher_dump.dump import run
 
     summary = run(config)

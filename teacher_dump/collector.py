@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.identity import Json
-from shards.rows import Row
+from shards.rows import BoolArray, Row
 from shards.sidecar import Sidecar
 from shards.writer import ShardWriter
 from teacher_dump.packing import Selected, round_to_step
@@ -25,19 +25,29 @@ from teacher_dump.sequences import TokenSequence
 
 
 def make_row(sequence: TokenSequence, selected: Selected, logprob_step: float) -> Row:
-    """The shard's row of a scored sequence; sums are taken before anything is rounded."""
-    nll = -float(selected.label_logprobs.sum(dtype=np.float64))
-    entropy = float(selected.entropy.sum(dtype=np.float64))
+    """The shard's row of a scored sequence; sums are taken before anything is rounded.
+
+    Where the sequence's `loss_mask` is false nothing is kept, and the sums leave it out.
+    """
+    counted: BoolArray | slice = slice(None)
+    counts, ids, logprobs = selected.counts, selected.ids, selected.logprobs
+    if sequence.loss_mask is not None:
+        counted = sequence.loss_mask
+        kept = np.repeat(counted, counts)
+        counts, ids, logprobs = np.where(counted, counts, 0), ids[kept], logprobs[kept]
+    nll = -float(selected.label_logprobs[counted].sum(dtype=np.float64))
+    entropy = float(selected.entropy[counted].sum(dtype=np.float64))
     tail = selected.tail_logmass
     return Row(
         sequence=sequence.number,
         tokens=sequence.tokens,
         segments=sequence.segments,
-        counts=selected.counts,
-        ids=selected.ids,
-        logprobs=selected.logprobs,
+        counts=counts,
+        ids=ids,
+        logprobs=logprobs,
         tail_logmass=None if tail is None else round_to_step(tail, logprob_step),
         label_logprobs=round_to_step(selected.label_logprobs, logprob_step),
+        loss_mask=sequence.loss_mask,
         teacher_nll=nll,
         teacher_entropy=entropy,
     )

@@ -28,6 +28,8 @@ class DumpConfig:
     `max_tokens` counts labelled positions of both splits together; None is the whole corpus.
     `sequences_per_shard` None is about 2 million tokens. `logprob_step` is in nats. Of the options
     of a keep method, None is the default in `KEEP_OPTIONS`; those of another one must be None.
+    `corpus_weight` are as many as `corpus`, or none: all 1. `bos`, `eos`: whether each document is
+    begun and closed with these tokens, unless it is already.
     """
 
     teacher: str
@@ -47,6 +49,12 @@ class DumpConfig:
     engine_arg: Mapping[str, object] = field(default_factory=dict)
     dtype: str = "auto"
     text_key: str = "text"
+    corpus_weight: tuple[float, ...] = ()
+    token_key: str | None = None
+    mask_key: str | None = None
+    token_dtype: str | None = None
+    bos: bool = False
+    eos: bool = True
     sequences_per_shard: int | None = None
     max_tokens: int | None = None
     seed: int = 0
@@ -55,6 +63,7 @@ class DumpConfig:
         if not self.corpus:
             raise InputError("--corpus: give at least one file or folder")
         self._check_keep()
+        self._check_corpus()
         if self.engine not in ("vllm", "transformers"):
             raise InputError(f"--engine {self.engine}: expected vllm or transformers")
         if self.engine_arg and self.engine != "vllm":
@@ -74,6 +83,19 @@ class DumpConfig:
         ):
             if value is not None and value < 1:
                 raise InputError(f"{option} {value}: expected at least 1")
+
+    def _check_corpus(self) -> None:
+        if self.corpus_weight and len(self.corpus_weight) != len(self.corpus):
+            raise InputError(
+                f"--corpus-weight: {len(self.corpus_weight)} of them for {len(self.corpus)} corpora"
+            )
+        for weight in self.corpus_weight:
+            if not 0 < weight <= 1000:
+                raise InputError(f"--corpus-weight {weight}: expected a value in (0, 1000]")
+        if self.mask_key is not None and self.token_key is None:
+            raise InputError("--mask-key: says which tokens of --token-key count, which is missing")
+        if self.token_dtype not in (None, "uint16", "uint32"):
+            raise InputError(f"--token-dtype {self.token_dtype}: expected uint16 or uint32")
 
     def _check_keep(self) -> None:
         if self.keep not in KEEP_OPTIONS:

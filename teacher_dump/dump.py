@@ -9,7 +9,6 @@ left and nothing twice. A lock keeps two runs out of one folder.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,21 +25,13 @@ from shards.progress_line import ProgressLine, count
 from shards.sidecar import Sidecar
 from teacher_dump.collector import ShardCollector, ShardPlan, make_row
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus import list_files
-from teacher_dump.engines import TeacherEngine, start_engine
-from teacher_dump.identity import head_dtype, make_identity, make_record
-from teacher_dump.keep import Keep, Threshold, make_keep
+from teacher_dump.engines import TeacherEngine
+from teacher_dump.identity import make_identity, make_record
+from teacher_dump.prepare import prepare
 from teacher_dump.progress import PassProgress
+from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import SplitSequences, TokenSequence
-from teacher_dump.teacher import (
-    Teacher,
-    find_teacher,
-    load_tokenizer,
-    tokenizer_identity,
-)
-from teacher_dump.token_store import SPLITS, TokenisingRules, TokenStore, open_or_build
-
-logger = logging.getLogger(__name__)
+from teacher_dump.token_store import SPLITS, TokenStore, open_or_build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,67 +59,23 @@ def run(config: DumpConfig) -> DumpSummary:
     InputError and IdentityMismatchError leave the folder as it was; RunError leaves every finished
     shard in place.
     """
-    teacher = find_teacher(config.teacher, config.teacher_revision)
-    tokenizer = load_tokenizer(teacher.folder)
-    about_tokenizer = tokenizer_identity(tokenizer)
-    _check_lengths(config, teacher, about_tokenizer["vocab_size"])
-    files = list_files(config.corpus)
-    rules = TokenisingRules(
-        **about_tokenizer,
-        eos_token_id=tokenizer.eos_token_id,
-        text_key=config.text_key,
-        held_out=config.held_out,
-        seed=config.seed,
-    )
-    keep = make_keep(config, rules.vocab_size)
-    _say_threshold(config, keep)
-    identity = make_identity(config, teacher, rules, keep)
+    ready = prepare(config)
+    rules = ready.rules
+    identity = make_identity(config, ready.teacher, rules, ready.keep)
     with _locked(config.out):
         _refuse_another(config.out, identity)
-        store = _tokens(config.out, files, tokenizer, rules)
+        store = _tokens(config.out, ready.files, ready.tokenizer, rules)
         identity["tokens_sha256"] = store.sha256
         splits = {split: store.sequences(split, config.sequence_length) for split in SPLITS}
         sizes = _sizes(splits, config.max_tokens)
-        tokenizer.save_pretrained(config.out / "tokenizer")
-        recorded = make_record(config, teacher)
+        ready.tokenizer.save_pretrained(config.out / "tokenizer")
+        recorded = make_record(config, ready.teacher)
         manifest = create_or_continue(config.out, identity, sizes, recorded)
         plans = _plans(config.out, manifest)
         if not plans:
             return _summary(config.out, [], None)
-        engine = start_engine(
-            config.engine,
-            teacher_folder=teacher.folder,
-            architecture=teacher.architecture,
-            dtype=config.resolved_dtype,
-            head_dtype=head_dtype(teacher),
-            sequence_length=config.sequence_length,
-            keep=keep,
-            seed=config.seed,
-            engine_args=config.engine_arg,
-        )
+        engine = ready.start_engine(config)
         return _run_pass(config, identity, plans, splits, engine)
-
-
-def _check_lengths(config: DumpConfig, teacher: Teacher, vocab_size: int) -> None:
-    top_k = config.keep_options.get("top_k", 0)
-    if top_k > vocab_size:
-        raise InputError(f"--top-k {top_k}: the tokenizer has only {vocab_size} entries")
-    if teacher.max_length is not None and config.sequence_length > teacher.max_length:
-        raise InputError(
-            f"--sequence-length {config.sequence_length}: {teacher.name} takes at most "
-            f"{teacher.max_length} tokens"
-        )
-
-
-def _say_threshold(config: DumpConfig, keep: Keep) -> None:
-    """A threshold is moved to the grid, so that the weight t is stored without rounding."""
-    asked = config.keep_options.get("threshold")
-    if isinstance(keep, Threshold) and asked != keep.threshold:
-        logger.info(
-            "--threshold %g: %.6g, whose logarithm is a multiple of --logprob-step, is taken",
-            asked,
-            keep.threshold,
-        )
 
 
 def _refuse_another(out: Path, identity: Mapping[str, Any]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from shards.schema import FORMAT_VERSION
 from teacher_dump.config import DumpConfig
 from teacher_dump.keep import Keep
+from teacher_dump.rules import TokenisingRules
 from teacher_dump.teacher import Teacher, weights_sha256
-from teacher_dump.token_store import TokenisingRules
 
 
 def head_dtype(teacher: Teacher) -> str:
@@ -35,8 +35,8 @@ def make_identity(
         "vocab_size": rules.vocab_size,
         "documents": {
             "joined": True,
-            "bos": False,
-            "eos_token_id": rules.eos_token_id,
+            "bos": config.bos,
+            "eos_token_id": rules.eos_token_id if config.eos else None,
             "held_out": config.held_out,
         },
         "sequence_length": config.sequence_length,
@@ -55,6 +55,7 @@ def make_record(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
         "teacher": teacher.name,
         "architecture": teacher.architecture,
         "corpus": [str(path) for path in config.corpus],
+        "corpus_weight": list(config.corpus_weight),
         "engine": config.engine,
         "engine_args": dict(config.engine_arg),
         "max_tokens": config.max_tokens,

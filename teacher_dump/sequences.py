@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.rows import Int32Array
+from shards.rows import BoolArray, Int32Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +22,21 @@ class TokenSequence:
     """tokens [n] int32 with 2 <= n <= L + 1; the teacher reads tokens[:-1] and predicts tokens[1:].
 
     `segments` [n] int32 numbers the documents of the sequence from 0; an end-of-document token
-    belongs to the document it ends.
+    belongs to the document it ends. `loss_mask` [n - 1] says which labels count, None: all.
     """
 
     split: str
     number: int
     tokens: Int32Array
     segments: Int32Array
+    loss_mask: BoolArray | None = None
 
 
 class SplitSequences:
     """The sequences of one split, addressed by number in O(log documents).
 
-    `tokens` [N] and `document_starts` [documents + 1] may be memory maps: nothing is copied but
-    the sequence asked for.
+    `tokens` [N], `document_starts` [documents] and `label_mask` [N], which tokens count as labels,
+    may be memory maps: nothing is copied but the sequence asked for.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class SplitSequences:
         tokens: npt.NDArray[Any],
         document_starts: npt.NDArray[np.int64],
         sequence_length: int,
+        label_mask: npt.NDArray[np.bool_] | None = None,
     ) -> None:
         self.split = split
         self._tokens = tokens
         self._document_starts = document_starts
+        self._label_mask = label_mask
         self._length = sequence_length
 
     @property
@@ -73,9 +76,11 @@ class SplitSequences:
         inner = np.asarray(self._document_starts[first + 1 : last]) - start
         segments = np.zeros(stop - start, dtype=np.int32)
         segments[inner] = 1
+        mask = self._label_mask
         return TokenSequence(
             split=self.split,
             number=number,
             tokens=self._tokens[start:stop].astype(np.int32),
             segments=np.cumsum(segments, dtype=np.int32),
+            loss_mask=None if mask is None else np.array(mask[start + 1 : stop]),
         )

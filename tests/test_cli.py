@@ -61,6 +61,11 @@ def _options(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
         (["--max-tokens", "0"], "--max-tokens 0"),
         (["--text-key", "body"], "corpus.jsonl:1: no key 'body', found 'text'"),
         (["--engine-arg", "max_num_seqs=4"], "--engine-arg is for --engine vllm"),
+        (["--bos"], "--bos: the tokenizer has no beginning-of-document (bos) token"),
+        (["--mask-key", "mask"], "--mask-key: says which tokens of --token-key count"),
+        (["--token-dtype", "int64"], "--token-dtype int64: expected uint16 or uint32"),
+        (["--corpus-weight", "0"], "--corpus-weight 0.0: expected a value in (0, 1000]"),
+        (["--corpus-weight", "1", "--corpus-weight", "2"], "--corpus-weight: 2 of them for 1"),
     ],
 )
 def test_bad_options_end_in_one_line_and_leave_nothing(

@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_dump import token_store
+from teacher_dump import token_builder
 from teacher_dump.corpus import list_files
+from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import SplitSequences
 from teacher_dump.teacher import load_tokenizer, tokenizer_identity
-from teacher_dump.token_store import TokenisingRules, open_or_build
+from teacher_dump.token_store import open_or_build
 from tests.tiny_teacher import write_corpus
 
 
-def _rules(tokenizer: Any, **more: Any) -> TokenisingRules:
+def rules_of(tokenizer: Any, **more: Any) -> TokenisingRules:
     options = {"text_key": "text", "held_out": 0.2, "seed": 0, **more}
     return TokenisingRules(
         **tokenizer_identity(tokenizer), eos_token_id=tokenizer.eos_token_id, **options
@@ -55,10 +56,10 @@ def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
 ) -> None:
     corpus = list_files([write_corpus(tmp_path / "corpus.jsonl", num_documents=200)])
     tokenizer = load_tokenizer(tiny_teacher)
-    rules = _rules(tokenizer)
+    rules = rules_of(tokenizer)
     whole = open_or_build(tmp_path / "whole", corpus, tokenizer, rules, lambda *_: None)
-    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(token_store, "_RECORD_EVERY_S", 0.0)
+    monkeypatch.setattr(token_builder, "_BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(token_builder, "_RECORD_EVERY_S", 0.0)
 
     def stop(documents: int, tokens: int) -> None:
         if documents > 100:
@@ -86,7 +87,7 @@ def test_documents_are_held_out_whole_and_equal_ones_together(
     path.write_text(path.read_text() * 2)
     tokenizer = load_tokenizer(tiny_teacher)
     store = open_or_build(
-        tmp_path / "store", list_files([path]), tokenizer, _rules(tokenizer), lambda *_: None
+        tmp_path / "store", list_files([path]), tokenizer, rules_of(tokenizer), lambda *_: None
     )
     documents: dict[str, set[bytes]] = {}
     for split in ("train", "validation"):
@@ -108,7 +109,7 @@ def test_text_that_spells_a_special_token_stays_text(tiny_teacher: Path, tmp_pat
         tmp_path / "store",
         list_files([corpus]),
         tokenizer,
-        _rules(tokenizer, held_out=0.0),
+        rules_of(tokenizer, held_out=0.0),
         lambda *_: None,
     )
     sequence = store.sequences("train", 100)[0]

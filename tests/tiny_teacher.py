@@ -24,7 +24,7 @@ TOKENIZER_LENGTH = 301
 MODEL_VOCABULARY = 320
 
 
-def make_tiny_teacher(folder: Path) -> Path:
+def make_tiny_teacher(folder: Path, *, max_position_embeddings: int = 64) -> Path:
     """A random two-layer Llama whose 19 padded vocabulary rows would win every softmax."""
     words = ["<eos>"] + [f"w{number}" for number in range(1, TOKENIZER_LENGTH)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<eos>"))
@@ -38,7 +38,7 @@ def make_tiny_teacher(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=64,
+        max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,

@@ -1,0 +1,115 @@
+"""How fast a corpus becomes a token store: text beside the bare tokenizer, tokens by themselves.
+
+The bare tokenizer encodes the same documents in the same batches and keeps nothing. Tokens are the
+text's own, as `.npy`, `.bin` and Parquet. Files lie in the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from teacher_dump.corpus import list_files  # noqa: E402
+from teacher_dump.rules import TokenisingRules  # noqa: E402
+from teacher_dump.teacher import load_tokenizer, tokenizer_identity  # noqa: E402
+from teacher_dump.token_builder import make_encoder  # noqa: E402
+from teacher_dump.token_store import open_or_build  # noqa: E402
+
+BATCH_CHARACTERS = 1 << 20
+
+
+def write_inputs(folder: Path, texts: list[str], tokenizer: Any, token_copies: int) -> None:
+    """text.jsonl, and its tokens several times over as tokens.npy, tokens.bin, tokens.parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    encoded = make_encoder(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    documents = [np.array([*e.ids, tokenizer.eos_token_id], np.uint16) for e in encoded]
+    flat = np.tile(np.concatenate(documents), token_copies)
+    np.save(folder / "tokens.npy", flat)
+    flat.tofile(folder / "tokens.bin")
+    lists = pa.array([d.tolist() for d in documents], pa.list_(pa.uint16()))
+    table = pa.concat_tables([pa.table({"tokens": lists})] * token_copies)
+    pq.write_table(table, folder / "tokens.parquet")
+
+
+@click.command()
+@click.option("--teacher", type=click.Path(path_type=Path), default=ROOT / "build" / "teacher")
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), default=ROOT / "build" / "demo" / "corpus.jsonl"
+)
+@click.option("--token-copies", default=40, show_default=True, help="Size of the token corpora.")
+@click.option("--rounds", default=5, show_default=True)
+def main(teacher: Path, corpus: Path, token_copies: int, rounds: int) -> None:
+    """Tokens/s of building a token store (`make demo` makes the inputs)."""
+    tokenizer = load_tokenizer(teacher)
+    texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
+    rules = TokenisingRules(
+        **tokenizer_identity(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        text_key="text",
+        held_out=0.01,
+        seed=0,
+        token_key="tokens",
+    )
+    encoder = make_encoder(tokenizer)
+
+    def bare() -> int:
+        total = 0
+        for start in range(0, len(texts), 200):
+            part = encoder.encode_batch_fast(texts[start : start + 200], add_special_tokens=False)
+            total += sum(len(encoding.ids) + 1 for encoding in part)
+        return total
+
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder)
+        write_inputs(inputs, texts, tokenizer, token_copies)
+        number = iter(range(1_000_000))
+
+        def build(name: str) -> Callable[[], int]:
+            def run() -> int:
+                out = inputs / str(next(number))
+                store = open_or_build(
+                    out, list_files([inputs / name]), tokenizer, rules, lambda *_: None
+                )
+                return sum(
+                    store.sequences(split, 1024).num_positions + 1
+                    for split in ("train", "validation")
+                )
+
+            return run
+
+        modes: dict[str, Callable[[], int]] = {"bare tokenizer": bare}
+        for file in ("text.jsonl", "tokens.npy", "tokens.bin", "tokens.parquet"):
+            modes[file] = build(file)
+        speeds: dict[str, list[float]] = {mode: [] for mode in modes}
+        for _ in range(rounds):
+            for mode, run in modes.items():
+                wall, used = time.perf_counter(), time.process_time()
+                tokens = run()
+                cores = (time.process_time() - used) / (time.perf_counter() - wall)
+                speeds[mode].append(tokens / (time.perf_counter() - wall) / 1e6)
+                click.echo(f"{mode}: {tokens:,} tokens, {cores:.2f} cores", err=True)
+    for mode, values in speeds.items():
+        click.echo(f"{mode:<16}{statistics.median(values):>8.2f} M tokens/s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    click.echo(f"peak resident {peak:,.0f} MiB, mapped files included")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What every command about a dump begins with: everything that was named is there and fits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shards.errors import InputError
+from teacher_dump.config import DumpConfig
+from teacher_dump.corpus import CorpusFile, list_files
+from teacher_dump.engines import TeacherEngine, start_engine
+from teacher_dump.identity import head_dtype
+from teacher_dump.keep import Keep, Threshold, make_keep
+from teacher_dump.rules import TokenisingRules
+from teacher_dump.teacher import Teacher, find_teacher, load_tokenizer, tokenizer_identity
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Teacher, tokenizer, corpus files, and the rules that follow from a configuration."""
+
+    teacher: Teacher
+    tokenizer: Any
+    files: Sequence[CorpusFile]
+    rules: TokenisingRules
+    keep: Keep
+
+    def start_engine(self, config: DumpConfig) -> TeacherEngine:
+        """Load the teacher; InputError for an engine that does not take it."""
+        return start_engine(
+            config.engine,
+            teacher_folder=self.teacher.folder,
+            architecture=self.teacher.architecture,
+            dtype=config.resolved_dtype,
+            head_dtype=head_dtype(self.teacher),
+            sequence_length=config.sequence_length,
+            keep=self.keep,
+            seed=config.seed,
+            engine_args=config.engine_arg,
+        )
+
+
+def prepare(config: DumpConfig) -> Prepared:
+    """Find and check what a configuration names; InputError, before anything is written."""
+    teacher = find_teacher(config.teacher, config.teacher_revision)
+    tokenizer = load_tokenizer(teacher.folder)
+    about_tokenizer = tokenizer_identity(tokenizer)
+    _check_lengths(config, teacher, about_tokenizer["vocab_size"])
+    files = list_files(config.corpus, config.corpus_weight)
+    if config.bos and tokenizer.bos_token_id is None:
+        raise InputError("--bos: the tokenizer has no beginning-of-document (bos) token")
+    rules = TokenisingRules(
+        **about_tokenizer,
+        eos_token_id=tokenizer.eos_token_id,
+        text_key=config.text_key,
+        held_out=config.held_out,
+        seed=config.seed,
+        token_key=config.token_key,
+        mask_key=config.mask_key,
+        token_dtype=config.token_dtype,
+        bos_token_id=tokenizer.bos_token_id if config.bos else None,
+        close_documents=config.eos,
+    )
+    keep = make_keep(config, rules.vocab_size)
+    _say_threshold(config, keep)
+    return Prepared(teacher=teacher, tokenizer=tokenizer, files=files, rules=rules, keep=keep)
+
+
+def _check_lengths(config: DumpConfig, teacher: Teacher, vocab_size: int) -> None:
+    top_k = config.keep_options.get("top_k", 0)
+    if top_k > vocab_size:
+        raise InputError(f"--top-k {top_k}: the tokenizer has only {vocab_size} entries")
+    if teacher.max_length is not None and config.sequence_length > teacher.max_length:
+        raise InputError(
+            f"--sequence-length {config.sequence_length}: {teacher.name} takes at most "
+            f"{teacher.max_length} tokens"
+        )
+
+
+def _say_threshold(config: DumpConfig, keep: Keep) -> None:
+    """A threshold is moved to the grid, so that the weight t is stored without rounding."""
+    asked = config.keep_options.get("threshold")
+    if isinstance(keep, Threshold) and asked != keep.threshold:
+        logger.info(
+            "--threshold %g: %.6g, whose logarithm is a multiple of --logprob-step, is taken",
+            asked,
+            keep.threshold,
+        )

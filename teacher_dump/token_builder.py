@@ -1,0 +1,275 @@
+"""Writes a token store: documents are encoded, or taken as tokens, and appended to flat files.
+
+Text that happens to spell a special token is encoded as text. Tokenising runs in the threads of
+`tokenizers` while the next batch is read. Everything written is flushed and recorded in
+`progress.json` every few seconds; after a kill the files are cut back to the last record and the
+documents up to it are read again but not encoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards import durable
+from shards.errors import InputError
+from shards.rows import BoolArray
+from shards.sealed import seal, unseal
+from teacher_dump.corpus import CorpusFile, Document, file_sha256, read_documents, size_of
+from teacher_dump.rules import TokenisingRules
+from teacher_dump.token_corpus import TokenDocument
+from teacher_dump.token_store import (
+    PROGRESS_NAME,
+    SPLITS,
+    STORE_NAME,
+    Report,
+    columns_of,
+    refuse_other,
+)
+
+logger = logging.getLogger(__name__)
+
+_BATCH_CHARACTERS = 1 << 20
+_RECORD_EVERY_S = 5.0
+
+
+def make_encoder(tokenizer: Any) -> Any:
+    """The `tokenizers` tokenizer that encodes text, and nothing but text, of any length."""
+    # A copy: the caller's tokenizer keeps its own treatment of special tokens
+    encoder = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.encode_special_tokens = True
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document as the store keeps it: content to tell it by, tokens [n], labels' mask [n]."""
+
+    content: bytes
+    tokens: npt.NDArray[Any]
+    mask: BoolArray | None
+
+
+def encode(
+    documents: Sequence[Document], encoder: Any, rules: TokenisingRules
+) -> list[Encoded | None]:
+    """Documents as the rules want them, begun and closed; None for one that is empty.
+
+    InputError for a token beyond the tokenizer's length.
+    """
+    texts = [document for document in documents if isinstance(document, str)]
+    encodings = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
+    encoded: list[Encoded | None] = []
+    for document in documents:
+        if isinstance(document, str):
+            tokens = np.array(next(encodings).ids, rules.dtype)
+            content, mask = document.encode("utf-8", "surrogatepass"), None
+        else:
+            tokens, mask = _checked(document, rules), document.mask
+            content = tokens.astype("<u4").tobytes()
+        if not len(tokens):
+            encoded.append(None)
+            continue
+        if rules.mask_key is not None and mask is None:
+            mask = np.ones(len(tokens), np.bool_)
+        encoded.append(_complete(Encoded(content, tokens, mask), rules))
+    return encoded
+
+
+def _checked(document: TokenDocument, rules: TokenisingRules) -> npt.NDArray[Any]:
+    tokens = document.tokens
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < rules.vocab_size:
+        wrong = tokens[(tokens < 0) | (tokens >= rules.vocab_size)][0]
+        raise InputError(
+            f"token {wrong}, but the tokenizer has {rules.vocab_size}: are the tokens its own, and"
+            " is --token-dtype right?"
+        )
+    return tokens.astype(rules.dtype)
+
+
+def _complete(document: Encoded, rules: TokenisingRules) -> Encoded:
+    """Begin and close a document. A mask counts the end as it counts what stands before it."""
+    tokens, mask = document.tokens, document.mask
+    begin = rules.bos_token_id
+    if begin is not None and tokens[0] != begin:
+        tokens = np.concatenate([np.array([begin], rules.dtype), tokens])
+        mask = None if mask is None else np.concatenate([[False], mask])
+    if rules.close_documents and tokens[-1] != rules.eos_token_id:
+        tokens = np.concatenate([tokens, np.array([rules.eos_token_id], rules.dtype)])
+        mask = None if mask is None else np.concatenate([mask, mask[-1:]])
+    return Encoded(document.content, tokens, mask)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    documents: list[Document]
+    file: CorpusFile
+
+
+def _batches(files: Sequence[CorpusFile], rules: TokenisingRules, skip: int) -> Iterator[_Batch]:
+    """Documents of a file of about a million characters together, but for the first `skip`."""
+    number = 0
+    for file in files:
+        batch: list[Document] = []
+        size = 0
+        for document in read_documents(file, rules):
+            number += 1
+            if number <= skip:
+                continue
+            batch.append(document)
+            size += size_of(document)
+            if size >= _BATCH_CHARACTERS:
+                yield _Batch(batch, file)
+                batch, size = [], 0
+        if batch:
+            yield _Batch(batch, file)
+
+
+class TokenBuilder:
+    """Appends documents to the files and keeps the record of how far they are good."""
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[CorpusFile],
+        tokenizer: Any,
+        rules: TokenisingRules,
+        made_from: Mapping[str, Any],
+    ) -> None:
+        self._folder, self._files, self._rules = folder, files, rules
+        self._made_from = dict(made_from)
+        self._encoder = make_encoder(tokenizer)
+        self._documents_read = 0
+        self._sizes = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
+        self._columns = columns_of(rules.dtype, rules.mask_key is not None)
+        self._streams: dict[tuple[str, str], Any] = {}
+
+    def build(self, report: Report) -> None:
+        """Encode what is not there yet and write `store.json`."""
+        self._resume()
+        for split in SPLITS:
+            for column in self._columns:
+                self._streams[split, column.name] = column.path(self._folder, split).open("ab")
+        try:
+            recorded_at = time.monotonic()
+            for batch, encoded in self._encoded():
+                self._append(batch.file, encoded)
+                report(self._documents_read, self._num_tokens())
+                if time.monotonic() - recorded_at > _RECORD_EVERY_S:
+                    self._record()
+                    recorded_at = time.monotonic()
+            self._record()
+        finally:
+            for stream in self._streams.values():
+                stream.close()
+        self._finish()
+
+    def _num_tokens(self) -> int:
+        return sum(sizes["tokens"] for sizes in self._sizes.values())
+
+    def _resume(self) -> None:
+        """Cut the files back to the last record; without a record, to nothing."""
+        progress = self._folder / PROGRESS_NAME
+        if progress.exists():
+            content: Any = unseal(progress)
+            refuse_other(self._folder, self._made_from, content["made_from"])
+            self._documents_read = content["documents_read"]
+            self._sizes = content["splits"]
+            logger.info("tokens: continuing after %d documents", self._documents_read)
+        for split in SPLITS:
+            for column in self._columns:
+                size = self._sizes[split][column.counts]
+                with column.path(self._folder, split).open("ab") as stream:
+                    stream.truncate(column.dtype.itemsize * size)
+
+    def _encode(self, batch: _Batch) -> list[Encoded | None]:
+        try:
+            return encode(batch.documents, self._encoder, self._rules)
+        except InputError as error:
+            raise InputError(f"{batch.file.path}: {error}") from error
+
+    def _encoded(self) -> Iterator[tuple[_Batch, list[Encoded | None]]]:
+        """Batches in order, two of them under way while the next is read."""
+        waiting: deque[tuple[_Batch, Future[list[Encoded | None]]]] = deque()
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            for batch in _batches(self._files, self._rules, self._documents_read):
+                waiting.append((batch, pool.submit(self._encode, batch)))
+                if len(waiting) > 2:
+                    first, encoded = waiting.popleft()
+                    yield first, encoded.result()
+            while waiting:
+                first, encoded = waiting.popleft()
+                yield first, encoded.result()
+
+    def _append(self, file: CorpusFile, encoded: Sequence[Encoded | None]) -> None:
+        chosen: dict[str, list[Encoded]] = {split: [] for split in SPLITS}
+        for document in encoded:
+            if document is not None:
+                held_out = self._rules.is_held_out(document.content)
+                copies = self._rules.num_copies(document.content, file.weight)
+                chosen["validation" if held_out else "train"] += [document] * copies
+        for split, documents in chosen.items():
+            if documents:
+                self._write(split, documents)
+        self._documents_read += len(encoded)
+
+    def _write(self, split: str, documents: Sequence[Encoded]) -> None:
+        sizes = self._sizes[split]
+        lengths = np.fromiter((len(d.tokens) for d in documents), np.int64, len(documents))
+        starts = sizes["tokens"] + np.cumsum(lengths) - lengths
+        self._streams[split, "tokens"].write(
+            np.concatenate([d.tokens for d in documents]).tobytes()
+        )
+        self._streams[split, "documents"].write(starts.tobytes())
+        if (split, "mask") in self._streams:
+            masks = [d.mask for d in documents if d.mask is not None]
+            self._streams[split, "mask"].write(np.concatenate(masks).tobytes())
+        sizes["tokens"] += int(lengths.sum())
+        sizes["documents"] += len(documents)
+
+    def _record(self) -> None:
+        """Flush the files, then say how far they are good."""
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
+        content: dict[str, Any] = {
+            "made_from": self._made_from,
+            "documents_read": self._documents_read,
+            "splits": self._sizes,
+        }
+        durable.replace(self._folder / PROGRESS_NAME, seal(content))
+
+    def _finish(self) -> None:
+        if self._sizes["train"]["tokens"] < 2:
+            found = f"{self._documents_read} documents, {self._num_tokens()} tokens"
+            raise InputError(
+                f"the corpus leaves nothing to train on ({found} with --held-out "
+                f"{self._rules.held_out}): is it empty?"
+            )
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            for column in self._columns:
+                path = column.path(self._folder, split)
+                digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+        content: dict[str, Any] = {
+            "made_from": self._made_from,
+            "dtype": self._rules.dtype.name,
+            "has_mask": self._rules.mask_key is not None,
+            "splits": self._sizes,
+            "sha256": digest.hexdigest(),
+        }
+        durable.replace(self._folder / STORE_NAME, seal(content))
+        (self._folder / PROGRESS_NAME).unlink()

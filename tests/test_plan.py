@@ -1,0 +1,122 @@
+"""A plan says what the dump then does, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from shards import inspect
+from teacher_dump.config import DumpConfig
+from teacher_dump.plan import Sample, make_plan, read_corpus_sample
+from teacher_dump.prepare import prepare
+from tests.tiny_teacher import dump_command, run_dump, write_corpus
+
+
+def test_a_plan_agrees_with_the_dump_that_follows(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=60)
+    out = tmp_path / "out"
+    command = dump_command(tiny_teacher, corpus, out, "--engine", "transformers")
+    result = run_dump([*command, "--plan"])
+    assert result.returncode == 0, result.stderr
+    assert not out.exists()
+    said = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert run_dump(command).returncode == 0
+    found = inspect.describe(out)
+    assert said["tokens"] == f"{found['tokens'] + 1:,} counted"  # the splits' joint is lost
+    assert float(said["entries/token"].split()[0]) == pytest.approx(
+        found["entries_per_token"], rel=0.05
+    )
+    # the dump's many small files have a footer each
+    assert float(said["bytes/token"]) < found["bytes_per_token"]
+    assert re.fullmatch(r"[\d,]+ tokens/s with this engine on this machine", said["speed"])
+
+
+def test_a_corpus_that_is_elsewhere_is_extrapolated(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=20)
+    config = DumpConfig(
+        teacher=str(tiny_teacher),
+        corpus=(corpus,),
+        out=tmp_path / "out",
+        engine="transformers",
+        sequence_length=32,
+        keep="threshold",
+    )
+    plan = make_plan(config, 10**12)
+    assert plan.tokens == 10**12
+    assert plan.shards == -(-(10**12) // (32 * (2**21 // 32)))
+    assert plan.entries_per_token < 1 / 0.0498 + 1
+    assert plan.bytes == pytest.approx(1e12 * plan.bytes_per_token)
+    text = "\n".join(plan.lines())
+    assert "1000B as given" in text
+    assert " days" in text
+
+
+def num_tokens(file: Path) -> int:
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    return sum(len(text.split()) + 1 for text in texts)
+
+
+def sampled(teacher: Path, corpus: Path) -> Sample:
+    config = DumpConfig(teacher=str(teacher), corpus=(corpus,), out=Path("out"), sequence_length=32)
+    return read_corpus_sample(prepare(config))
+
+
+def test_tokens_of_a_corpus_of_many_files_are_estimated_from_its_parts(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    files = [
+        write_corpus(folder / f"{number}.jsonl", num_documents=400, seed=number)
+        for number in range(70)
+    ]
+    exact = sum(map(num_tokens, files))
+    monkeypatch.setattr("teacher_dump.plan.SAMPLED_CHARACTERS", 32 * 8000)
+    sample = sampled(tiny_teacher, folder)
+    assert 0 < sample.share < 0.3
+    assert len(sample.tokens) < 0.3 * exact
+    assert sample.num_tokens == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet", "npy"])
+def test_tokens_of_one_large_file_are_estimated_from_its_front(
+    kind: str, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = write_corpus(tmp_path / "corpus.jsonl", num_documents=20_000)
+    exact = num_tokens(lines)
+    corpus = tmp_path / f"corpus.{kind}"
+    if kind == "jsonl.gz":
+        corpus.write_bytes(gzip.compress(lines.read_bytes(), 1))
+    elif kind == "jsonl.zst":
+        corpus.write_bytes(zstandard.compress(lines.read_bytes()))
+    elif kind == "parquet":
+        texts = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
+        pq.write_table(pa.table({"text": texts}), corpus)
+    else:
+        np.save(corpus, np.append(np.tile([5, 6, 7, 0], exact // 4), np.ones(exact % 4, int)))
+    monkeypatch.setattr("teacher_dump.plan.SAMPLED_CHARACTERS", 400_000)
+    sample = sampled(tiny_teacher, corpus)
+    assert 0 < sample.share < 0.5
+    assert sample.num_tokens == pytest.approx(exact, rel=0.1)
+
+
+def test_a_small_corpus_is_counted(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=30)
+    sample = sampled(tiny_teacher, corpus)
+    assert sample.share == 1
+    assert sample.num_tokens == len(sample.tokens) == num_tokens(corpus)
+
+
+def test_tokens_without_a_plan_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=3)
+    result = run_dump(dump_command(tiny_teacher, corpus, tmp_path / "out", "--tokens", "1e12"))
+    assert result.returncode == 2
+    assert "--tokens 1e+12: is a number from 1 to 1e18 for --plan" in result.stderr

@@ -1,0 +1,260 @@
+"""Corpora that are tokens already: each format gives the same store, masks stay with tokens."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shards import inspect
+from shards.dataset import Dataset
+from shards.errors import IdentityMismatchError, InputError
+from teacher_dump import token_corpus
+from teacher_dump.corpus import list_files
+from teacher_dump.rules import TokenisingRules
+from teacher_dump.teacher import load_tokenizer
+from teacher_dump.token_store import TokenStore, open_or_build
+from tests.test_token_store import rules_of
+from tests.tiny_teacher import TOKENIZER_LENGTH, dense_logprobs, dump_command, run_dump
+
+EOS = 0
+DOCUMENTS = [
+    np.append(np.random.default_rng(n).integers(1, TOKENIZER_LENGTH, 3 + 7 * n), EOS)
+    for n in range(12)
+]
+FLAT = np.concatenate(DOCUMENTS)
+
+
+def write_megatron(path: Path, documents: list[np.ndarray], dtype: str, code: int) -> None:
+    """An indexed dataset, every document in one or two pieces, as Megatron-LM lays it out."""
+    pieces = [
+        part for d in documents for part in (np.split(d, [len(d) // 2]) if len(d) > 9 else [d])
+    ]
+    borders = np.cumsum([0] + [2 if len(d) > 9 else 1 for d in documents])
+    lengths = np.array([len(piece) for piece in pieces], np.int32)
+    width = np.dtype(dtype).itemsize
+    pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * width
+    path.write_bytes(np.concatenate(pieces).astype(dtype).tobytes())
+    path.with_suffix(".idx").write_bytes(
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, code, len(pieces), len(borders))
+        + lengths.tobytes()
+        + pointers.tobytes()
+        + borders.astype(np.int64).tobytes()
+    )
+
+
+def token_table() -> pa.Table:
+    return pa.table({"tokens": [d.tolist() for d in DOCUMENTS], "n": list(range(len(DOCUMENTS)))})
+
+
+def write_arrow(path: Path) -> None:
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, token_table().schema) as writer,
+    ):
+        writer.write_table(token_table(), max_chunksize=5)
+
+
+def write_arrow_file(path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, token_table().schema) as writer:
+        writer.write_table(token_table(), max_chunksize=5)
+
+
+FORMATS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "flat npy": ("a.npy", lambda path: np.save(path, FLAT)),
+    "flat bin": ("a.bin", lambda path: FLAT.astype(np.uint16).tofile(path)),
+    "megatron uint16": ("a.bin", lambda path: write_megatron(path, DOCUMENTS, "uint16", 8)),
+    "megatron int32": ("a.bin", lambda path: write_megatron(path, DOCUMENTS, "int32", 4)),
+    "parquet": ("a.parquet", lambda path: pq.write_table(token_table(), path, row_group_size=5)),
+    "arrow stream": ("a.arrow", write_arrow),
+    "arrow file": ("a.arrow", write_arrow_file),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_teacher: Path) -> Any:
+    return load_tokenizer(tiny_teacher)
+
+
+def build(folder: Path, path: Path, tokenizer: Any, **more: Any) -> TokenStore:
+    weights = more.pop("weights", ())
+    rules: TokenisingRules = rules_of(tokenizer, **{"held_out": 0.0, **more})
+    return open_or_build(folder, list_files([path], weights), tokenizer, rules, lambda *_: None)
+
+
+def tokens_of(store: TokenStore, split: str = "train") -> np.ndarray:
+    sequences = store.sequences(split, 1 << 20)
+    return sequences[0].tokens if len(sequences) else np.empty(0, np.int32)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("chunk", [1 << 20, 16])
+def test_every_format_gives_the_same_documents(
+    name: str, chunk: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_corpus, "_CHUNK", chunk)
+    file, write = FORMATS[name]
+    write(tmp_path / file)
+    store = build(tmp_path / "store", tmp_path / file, tokenizer, token_key="tokens")
+    sequence = store.sequences("train", 1 << 20)[0]
+    assert np.array_equal(sequence.tokens, FLAT)
+    expected = np.repeat(np.arange(len(DOCUMENTS)), [len(d) for d in DOCUMENTS])
+    assert np.array_equal(sequence.segments, expected)
+    assert sequence.loss_mask is None
+
+
+def test_rows_of_an_npy_are_documents_that_are_closed(tokenizer: Any, tmp_path: Path) -> None:
+    rows = np.arange(1, 13, dtype=np.int64).reshape(3, 4)
+    np.save(tmp_path / "a.npy", rows)
+    closed = build(tmp_path / "closed", tmp_path / "a.npy", tokenizer)
+    assert tokens_of(closed).tolist() == [1, 2, 3, 4, 0, 5, 6, 7, 8, 0, 9, 10, 11, 12, 0]
+    as_they_are = build(tmp_path / "open", tmp_path / "a.npy", tokenizer, close_documents=False)
+    assert tokens_of(as_they_are).tolist() == rows.ravel().tolist()
+    assert as_they_are.sequences("train", 100)[0].segments.max() == 2
+    begun = build(tmp_path / "begun", tmp_path / "a.npy", tokenizer, bos_token_id=9)
+    assert tokens_of(begun).tolist() == [9, 1, 2, 3, 4, 0, 9, 5, 6, 7, 8, 0, 9, 10, 11, 12, 0]
+
+
+def test_weights_repeat_and_leave_out_whole_documents(tokenizer: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(1, 201).reshape(200, 1))
+    twice = tokens_of(build(tmp_path / "2", tmp_path / "a.npy", tokenizer, weights=[2.0]))
+    assert twice[twice > 0].tolist() == np.repeat(np.arange(1, 201), 2).tolist()
+    more = tokens_of(build(tmp_path / "2.5", tmp_path / "a.npy", tokenizer, weights=[2.5]))
+    assert set(np.bincount(more)[1:]) == {2, 3}
+    half = tokens_of(build(tmp_path / "0.5", tmp_path / "a.npy", tokenizer, weights=[0.5]))
+    assert 60 < (half > 0).sum() < 140  # 200 at 0.5: over five standard deviations
+    with pytest.raises(IdentityMismatchError, match="weight"):
+        build(tmp_path / "2", tmp_path / "a.npy", tokenizer)
+
+
+def test_a_mask_stays_with_its_tokens_to_the_shard(tiny_teacher: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    documents = [random.integers(1, TOKENIZER_LENGTH, n) for n in random.integers(2, 50, 30)]
+    masks = [random.random(len(d)) < 0.6 for d in documents]
+    table = pa.table({"ids": [d.tolist() for d in documents], "m": [m.tolist() for m in masks]})
+    pq.write_table(table, tmp_path / "corpus.parquet")
+    out = tmp_path / "out"
+    options = ("--token-key", "ids", "--mask-key", "m", "--engine", "transformers")
+    command = dump_command(tiny_teacher, tmp_path / "corpus.parquet", out, *options)
+    result = run_dump([*command, "--dtype", "float32", "--held-out", "0"])
+    assert result.returncode == 0, result.stderr
+    assert inspect.verify(out) == []
+    labels = np.concatenate([np.append(m, m[-1]) for m in masks])[1:]
+    tokens = np.concatenate([np.append(d, EOS) for d in documents])
+    place = 0
+    for row in Dataset.open(out).split("train").rows():
+        here = labels[place : place + len(row.counts)]
+        assert np.array_equal(row.tokens, tokens[place : place + len(row.counts) + 1])
+        assert row.loss_mask is not None
+        assert np.array_equal(row.loss_mask, here)
+        assert np.array_equal(row.counts > 0, here)
+        exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
+        where = np.repeat(np.arange(len(row.counts)), row.counts)
+        assert np.abs(row.logprobs - exact[where, row.ids]).max(initial=0) <= 1 / 32 + 1e-3
+        nll = -exact[np.arange(len(exact)), row.tokens[1:]]
+        assert row.teacher_nll == pytest.approx(nll[here].sum(), abs=2e-2)
+        place += len(row.counts)
+    assert place == len(labels)
+    assert inspect.describe(out)["tokens"] == labels.sum()
+
+
+def cut_index(path: Path) -> None:
+    write_megatron(path, DOCUMENTS, "uint16", 8)
+    index = path.with_suffix(".idx")
+    index.write_bytes(index.read_bytes()[:-9])
+
+
+def short_data(path: Path) -> None:
+    write_megatron(path, DOCUMENTS, "uint16", 8)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def replaced(token: int) -> np.ndarray:
+    """The documents with something else in the place of their largest token."""
+    return np.where(FLAT.max() == FLAT, token, FLAT)
+
+
+def foreign_index(path: Path) -> None:
+    FLAT.astype(np.uint16).tofile(path)
+    path.with_suffix(".idx").write_bytes(b"something else of the same name, and long enough")
+
+
+@pytest.mark.parametrize(
+    ("file", "write", "says"),
+    [
+        (
+            "a.npy",
+            lambda path: np.save(path, replaced(301)),
+            "token 301, but the tokenizer has 301",
+        ),
+        ("a.npy", lambda path: np.save(path, replaced(-1)), "token -1, but the tokenizer"),
+        ("a.npy", lambda path: np.save(path, FLAT / 2), "float64 of 1 dimensions, expected"),
+        ("a.npy", lambda path: np.save(path, FLAT.astype(object)), "not a .npy file that can be"),
+        ("a.npy", lambda path: np.save(path, np.full(500, 7)), "no end-of-document token 0 in"),
+        ("a.bin", lambda path: path.write_bytes(b"abc"), "3 bytes are no whole number of uint16"),
+        ("a.bin", cut_index, "a damaged index"),
+        ("a.bin", short_data, "shorter than its index says, at document"),
+        ("a.bin", foreign_index, "not an index of Megatron-LM"),
+        ("a.parquet", lambda path: pq.write_table(pa.table({"ids": [[1]]}), path), "no column"),
+        (
+            "a.parquet",
+            lambda path: pq.write_table(pa.table({"tokens": [[0.5]]}), path),
+            "expected lists of integers",
+        ),
+        (
+            "a.parquet",
+            lambda path: pq.write_table(pa.table({"tokens": [[1], None]}), path),
+            "expected lists without nulls",
+        ),
+        (
+            "a.parquet",
+            lambda path: pq.write_table(pa.table({"tokens": [[1, None]]}), path),
+            "expected lists of integers",
+        ),
+        ("a.arrow", lambda path: path.write_bytes(b"nothing"), "not an Arrow file"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(
+    file: str,
+    write: Callable[[Path], Any],
+    says: str,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_corpus, "LONGEST_DOCUMENT", 300)
+    write(tmp_path / file)
+    with pytest.raises(InputError, match=says.replace("(", r"\(")) as error:
+        build(tmp_path / "store", tmp_path / file, tokenizer, token_key="tokens")
+    assert str(tmp_path / "a.") in str(error.value)
+
+
+def test_a_mask_of_another_length_is_refused_with_its_row(tokenizer: Any, tmp_path: Path) -> None:
+    table = pa.table({"tokens": [[1, 2], [3, 4]], "mask": [[True, True], [True]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="row 1: 'mask' and 'tokens' are not of the same length"):
+        build(
+            tmp_path / "store",
+            tmp_path / "a.parquet",
+            tokenizer,
+            token_key="tokens",
+            mask_key="mask",
+        )
+
+
+def test_a_dataset_of_several_splits_is_not_read_as_one(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "state.json").write_text("{}")
+        write_arrow(tmp_path / split / "data-00000-of-00001.arrow")
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(InputError, match=r"several splits \(test, train\), give one of them"):
+        list_files([tmp_path])
+    assert len(list_files([tmp_path / "train"])) == 1
