@@ -245,13 +245,25 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
 @click.option("--student", required=True, help="Preset (demo, 330M, 670M, 1.9B, 3.8B, 6.8B), "
               "Hugging Face config.json, or model folder to continue training.")  # fmt: skip
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the run.")
-@click.option("--loss", default="kld", show_default=True, help="kld or nll.")
+@click.option("--loss", default="kld", show_default=True, help="kld, nll or mse.")
+@click.option(
+    "--tail",
+    default="renormalize",
+    show_default=True,
+    help="What was not kept: renormalize (left out) or bucket (one more class).",
+)
 @click.option(
     "--alpha",
     type=float,
     default=0.9,
     show_default=True,
     help="Weight of distillation; 1 - alpha is plain language modelling.",
+)
+@click.option(
+    "--alpha-schedule",
+    default="constant",
+    show_default=True,
+    help="constant, linear-increase, linear-decrease, period or wsd; alpha is the highest.",
 )
 @click.option(
     "--temperature",
@@ -281,20 +293,25 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     help="Sequences on the device at once.",
 )
 @click.option("--learning-rate", type=float, help="Default: the preset's own.")
-@click.option("--lr-schedule", default="wsd", show_default=True, help="wsd or cosine.")
+@click.option(
+    "--lr-schedule",
+    default="wsd",
+    show_default=True,
+    help="constant, cosine, wsd or wsd-sqrt.",
+)
 @click.option(
     "--warmup-fraction",
     type=float,
     default=0.02,
     show_default=True,
-    help="Part of the run in which the learning rate rises.",
+    help="Part of the run in which the learning rate (and alpha of wsd) rises.",
 )
 @click.option(
     "--decay-fraction",
     type=float,
     default=0.2,
     show_default=True,
-    help="Part of the run in which wsd falls.",
+    help="Part of the run in which wsd falls, of the learning rate and of alpha.",
 )
 @click.option(
     "--min-learning-rate-ratio",

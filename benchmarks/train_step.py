@@ -35,7 +35,8 @@ from shards.dataset import Dataset
 from shards.layout import Layout
 from student_train.batches import TARGET_COLUMNS, TOKEN_COLUMNS, Batch, training_batches
 from student_train.config import TrainConfig
-from student_train.loss import IGNORE_INDEX, Loss, Objective
+from student_train.distillation import Objective
+from student_train.loss import IGNORE_INDEX, Loss
 from student_train.model import head_weight, hidden_states
 from student_train.order import Order
 from student_train.presets import PRESETS

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shards.errors import InputError
 from shards.identity import Json
+from student_train.schedules import ALPHA_SCHEDULES, LR_SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,9 @@ class TrainConfig:
     out: Path
     tokens: int
     loss: str = "kld"
+    tail: str = "renormalize"
     alpha: float = 0.9
+    alpha_schedule: str = "constant"
     temperature: float = 1.0
     batch_tokens: int = 1 << 19
     micro_batch_sequences: int = 8
@@ -49,8 +52,17 @@ class TrainConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        _one_of("--loss", self.loss, ("kld", "nll"))
-        _one_of("--lr-schedule", self.lr_schedule, ("wsd", "cosine"))
+        _one_of("--loss", self.loss, ("kld", "nll", "mse"))
+        _one_of("--tail", self.tail, ("renormalize", "bucket"))
+        _one_of("--alpha-schedule", self.alpha_schedule, ALPHA_SCHEDULES)
+        if self.tail == "bucket" and self.loss == "mse":
+            raise InputError("--tail bucket: --loss mse compares the kept entries alone")
+        if self.tail == "bucket" and self.temperature != 1:
+            raise InputError(
+                f"--tail bucket: what was not kept is known at temperature 1, not at"
+                f" {self.temperature}"
+            )
+        _one_of("--lr-schedule", self.lr_schedule, LR_SCHEDULES)
         _one_of("--dtype", self.dtype, ("bfloat16", "float32"))
         for option, fraction in (
             ("--alpha", self.alpha),
@@ -61,7 +73,8 @@ class TrainConfig:
             _require(0 <= fraction <= 1, option, fraction, "a value in [0, 1]")
         for option, beta in (("--beta1", self.beta1), ("--beta2", self.beta2)):
             _require(0 <= beta < 1, option, beta, "a value in [0, 1)")
-        if self.lr_schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+        falls = {"wsd", "wsd-sqrt"} & {self.lr_schedule, self.alpha_schedule}
+        if falls and self.warmup_fraction + self.decay_fraction > 1:
             raise InputError(
                 f"--warmup-fraction {self.warmup_fraction} and --decay-fraction"
                 f" {self.decay_fraction}: expected at most 1 together"
@@ -92,6 +105,11 @@ class TrainConfig:
         """Whether training needs the teacher's kept entries: not for plain language modelling."""
         return self.alpha > 0
 
+    @property
+    def reads_tail(self) -> bool:
+        """Whether training needs the mass that was not kept."""
+        return self.reads_entries and self.tail == "bucket"
+
     def to_json(self) -> dict[str, Json]:
         """All fields as plain JSON, paths as text."""
         return {
@@ -102,7 +120,7 @@ class TrainConfig:
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InputError(f"{option} {value}: expected {' or '.join(allowed)}")
+        raise InputError(f"{option} {value}: expected {', '.join(allowed[:-1])} or {allowed[-1]}")
 
 
 def _require(holds: bool, option: str, value: float, expected: str) -> None:

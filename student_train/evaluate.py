@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from shards.dataset import Split
 from shards.errors import InputError
 from shards.keep_method import KeepMethod
-from student_train.batches import EVALUATION_COLUMNS, Batch, sequential_batches
+from student_train.batches import TAIL_COLUMNS, Batch, sequential_batches
 from student_train.loss import IGNORE_INDEX, split_evenly
 from student_train.model import head_weight, hidden_states
 from student_train.read_ahead import ReadAhead
@@ -63,7 +63,7 @@ def evaluate(
     sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    batches = sequential_batches(split, batch_sequences=batch_sequences, columns=EVALUATION_COLUMNS)
+    batches = sequential_batches(split, batch_sequences=batch_sequences, columns=TAIL_COLUMNS)
     with torch.no_grad(), ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead:
         for batch in ahead:
             with autocast:

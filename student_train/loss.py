@@ -2,25 +2,16 @@
 
 Letters: T tokens, D hidden, V vocabulary, K kept entries, R rows of a block.
 
-For every labelled token, z the student's logits, w the teacher's target on the kept entries:
+For every labelled token, z the student's logits:
 
     loss = (1 - alpha) * LM + alpha * KD
-    LM  = logsumexp(z) - z[label]
-    NLL = sum_k w_k * (logsumexp(z) - z[id_k])         KLD = NLL - H(w)
-    w   = softmax over the kept entries of logprob / temperature
-          of sampled shards: the stored weights as they are, at the temperature of the dump
+    LM  = logsumexp(z) - z[label]                         KD: see `distillation`
 
-The first w is F(z) = softmax(Truncate(z) / tau) of pre-training distillation (Peng et al., arXiv
-2410.16215). The student's side is its full softmax at temperature 1, so probability outside the
-kept entries costs something; only the teacher is tempered, so there is no tau^2. H(w) does not
-depend on the student: the gradients of NLL and KLD are the same,
+    d loss / d z = c * softmax(z) - (1 - alpha) * onehot(label) - alpha * w       of KLD and NLL
+    c = (1 - alpha) + alpha * sum(w)
 
-    d loss / d z = c * softmax(z) - (1 - alpha) * onehot(label) - alpha * w
-    c = (1 - alpha) + alpha * sum(w)                   sum(w) is 1, or 0 where nothing was kept
-
-Sampled weights are right in expectation only. They do not sum to 1 at a position, and dividing them
-by their sum would be a bias: their sum is the coefficient of the log-sum-exp. H(w) of such weights
-is no estimate of the teacher's entropy, so KLD is then the same as NLL.
+w is the target that the teacher's kept entries give. H(w) does not depend on the student: the
+gradients of NLL and KLD are the same.
 
 The gradient of the logits is one scatter away from their softmax. So the forward pass takes a block
 of R rows, turns its logits into their gradient in place, and adds up both gradients that backward
@@ -31,11 +22,12 @@ float64 input). Ignored rows are left out before anything is computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from student_train.distillation import Entries, Objective, Targets, distil
 
 IGNORE_INDEX = -100
 
@@ -43,16 +35,6 @@ IGNORE_INDEX = -100
 # small blocks are slow: on 2 cores of an AMD EPYC at V = 49,152 and D = 256, T = 2,048, blocks of
 # 6, 13, 25, 50 and 100 MB took 2.8, 1.9, 1.5, 1.3 and 1.3 s forward and backward in float32.
 _BLOCK_BYTES = 128 << 20
-
-
-class Targets(NamedTuple):
-    """The teacher's kept entries: ids [T, K] int32, logprobs [T, K] float32.
-
-    Where a logprob is -inf there is no entry, whatever the id, which must be one all the same.
-    """
-
-    ids: Tensor
-    logprobs: Tensor
 
 
 class Loss(NamedTuple):
@@ -64,19 +46,6 @@ class Loss(NamedTuple):
     total: Tensor
     lm: Tensor
     kd: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What is minimised: `kind` "kld" or "nll", `alpha` the weight of KD, the teacher's tau.
-
-    `sampled`: the targets are weights of a sampling keep method, whatever the temperature.
-    """
-
-    kind: str
-    alpha: float
-    temperature: float
-    sampled: bool = False
 
 
 def distillation_loss(
@@ -95,9 +64,8 @@ def distillation_loss(
     """
     if (targets is None) != (objective.alpha == 0):
         raise ValueError("targets are given if and only if alpha is above 0")
-    ids, logprobs = (None, None) if targets is None else targets
     sums = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, ids, logprobs, objective, block_bytes
+        hidden, weight, labels, targets, objective, block_bytes
     )
     return Loss(*sums)
 
@@ -111,8 +79,7 @@ class _FusedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        ids: Tensor | None,
-        logprobs: Tensor | None,
+        targets: Targets | None,
         objective: Objective,
         block_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +87,6 @@ class _FusedLoss(torch.autograd.Function):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        targets = None if ids is None or logprobs is None else Targets(ids, logprobs)
         with torch.autocast(device, enabled=False):
             blocks = _Blocks(hidden, weight.to(dtype), objective)
             rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
@@ -139,7 +105,7 @@ class _FusedLoss(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("the loss was differentiated twice; its gradients are used up")
         hidden, weight = gradients
-        return hidden.mul_(scale), weight.mul_(scale), None, None, None, None, None
+        return hidden.mul_(scale), weight.mul_(scale), None, None, None, None
 
 
 def split_evenly(
@@ -176,24 +142,28 @@ class _Blocks:
         label_logits = logits.gather(1, label)
         if targets is not None:
             ids = targets.ids.index_select(0, rows).long()
-            kept = targets.logprobs.index_select(0, rows).to(self.sum_dtype)
             kept_logits = logits.gather(1, ids)
         probabilities, logsumexp = _softmax_in_place(logits)
         self.lm += (logsumexp - label_logits).sum()
+        coefficient = torch.ones_like(label_logits)
         if targets is not None:
-            target, entropy, mass = _target(kept, self._objective)
-            nll = (target * (logsumexp - kept_logits)).sum()
-            self.kd += nll - entropy if self._objective.kind == "kld" else nll
-            coefficient = (1 - alpha) + alpha * mass
-            # Taken out of the row, so that it costs no pass over [R, V]. It is 0 only with the row.
-            target *= -alpha / torch.where(coefficient > 0, coefficient, 1.0)
-            probabilities.scatter_add_(1, ids, target)
-            off_label = (alpha - 1) / torch.where(coefficient > 0, coefficient, 1.0)
-        else:
-            coefficient = torch.ones_like(label_logits)
-            off_label = torch.full_like(label_logits, alpha - 1)
+            tail = targets.tail_logmass
+            entries = Entries(
+                ids=ids,
+                logprobs=targets.logprobs.index_select(0, rows).to(self.sum_dtype),
+                logits=kept_logits,
+                logsumexp=logsumexp,
+                tail_logmass=None if tail is None else self._column(tail, rows),
+            )
+            kd, coefficient = distil(probabilities, entries, self._objective)
+            self.kd += kd
+        off_label = (alpha - 1) / torch.where(coefficient > 0, coefficient, 1.0)
         probabilities.scatter_add_(1, label, off_label)
         self._add_gradients(rows, hidden, probabilities, coefficient)
+
+    def _column(self, values: Tensor, rows: Tensor) -> Tensor:
+        """The values [T] of some rows as [R, 1]."""
+        return values.index_select(0, rows).to(self.sum_dtype).unsqueeze(1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[R, V], products in the compute dtype, then wide."""
@@ -232,18 +202,3 @@ def _softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:
     largest = logits.amax(1, keepdim=True)
     probabilities = torch.softmax(logits, 1, out=logits)
     return probabilities, largest - probabilities.amax(1, keepdim=True).log()
-
-
-def _target(logprobs: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """Target w [R, K] of logprobs [R, K], the sum of H(w) over the rows, sums of w [R, 1].
-
-    All zero, and without entropy, where nothing was kept. Sampled: H(w) is given as 0.
-    """
-    if objective.sampled:
-        target = logprobs.exp()
-        return target, target.new_zeros(()), target.sum(1, keepdim=True)
-    target = torch.softmax(logprobs / objective.temperature, 1)
-    kept = logprobs > float("-inf")
-    target = torch.where(kept, target, 0.0)
-    mass = kept.any(1, keepdim=True).to(target.dtype)
-    return target, torch.special.entr(target).sum(), mass

@@ -42,6 +42,7 @@ class TrainProgress:
             f"step {step:,} of {self._num_steps:,}",
             f"{figures['tokens']:,} tokens",
             f"loss {figures['loss']:.4f} (lm {figures['lm']:.4f}, kd {figures['kd']:.4f})",
+            f"alpha {figures['alpha']:.2f}",
             f"lr {figures['learning_rate']:.2e}",
             f"{self.tokens_per_s:,.0f} tokens/s",
             f"{duration(left)} left",

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from student_train.batches import Batch
 from student_train.config import TrainConfig
-from student_train.loss import Loss, Objective, Targets, distillation_loss
+from student_train.distillation import Objective, Targets
+from student_train.loss import Loss, distillation_loss
 from student_train.model import head_weight, hidden_states
 
 
@@ -89,7 +90,12 @@ def optimizer_step(
 def batch_loss(model: PreTrainedModel, batch: Batch, *, objective: Objective) -> Loss:
     """The summed loss of a batch on the model's device."""
     targets = None
-    if batch.ids is not None and batch.logprobs is not None:
-        targets = Targets(batch.ids.flatten(0, 1), batch.logprobs.flatten(0, 1))
+    if objective.alpha and batch.ids is not None and batch.logprobs is not None:
+        tail = batch.tail_logmass if objective.bucket else None
+        targets = Targets(
+            batch.ids.flatten(0, 1),
+            batch.logprobs.flatten(0, 1),
+            None if tail is None else tail.flatten(),
+        )
     hidden = hidden_states(model, batch.input_ids).flatten(0, 1)
     return distillation_loss(hidden, head_weight(model), batch.labels.flatten(), targets, objective)

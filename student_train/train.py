@@ -26,18 +26,24 @@ from shards.identity import Json
 from shards.keep_method import KeepMethod
 from shards.layout import Layout
 from student_train import checkpoint
-from student_train.batches import TARGET_COLUMNS, TOKEN_COLUMNS, Batch, training_batches
+from student_train.batches import (
+    TAIL_COLUMNS,
+    TARGET_COLUMNS,
+    TOKEN_COLUMNS,
+    Batch,
+    training_batches,
+)
 from student_train.checkpoint import Progress
 from student_train.config import TrainConfig
+from student_train.distillation import Objective
 from student_train.evaluate import evaluate
-from student_train.loss import Objective
 from student_train.metrics import Metrics
 from student_train.model import default_learning_rate, export, make_student, num_parameters
 from student_train.order import Order
 from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder, describe_run, publish_folder
-from student_train.schedules import learning_rate
+from student_train.schedules import Alpha, learning_rate
 from student_train.step import (
     StepResult,
     autocast_for,
@@ -60,7 +66,7 @@ def run(config: TrainConfig) -> dict[str, Json]:
     """
     disable_progress_bar()
     dataset = Dataset.open(config.shards)
-    _check_temperature(config, dataset)
+    _check_objective(config, dataset)
     evaluation_dataset = _evaluation_dataset(config, dataset)
     rate = config.learning_rate or default_learning_rate(config.student)
     config = replace(config, learning_rate=rate)
@@ -108,10 +114,22 @@ def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
     return step_sequences, -(-config.tokens // step_tokens)
 
 
-def _check_temperature(config: TrainConfig, dataset: Dataset) -> None:
-    """Sampled weights are of one temperature; no other one can be had from them. InputError."""
+def _check_objective(config: TrainConfig, dataset: Dataset) -> None:
+    """InputError for what sampled weights do not carry: they are of one temperature."""
     method = KeepMethod.of(dataset.identity)
-    if config.alpha and method.is_sampled and config.temperature != method.temperature:
+    if not (config.alpha and method.is_sampled):
+        return
+    if config.loss == "mse":
+        raise InputError(
+            f"--loss mse: {dataset.path} was sampled (--keep {method.name}); a weight is not the"
+            " probability of its entry"
+        )
+    if config.tail == "bucket":
+        raise InputError(
+            f"--tail bucket: {dataset.path} was sampled (--keep {method.name}), nothing is missing"
+            " in its expectation"
+        )
+    if config.temperature != method.temperature:
         raise InputError(
             f"--temperature {config.temperature}: {dataset.path} was sampled at temperature"
             f" {method.temperature} (--keep {method.name}), and its weights can be used at no other"
@@ -152,13 +170,13 @@ class _Training:
         self._folder = folder
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._autocast = autocast_for(config.dtype, self._device)
-        objective = Objective(
+        self._objective = Objective(
             kind=config.loss,
             alpha=config.alpha,
             temperature=config.temperature,
             sampled=KeepMethod.of(dataset.identity).is_sampled,
+            bucket=config.tail == "bucket",
         )
-        self._loss_of = partial(batch_loss, objective=objective)
         self._model = model.to(self._device).train()
         self._optimizer = make_optimizer(model, config)
         found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
@@ -177,6 +195,13 @@ class _Training:
             decay_fraction=config.decay_fraction,
             floor=config.min_learning_rate_ratio,
         )
+        alphas = Alpha(
+            kind=config.alpha_schedule,
+            peak=config.alpha,
+            num_steps=num_steps,
+            warmup_fraction=config.warmup_fraction,
+            decay_fraction=config.decay_fraction,
+        )
         step_batches = -(-step_sequences // config.micro_batch_sequences)
         batches = self._batches(step_sequences)
         display = TrainProgress(done, num_steps)
@@ -185,13 +210,15 @@ class _Training:
             ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead,
         ):
             for step in range(done + 1, num_steps + 1):
-                result = self._step(step, rates.at(step - 1), islice(ahead, step_batches))
+                alpha, rate = alphas.at(step - 1), rates.at(step - 1)
+                result = self._step(step, alpha, rate, islice(ahead, step_batches))
                 figures = {
                     "tokens": self._progress.tokens,
                     "loss": result.loss,
                     "lm": result.lm,
                     "kd": result.kd,
-                    "learning_rate": rates.at(step - 1),
+                    "alpha": alpha,
+                    "learning_rate": rate,
                     "gradient_norm": result.gradient_norm,
                 }
                 display.trained(step, result.num_tokens, figures)
@@ -223,7 +250,7 @@ class _Training:
             **self._speed,
         }
 
-    def _step(self, step: int, rate: float, batches: Iterator[Batch]) -> StepResult:
+    def _step(self, step: int, alpha: float, rate: float, batches: Iterator[Batch]) -> StepResult:
         """One step. RunError if the loss is not a number any more."""
         torch.manual_seed((self._config.seed + step) % (1 << 63))
         for group in self._optimizer.param_groups:
@@ -232,7 +259,7 @@ class _Training:
             self._model,
             self._optimizer,
             batches,
-            self._loss_of,
+            partial(batch_loss, objective=replace(self._objective, alpha=alpha)),
             gradient_clip=self._config.gradient_clip,
             autocast=self._autocast,
         )
@@ -269,8 +296,13 @@ class _Training:
             first_step=self._progress.step,
             step_sequences=step_sequences,
             micro_batch_sequences=self._config.micro_batch_sequences,
-            columns=TARGET_COLUMNS if self._config.reads_entries else TOKEN_COLUMNS,
+            columns=self._columns(),
         )
+
+    def _columns(self) -> tuple[str, ...]:
+        if self._config.reads_tail:
+            return TAIL_COLUMNS
+        return TARGET_COLUMNS if self._config.reads_entries else TOKEN_COLUMNS
 
     def _log_start(self, step_sequences: int, num_steps: int) -> None:
         total, beside = num_parameters(self._model)

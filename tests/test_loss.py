@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from student_train.loss import Loss, Objective, Targets, distillation_loss
+from student_train.distillation import Objective, Targets
+from student_train.loss import Loss, distillation_loss
 
 SIZES = [(1, 1, 3, 1), (7, 5, 13, 4), (33, 16, 101, 17), (64, 24, 257, 100)]  # T, D, V, K
 
@@ -29,14 +30,16 @@ def make_case(
     logprobs, ids = torch.log_softmax(2 * scores, 1).topk(most)
     counts = torch.randint(most + 1, (num_tokens,), generator=random)
     padding = torch.arange(most) >= counts[:, None]
-    targets = Targets(
-        ids.masked_fill(padding, 0).int(), logprobs.masked_fill(padding, float("-inf"))
-    )
+    kept = logprobs.masked_fill(padding, float("-inf"))
+    # What was not kept, with an error as rounding makes it; at some positions all was kept.
+    tail = (1 - kept.exp().sum(1)).clamp(min=0).log() + 0.03 * scores[:, 0]
+    # A padded id is any, also that of an entry.
+    targets = Targets(torch.where(padding, ids[:, :1], ids).int(), kept, tail)
     return (
         hidden.to(dtype).requires_grad_(),
         weight.to(dtype).requires_grad_(),
         labels,
-        Targets(targets.ids, targets.logprobs.to(dtype)),
+        Targets(targets.ids, targets.logprobs.to(dtype), tail.to(dtype)),
     )
 
 
@@ -51,7 +54,26 @@ def dense_reference(
             continue
         lm = lm - logs[t, labels[t]]
         kept = targets.logprobs[t] > float("-inf")
-        if kept.any():
+        ids = targets.ids[t][kept].long()
+        if objective.kind == "mse":
+            if kept.any():
+                student = logs[t, ids] - logs[t, ids].mean()
+                teacher = targets.logprobs[t][kept] / objective.temperature
+                kd = kd + (student - (teacher - teacher.mean())).square().mean()
+        elif objective.bucket:
+            assert targets.tail_logmass is not None
+            both = torch.cat([targets.logprobs[t][kept], targets.tail_logmass[t : t + 1]]).exp()
+            both = both / both.sum()
+            out = torch.ones_like(logs[t], dtype=torch.bool)
+            out[ids] = False
+            student = logs[t, ids]
+            if both[-1] > 0:
+                student = torch.cat([student, logs[t][out].logsumexp(0)[None]])
+            both = both[: len(student)]
+            kd = kd - (both * student).sum()
+            if objective.kind == "kld":
+                kd = kd + (both * both.log()).sum()
+        elif kept.any():
             target = torch.softmax(targets.logprobs[t][kept] / objective.temperature, 0)
             if objective.sampled:
                 target = targets.logprobs[t][kept].exp()
@@ -73,7 +95,24 @@ def gradients(loss: Loss, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 def test_values_and_gradients_equal_the_dense_reference(
     kind: str, alpha: float, temperature: float, sampled: bool
 ) -> None:
-    objective = Objective(kind=kind, alpha=alpha, temperature=temperature, sampled=sampled)
+    check(Objective(kind=kind, alpha=alpha, temperature=temperature, sampled=sampled))
+
+
+@pytest.mark.parametrize("kind", ["kld", "nll"])
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_the_bucket_equals_the_dense_reference(kind: str, alpha: float) -> None:
+    check(Objective(kind=kind, alpha=alpha, temperature=1.0, bucket=True))
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_mean_squared_error_equals_the_dense_reference(alpha: float, temperature: float) -> None:
+    check(Objective(kind="mse", alpha=alpha, temperature=temperature))
+
+
+def check(objective: Objective) -> None:
+    """Values and gradients against the dense reference, for several sizes and blocks."""
+    alpha = objective.alpha
     for size, rows_per_block in itertools.product(SIZES, (1, 3, 1000)):
         hidden, weight, labels, targets = make_case(size)
         expected = dense_reference(hidden, weight, labels, targets, objective)
@@ -296,3 +335,64 @@ def test_the_mean_gradient_over_many_samples_is_that_of_the_full_distribution() 
     bound = 6.5 * state.abs().max() * threshold / 2 / repeats**0.5
     assert (found - exact).abs().max() < bound
     assert (renormalised - exact).abs().max() > 3 * bound
+
+
+def test_the_bucket_is_zero_for_a_student_that_equals_the_teacher_and_not_below() -> None:
+    random = torch.Generator().manual_seed(1)
+    weight = torch.eye(12, dtype=torch.float64).requires_grad_()
+    exact = torch.log_softmax(2 * torch.randn(9, 12, generator=random).double(), 1)
+    logprobs, ids = exact.topk(4)
+    tail = (1 - logprobs.exp().sum(1)).log()
+    labels = torch.zeros(9, dtype=torch.int64)
+    objective = Objective(kind="kld", alpha=1.0, temperature=1.0, bucket=True)
+
+    def kd(student: Tensor) -> Loss:
+        hidden = student.clone().requires_grad_()
+        return distillation_loss(
+            hidden, weight, labels, Targets(ids.int(), logprobs, tail), objective
+        )
+
+    same = kd(exact)
+    assert same.kd.item() == pytest.approx(0, abs=1e-12)
+    assert torch.autograd.grad(same.total, weight)[0].abs().max() < 1e-12
+    for seed in range(20):
+        other = torch.randn(9, 12, generator=torch.Generator().manual_seed(seed)).double()
+        assert kd(exact + other).kd > 0
+
+
+def test_a_student_sure_of_what_was_kept_has_a_finite_bucket() -> None:
+    hidden = torch.zeros(1, 30)
+    hidden[0, 0] = 200.0  # the softmax of all the others is 0 in float32
+    hidden.requires_grad_()
+    weight = torch.eye(30).requires_grad_()
+    targets = Targets(torch.tensor([[0]]).int(), torch.tensor([[-0.5]]), torch.tensor([-0.9]))
+    objective = Objective(kind="kld", alpha=1.0, temperature=1.0, bucket=True)
+    loss = distillation_loss(hidden, weight, torch.tensor([3]), targets, objective)
+    assert loss.total.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, hidden, weight))
+
+
+def test_mean_squared_error_does_not_see_a_constant_nor_what_was_not_kept() -> None:
+    weight = torch.eye(6, dtype=torch.float64).requires_grad_()
+    targets = Targets(torch.tensor([[0, 1]]).int(), torch.tensor([[0.6, 0.4]]).double().log())
+    objective = Objective(kind="mse", alpha=1.0, temperature=1.0)
+
+    def kd(logits: list[float]) -> float:
+        hidden = torch.tensor([logits]).double().requires_grad_()
+        label = torch.zeros(1, dtype=torch.int64)
+        return distillation_loss(hidden, weight, label, targets, objective).kd.item()
+
+    ratio = float(torch.tensor(1.5).log())
+    assert kd([ratio, 0, 0, 0, 0, 0]) == pytest.approx(0, abs=1e-12)
+    assert kd([ratio + 5, 5, 50, -3, 0, 9]) == pytest.approx(0, abs=1e-12)
+    assert kd([0, 0, 0, 0, 0, 0]) == pytest.approx((ratio / 2) ** 2)
+
+
+@pytest.mark.parametrize("kind", ["kld", "mse"])
+@pytest.mark.parametrize("bucket", [False, True])
+def test_a_batch_without_a_valid_label_gives_zero(kind: str, bucket: bool) -> None:
+    hidden, weight, labels, targets = make_case(SIZES[1])
+    objective = Objective(kind=kind, alpha=0.5, temperature=1.0, bucket=bucket and kind != "mse")
+    loss = distillation_loss(hidden, weight, torch.full_like(labels, -100), targets, objective)
+    assert [part.item() for part in loss] == [0, 0, 0]
+    assert all(gradient.abs().max() == 0 for gradient in gradients(loss, hidden, weight))

@@ -218,6 +218,33 @@ def test_a_run_continues_from_a_model_folder(shards: Path, student: str, tmp_pat
     assert lines(second.out)[0]["loss"] < 0.8 * lines(tmp_path / "first")[0]["loss"]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"tail": "bucket"}, {"loss": "mse"}, {"alpha_schedule": "period"}]
+)
+def test_a_student_learns_with_every_loss_and_a_changing_alpha(
+    many_shards: Path, student: str, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = make_config(
+        many_shards,
+        student,
+        tmp_path / "out",
+        tokens=16_000,
+        batch_tokens=16 * SEQUENCE_LENGTH,
+        micro_batch_sequences=16,
+        eval_every=10,
+        alpha=0.5,
+        **changes,
+    )
+    run(config)
+    first, last = (lines(config.out, "validation")[i] for i in (0, -1))
+    assert last["cross_entropy"] < first["cross_entropy"] - 0.2
+    steps = lines(config.out)
+    assert {line["alpha"] for line in steps} == (
+        {0.0, 0.5} if "alpha_schedule" in changes else {0.5}
+    )
+    assert all((line["kd"] > 0) == (line["alpha"] > 0) for line in steps)
+
+
 def test_a_student_learns_from_sampled_shards_at_the_temperature_of_the_dump(
     student: str, tmp_path: Path
 ) -> None:
@@ -239,8 +266,13 @@ def test_a_student_learns_from_sampled_shards_at_the_temperature_of_the_dump(
         eval_every=10,
         alpha=1.0,
     )
-    with pytest.raises(InputError, match=r"--temperature 2.0: .* at temperature 1.0"):
-        run(replace(config, temperature=2.0))
+    for changes, match in (
+        ({"temperature": 2.0}, r"--temperature 2.0: .* at temperature 1.0"),
+        ({"loss": "mse"}, r"--loss mse: .* a weight is not the probability"),
+        ({"tail": "bucket"}, r"--tail bucket: .* nothing is missing"),
+    ):
+        with pytest.raises(InputError, match=match):
+            run(replace(config, **changes))
     assert not config.out.exists()
     run(config)
     first, last = (lines(config.out, "validation")[i] for i in (0, -1))

@@ -24,7 +24,9 @@ GIVEN: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("loss", "mse"),
+        ("loss", "rmse"),
+        ("tail", "drop"),
+        ("alpha_schedule", "cosine"),
         ("alpha", -0.1),
         ("alpha", 1.1),
         ("alpha", float("nan")),
@@ -34,7 +36,7 @@ GIVEN: dict[str, Any] = {
         ("batch_tokens", 0),
         ("micro_batch_sequences", 0),
         ("learning_rate", 0.0),
-        ("lr_schedule", "constant"),
+        ("lr_schedule", "linear"),
         ("warmup_fraction", 2.0),
         ("decay_fraction", 0.99),
         ("min_learning_rate_ratio", -1.0),
@@ -74,3 +76,21 @@ def test_the_configuration_imports_nothing_heavy() -> None:
     code = "import sys, student_train.config; print({'torch', 'pyarrow'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "set()", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"tail": "bucket", "temperature": 2.0}, "is known at temperature 1, not at 2.0"),
+        ({"tail": "bucket", "loss": "mse"}, "--loss mse compares the kept entries alone"),
+        (
+            {"alpha_schedule": "wsd", "lr_schedule": "cosine", "warmup_fraction": 0.9},
+            "expected at most 1 together",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    changes: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(InputError, match=match):
+        TrainConfig(**{**GIVEN, **changes})

@@ -1,0 +1,151 @@
+"""The distillation part of the loss on a block of rows: its value, and its gradient in place.
+
+Letters: T tokens, V vocabulary, K kept entries, R rows of a block. z are the student's logits, q
+their softmax, p the teacher's kept probabilities as they are stored, P the mass that was not kept.
+
+    NLL = sum_k w_k * -log q_k                            KLD = NLL - H(w)
+    w   = softmax over the kept entries of logprob / temperature             ("renormalize")
+
+is the F(z) = softmax(Truncate(z) / tau) of pre-training distillation (Peng et al., arXiv
+2410.16215). The student's side is its full softmax at temperature 1, so probability outside the
+kept entries costs something; only the teacher is tempered, so there is no tau^2. A student that
+equals the teacher does not reach the least value: that belongs to one that puts nothing outside.
+
+    NLL = sum_k w_k * -log q_k + W * -log Q,   Q = 1 - sum_k q_k             ("bucket")
+
+takes all that was not kept as one more class on both sides: w and W are p and P divided by their
+sum, which rounding moves from 1. The student that equals the teacher has a KLD of 0 up to rounding.
+
+    MSE = mean_k (z_k - mean(z) - (logp_k - mean(logp)) / temperature)^2,   means over kept entries
+
+compares logits without the constant that a softmax does not see. It is blind outside the kept
+entries: whatever the student puts there costs nothing.
+
+Sampled weights are right in expectation only. They do not sum to 1 at a position, and dividing them
+by their sum would be a bias: they are used as they are, and their sum is the coefficient of the
+log-sum-exp. H(w) of such weights is no estimate of the teacher's entropy, so KLD is then NLL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Targets(NamedTuple):
+    """The teacher's kept entries: ids [T, K] int32, logprobs [T, K] float32; tail_logmass [T].
+
+    Where a logprob is -inf there is no entry, whatever the id, which must be one all the same.
+    `tail_logmass` is looked at for the bucket alone.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail_logmass: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised: `kind` "kld", "nll" or "mse", `alpha` the weight of KD, the teacher's tau.
+
+    `sampled`: the targets are weights of a sampling keep method, whatever the temperature.
+    `bucket`: what was not kept is one more class; at temperature 1, of kld and nll.
+    """
+
+    kind: str
+    alpha: float
+    temperature: float
+    sampled: bool = False
+    bucket: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """The entries of a block: ids [R, K] int64, logprobs, the student's logits there [R, K].
+
+    `logsumexp` [R, 1] is that of all the student's logits, `tail_logmass` [R, 1] the teacher's.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    logits: Tensor
+    logsumexp: Tensor
+    tail_logmass: Tensor | None
+
+    @property
+    def kept(self) -> Tensor:
+        """Which of them are entries [R, K]."""
+        return self.logprobs > float("-inf")
+
+
+def distil(probabilities: Tensor, entries: Entries, objective: Objective) -> tuple[Tensor, Tensor]:
+    """The sum of KD over a block, and a coefficient [R, 1].
+
+    `probabilities` [R, V], the student's softmax, become what, times the coefficient, is the
+    gradient of alpha * KD + (1 - alpha) * logsumexp.
+    """
+    if objective.kind == "mse":
+        return _mean_squared(probabilities, entries, objective)
+    if objective.bucket:
+        return _bucket(probabilities, entries, objective)
+    return _soft_targets(probabilities, entries, objective)
+
+
+def _soft_targets(
+    probabilities: Tensor, entries: Entries, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    alpha = objective.alpha
+    if objective.sampled:
+        target = entries.logprobs.exp()
+        mass = target.sum(1, keepdim=True)
+    else:
+        target = torch.softmax(entries.logprobs / objective.temperature, 1)
+        target = torch.where(entries.kept, target, 0.0)
+        mass = entries.kept.any(1, keepdim=True).to(target.dtype)
+    kd = (target * (entries.logsumexp - entries.logits)).sum()
+    if objective.kind == "kld" and not objective.sampled:
+        kd = kd - torch.special.entr(target).sum()
+    coefficient = (1 - alpha) + alpha * mass
+    # Taken out of the row, so that it costs no pass over [R, V]. It is 0 only with the row.
+    target *= -alpha / torch.where(coefficient > 0, coefficient, 1.0)
+    probabilities.scatter_add_(1, entries.ids, target)
+    return kd, coefficient
+
+
+def _bucket(probabilities: Tensor, entries: Entries, objective: Objective) -> tuple[Tensor, Tensor]:
+    assert entries.tail_logmass is not None
+    alpha = objective.alpha
+    logs = torch.log_softmax(torch.cat([entries.logprobs, entries.tail_logmass], 1), 1)
+    nothing = logs.isnan()  # neither an entry nor a tail
+    target = torch.where(nothing, float("-inf"), logs).exp()
+    target, tail = target[:, :-1], target[:, -1:]
+    # The student's rest is summed up: 1 minus the others has no digits where it is small.
+    student = torch.where(entries.kept, probabilities.gather(1, entries.ids), 0.0)
+    probabilities.scatter_add_(1, entries.ids, -student)
+    rest = probabilities.sum(1, keepdim=True).clamp_(min=torch.finfo(student.dtype).tiny)
+    kd = (target * (entries.logsumexp - entries.logits)).sum() - (tail * rest.log()).sum()
+    if objective.kind == "kld":
+        kd = kd - torch.special.entr(target).sum() - torch.special.entr(tail).sum()
+    coefficient = (1 - alpha) + alpha * (target.sum(1, keepdim=True) + tail)
+    probabilities.mul_(coefficient - alpha * tail / rest)
+    probabilities.scatter_add_(1, entries.ids, coefficient * student - alpha * target)
+    return kd, torch.ones_like(coefficient)
+
+
+def _mean_squared(
+    probabilities: Tensor, entries: Entries, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    alpha, kept = objective.alpha, entries.kept
+    number = kept.sum(1, keepdim=True).clamp(min=1).to(entries.logits.dtype)
+
+    def centred(values: Tensor) -> Tensor:
+        values = torch.where(kept, values, 0.0)
+        return torch.where(kept, values - values.sum(1, keepdim=True) / number, 0.0)
+
+    distance = centred(entries.logits) - centred(entries.logprobs / objective.temperature)
+    probabilities.mul_(1 - alpha)
+    probabilities.scatter_add_(1, entries.ids, distance * (2 * alpha / number))
+    return (distance.square() / number).sum(), torch.ones_like(entries.logsumexp)
