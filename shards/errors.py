@@ -21,6 +21,14 @@ class RunError(LogitshardsError):
     exit_code = 1
 
 
+class StoppedError(LogitshardsError):
+    """A run that a signal asked to end: everything so far is kept."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # as a shell reports it
+
+
 class ShardError(LogitshardsError):
     """Base of the errors about a dataset of shards."""
 

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -21,7 +22,13 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from shards.dataset import Dataset, Split
-from shards.errors import IdentityMismatchError, InputError, RunError
+from shards.errors import (
+    IdentityMismatchError,
+    InputError,
+    RunError,
+    ShardError,
+    StoppedError,
+)
 from shards.identity import Json
 from shards.keep_method import KeepMethod
 from shards.layout import Layout
@@ -51,6 +58,7 @@ from student_train.step import (
     make_optimizer,
     optimizer_step,
 )
+from student_train.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +189,7 @@ class _Training:
         self._optimizer = make_optimizer(model, config)
         found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
         self._progress = found or Progress(step=0, tokens=0)
+        self._saved_step = self._progress.step
         self._speed: dict[str, Json] = {}
 
     def train(self, step_sequences: int, num_steps: int) -> None:
@@ -208,10 +217,12 @@ class _Training:
         with (
             Metrics(self._folder.metrics, self._folder.tensorboard, step=done) as metrics,
             ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead,
+            StopRequest() as stop,
         ):
             for step in range(done + 1, num_steps + 1):
                 alpha, rate = alphas.at(step - 1), rates.at(step - 1)
-                result = self._step(step, alpha, rate, islice(ahead, step_batches))
+                with self._saved_if_shards_fail(metrics):
+                    result = self._step(step, alpha, rate, islice(ahead, step_batches))
                 figures = {
                     "tokens": self._progress.tokens,
                     "loss": result.loss,
@@ -226,10 +237,15 @@ class _Training:
                 paused = time.monotonic()
                 if step == num_steps or _due(step, config.eval_every):
                     self._evaluate(metrics)
-                if step == num_steps or _due(step, config.save_every):
-                    metrics.flush()
-                    checkpoint.save(
-                        self._folder.checkpoints, self._model, self._optimizer, self._progress
+                stopped = stop.received if step < num_steps else None
+                if step == num_steps or stopped or _due(step, config.save_every):
+                    self._save(metrics)
+                if stopped:
+                    display.clear()
+                    raise StoppedError(
+                        f"{self._folder.path}: {stopped.name} after step {step}, its checkpoint is"
+                        " written; the same command continues",
+                        stopped,
                     )
                 display.pause(time.monotonic() - paused)
         display.clear()
@@ -271,6 +287,25 @@ class _Training:
         tokens = self._progress.tokens + result.num_tokens
         self._progress = replace(self._progress, step=step, tokens=tokens)
         return result
+
+    def _save(self, metrics: Metrics) -> None:
+        metrics.flush()
+        checkpoint.save(self._folder.checkpoints, self._model, self._optimizer, self._progress)
+        self._saved_step = self._progress.step
+
+    @contextmanager
+    def _saved_if_shards_fail(self, metrics: Metrics) -> Iterator[None]:
+        """Keep the steps that are done when a shard goes bad or vanishes under the run.
+
+        A step takes its batches before it touches the weights, which are thus those of the last
+        whole step.
+        """
+        try:
+            yield
+        except ShardError:
+            if self._progress.step > self._saved_step:
+                self._save(metrics)
+            raise
 
     def _evaluate(self, metrics: Metrics) -> None:
         if self._evaluation_dataset is None:

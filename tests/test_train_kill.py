@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,12 +22,17 @@ PROGRAM = """
 import sys, json
 from pathlib import Path
 from student_train.config import TrainConfig
+from shards.errors import LogitshardsError
 from student_train.train import run
 
 shards, student, out = sys.argv[1:]
-run(TrainConfig(shards=Path(shards), student=student, out=Path(out), tokens=160 * 128,
-    batch_tokens=128, micro_batch_sequences=3, learning_rate=1e-2, dtype="float32", save_every=40,
-    eval_every=30))
+try:
+    run(TrainConfig(shards=Path(shards), student=student, out=Path(out), tokens=160 * 128,
+        batch_tokens=128, micro_batch_sequences=3, learning_rate=1e-2, dtype="float32",
+        save_every=40, eval_every=30))
+except LogitshardsError as error:  # as the command line does it
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
 """
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 300
@@ -64,13 +71,18 @@ def finish(arguments: tuple[str, str], out: Path) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
-    """Kill a process, which must still be running, as soon as something is true."""
+def wait(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+    """Until something is true, while the process runs."""
     deadline = time.monotonic() + TIMEOUT_S
     while not reached():
-        assert process.poll() is None, "it ended too early to be killed"
+        assert process.poll() is None, "it ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.0005)
+
+
+def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+    """Kill a process, which must still be running, as soon as something is true."""
+    wait(process, reached)
     process.kill()
     process.communicate()
     assert process.returncode == -9
@@ -81,11 +93,18 @@ def num_lines(out: Path) -> int:
     return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
+@pytest.fixture(scope="module")
+def whole(arguments: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    finish(arguments, folder)
+    return folder
+
+
 def test_a_killed_run_ends_like_one_that_was_never_killed(
-    arguments: tuple[str, str], tmp_path: Path
+    arguments: tuple[str, str], whole: Path, tmp_path: Path
 ) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(arguments, whole)
+    killed = tmp_path / "killed"
     checkpoints = killed / "checkpoints"
 
     # Before the first checkpoint: from the beginning again.
@@ -105,3 +124,47 @@ def test_a_killed_run_ends_like_one_that_was_never_killed(
     steps = {kind: [line["step"] for line in found if line["kind"] == kind] for kind in KINDS}
     assert steps == {"train": list(range(1, 161)), "validation": [30, 60, 90, 120, 150, 160]}
     assert not list(killed.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step(
+    number: signal.Signals, arguments: tuple[str, str], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(arguments, out)
+    wait(process, lambda: num_lines(out) > 10)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 128 + number
+    (line,) = [line for line in errors.decode().splitlines() if "same command continues" in line]
+    step = int(line.split(f"{number.name} after step ")[1].split(",")[0])
+    assert 10 < step < 40
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{step:08}"]
+    finish(arguments, out)
+    for name in ("model/model.safetensors", "metrics.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_shard_that_goes_bad_is_named_and_the_steps_before_it_are_kept(
+    arguments: tuple[str, str], whole: Path, tmp_path: Path
+) -> None:
+    shards, student = arguments
+    copy = tmp_path / "dataset"
+    shutil.copytree(shards, copy)
+    shard = copy / "train" / "shard-000003.parquet"
+    content = shard.read_bytes()
+    out = tmp_path / "out"
+    process = start((str(copy), student), out)
+    wait(process, lambda: num_lines(out) > 50)
+    with shard.open("r+b") as stream:  # in place, as a failing disk changes it under the map
+        stream.seek(len(content) // 3)
+        stream.write(bytes(255 - byte for byte in content[len(content) // 3 :][:64]))
+    _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert "shard-000003.parquet" in errors.decode().splitlines()[-1]
+    newest = max((out / "checkpoints").iterdir())
+    assert int(newest.name.removeprefix("step-")) > 40
+    shard.write_bytes(content)
+    finish((str(copy), student), out)
+    for name in ("model/model.safetensors", "metrics.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name

@@ -1,0 +1,50 @@
+"""Signals that end a run at the next step instead of at once: SIGTERM, SIGUSR1 and Ctrl-C.
+
+Schedulers send SIGTERM, or SIGUSR1 on request, some time before they kill. A second signal of the
+same kind acts as it would without this: nobody waits for a step that does not end.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """A context in which `received` is the signal that asked for an end, or None.
+
+    Only in the main thread, where Python handles signals; elsewhere nothing is ever received.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, signal.Handlers | object] = {}
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            try:
+                self._before[number] = signal.signal(number, self._receive)
+            except ValueError:  # not the main thread
+                break
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number in list(self._before):
+            self._restore(number)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore(self.received)
+
+    def _restore(self, number: signal.Signals) -> None:
+        before = self._before.pop(number, None)
+        if before is not None:
+            signal.signal(number, before)  # type: ignore[arg-type]
