@@ -29,6 +29,7 @@ from shards.errors import (
     ShardError,
     StoppedError,
 )
+from shards.folder_lock import folder_lock
 from shards.identity import Json
 from shards.keep_method import KeepMethod
 from shards.layout import Layout
@@ -88,12 +89,13 @@ def run(config: TrainConfig) -> dict[str, Json]:
         return summary
     split = dataset.split(_TRAIN)
     model = make_student(config.student, dataset, config.seed)
-    folder.start(description)
-    training = _Training(config, dataset, split, evaluation_dataset, model, folder)
-    training.train(step_sequences, num_steps)
-    publish_folder(folder.model, lambda path: export(model, dataset, path))
-    summary = training.summary()
-    folder.finish(summary)
+    with folder_lock(folder.path, "train-student"):
+        folder.start(description)
+        training = _Training(config, dataset, split, evaluation_dataset, model, folder)
+        training.train(step_sequences, num_steps)
+        publish_folder(folder.model, lambda path: export(model, dataset, path))
+        summary = training.summary()
+        folder.finish(summary)
     return summary
 
 

@@ -8,8 +8,6 @@ left and nothing twice. A lock keeps two runs out of one folder.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import Any
 from shards.completeness import discard_shard, missing_shards
 from shards.continuing import check_folder, check_identity, create_or_continue
 from shards.errors import InputError, RunError
+from shards.folder_lock import folder_lock
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
 from shards.progress_line import ProgressLine, count
 from shards.sidecar import Sidecar
@@ -91,24 +90,13 @@ def _locked(out: Path) -> Iterator[None]:
     """Hold the folder; one that was made here and in which nothing came about is removed again."""
     check_folder(out)
     made = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
-    try:
+    with folder_lock(out, "dump-logits"):
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            made = False
-            raise InputError(f"{out}: another dump-logits is writing to it") from error
-        yield
-    except InputError:
-        if made and not (out / MANIFEST_NAME).exists():
-            shutil.rmtree(out)
-        raise
-    finally:
-        os.close(folder)
+            yield
+        except InputError:
+            if made and not (out / MANIFEST_NAME).exists():
+                shutil.rmtree(out)
+            raise
 
 
 def _tokens(out: Path, files: Any, tokenizer: Any, rules: TokenisingRules) -> TokenStore:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from shards.folder_lock import folder_lock
 from tests.tiny_dataset import SEQUENCE_LENGTH, make_dataset
 
 # One thread: a bit-identical result is promised for the same number of threads only.
@@ -143,6 +144,16 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step(
     finish(arguments, out)
     for name in ("model/model.safetensors", "metrics.jsonl"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_two_runs_do_not_write_into_one_folder(arguments: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with folder_lock(out, "test"):
+        process = start(arguments, out)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 2
+    assert "another train-student is writing to it" in errors.decode().splitlines()[-1]
+    assert not any(out.iterdir())
 
 
 def test_a_shard_that_goes_bad_is_named_and_the_steps_before_it_are_kept(
