@@ -23,8 +23,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from shards.dataset import Dataset, Split
 from shards.errors import (
-    IdentityMismatchError,
-    InputError,
     RunError,
     ShardError,
     StoppedError,
@@ -48,6 +46,7 @@ from student_train.evaluate import evaluate
 from student_train.metrics import Metrics
 from student_train.model import default_learning_rate, export, make_student, num_parameters
 from student_train.order import Order
+from student_train.prepare import VALIDATION, check_objective, find_evaluation_dataset, plan_steps
 from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder, describe_run, publish_folder
@@ -64,7 +63,7 @@ from student_train.stop import StopRequest
 logger = logging.getLogger(__name__)
 
 _READ_AHEAD_BATCHES = 4
-_TRAIN, _VALIDATION = "train", "validation"
+_TRAIN = "train"
 
 
 def run(config: TrainConfig) -> dict[str, Json]:
@@ -75,8 +74,8 @@ def run(config: TrainConfig) -> dict[str, Json]:
     """
     disable_progress_bar()
     dataset = Dataset.open(config.shards)
-    _check_objective(config, dataset)
-    evaluation_dataset = _evaluation_dataset(config, dataset)
+    check_objective(config, dataset)
+    evaluation_dataset = find_evaluation_dataset(config, dataset)
     rate = config.learning_rate or default_learning_rate(config.student)
     config = replace(config, learning_rate=rate)
     step_sequences, num_steps = plan_steps(config, dataset)
@@ -97,68 +96,6 @@ def run(config: TrainConfig) -> dict[str, Json]:
         summary = training.summary()
         folder.finish(summary)
     return summary
-
-
-def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
-    """Sequences of a step, and the number of steps for at least `config.tokens` positions.
-
-    Every sequence counts as full: the few that are short, or have positions that do not count,
-    must not change the number of steps. InputError if a step would hold no sequence.
-    """
-    length = dataset.identity["sequence_length"]
-    step_sequences = config.batch_tokens // length
-    if not step_sequences:
-        raise InputError(
-            f"--batch-tokens {config.batch_tokens}: expected at least one sequence of"
-            f" {config.shards}, {length} labelled positions"
-        )
-    step_tokens = step_sequences * length
-    if step_tokens != config.batch_tokens:
-        logger.info(
-            "--batch-tokens %d: rounded down to %d, %d sequences of %d",
-            config.batch_tokens,
-            step_tokens,
-            step_sequences,
-            length,
-        )
-    return step_sequences, -(-config.tokens // step_tokens)
-
-
-def _check_objective(config: TrainConfig, dataset: Dataset) -> None:
-    """InputError for what sampled weights do not carry: they are of one temperature."""
-    method = KeepMethod.of(dataset.identity)
-    if not (config.alpha and method.is_sampled):
-        return
-    if config.loss == "mse":
-        raise InputError(
-            f"--loss mse: {dataset.path} was sampled (--keep {method.name}); a weight is not the"
-            " probability of its entry"
-        )
-    if config.tail == "bucket":
-        raise InputError(
-            f"--tail bucket: {dataset.path} was sampled (--keep {method.name}), nothing is missing"
-            " in its expectation"
-        )
-    if config.temperature != method.temperature:
-        raise InputError(
-            f"--temperature {config.temperature}: {dataset.path} was sampled at temperature"
-            f" {method.temperature} (--keep {method.name}), and its weights can be used at no other"
-        )
-
-
-def _evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | None:
-    """The dataset whose validation split is used; None, and said so, if it has none."""
-    found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
-    expected, other = dataset.identity["tokenizer_sha256"], found.identity["tokenizer_sha256"]
-    if expected != other:
-        raise IdentityMismatchError(
-            f"--eval-shards {found.path}: has another tokenizer ({other[:12]}) than"
-            f" {dataset.path} ({expected[:12]})"
-        )
-    if _VALIDATION not in found.split_names:
-        logger.info("%s: no validation split, so nothing is evaluated", found.path)
-        return None
-    return found
 
 
 class _Training:
@@ -264,7 +201,7 @@ class _Training:
             "steps": self._progress.step,
             "tokens": self._progress.tokens,
             "epochs": self._progress.tokens / self._split.num_positions,
-            **{f"{_VALIDATION}_{name}": value for name, value in evaluation.items()},
+            **{f"{VALIDATION}_{name}": value for name, value in evaluation.items()},
             **self._speed,
         }
 
@@ -314,12 +251,12 @@ class _Training:
             return
         figures = evaluate(
             self._model,
-            self._evaluation_dataset.split(_VALIDATION),
+            self._evaluation_dataset.split(VALIDATION),
             batch_sequences=self._config.micro_batch_sequences,
             device=self._device,
             autocast=self._autocast,
         )
-        metrics.write(self._progress.step, _VALIDATION, figures)
+        metrics.write(self._progress.step, VALIDATION, figures)
         self._progress = replace(self._progress, evaluation=figures)
 
     def _batches(self, step_sequences: int) -> Iterator[Batch]:

@@ -1,0 +1,76 @@
+"""What must fit together before a run begins: options, dataset, and what it is evaluated on."""
+
+from __future__ import annotations
+
+import logging
+
+from shards.dataset import Dataset
+from shards.errors import IdentityMismatchError, InputError
+from shards.keep_method import KeepMethod
+from student_train.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+VALIDATION = "validation"
+
+
+def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
+    """Sequences of a step, and the number of steps for at least `config.tokens` positions.
+
+    Every sequence counts as full: the few that are short, or have positions that do not count,
+    must not change the number of steps. InputError if a step would hold no sequence.
+    """
+    length = dataset.identity["sequence_length"]
+    step_sequences = config.batch_tokens // length
+    if not step_sequences:
+        raise InputError(
+            f"--batch-tokens {config.batch_tokens}: expected at least one sequence of"
+            f" {config.shards}, {length} labelled positions"
+        )
+    step_tokens = step_sequences * length
+    if step_tokens != config.batch_tokens:
+        logger.info(
+            "--batch-tokens %d: rounded down to %d, %d sequences of %d",
+            config.batch_tokens,
+            step_tokens,
+            step_sequences,
+            length,
+        )
+    return step_sequences, -(-config.tokens // step_tokens)
+
+
+def check_objective(config: TrainConfig, dataset: Dataset) -> None:
+    """InputError for what sampled weights do not carry: they are of one temperature."""
+    method = KeepMethod.of(dataset.identity)
+    if not (config.alpha and method.is_sampled):
+        return
+    if config.loss == "mse":
+        raise InputError(
+            f"--loss mse: {dataset.path} was sampled (--keep {method.name}); a weight is not the"
+            " probability of its entry"
+        )
+    if config.tail == "bucket":
+        raise InputError(
+            f"--tail bucket: {dataset.path} was sampled (--keep {method.name}), nothing is missing"
+            " in its expectation"
+        )
+    if config.temperature != method.temperature:
+        raise InputError(
+            f"--temperature {config.temperature}: {dataset.path} was sampled at temperature"
+            f" {method.temperature} (--keep {method.name}), and its weights can be used at no other"
+        )
+
+
+def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | None:
+    """The dataset whose validation split is used; None, and said so, if it has none."""
+    found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
+    expected, other = dataset.identity["tokenizer_sha256"], found.identity["tokenizer_sha256"]
+    if expected != other:
+        raise IdentityMismatchError(
+            f"--eval-shards {found.path}: has another tokenizer ({other[:12]}) than"
+            f" {dataset.path} ({expected[:12]})"
+        )
+    if VALIDATION not in found.split_names:
+        logger.info("%s: no validation split, so nothing is evaluated", found.path)
+        return None
+    return found
