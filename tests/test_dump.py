@@ -15,51 +15,22 @@ import numpy as np
 import pytest
 
 from shards import inspect
-from shards.dataset import Dataset
 from shards.rows import Row
 from teacher_dump.keep import TopPK
 from teacher_dump.sequences import TokenSequence
 from teacher_dump.transformers_engine import TransformersEngine
 from tests.tiny_teacher import (
+    BOUND,
+    STEP,
     TOKENIZER_LENGTH,
+    all_rows,
+    borders_of,
     dense_logprobs,
     dump_command,
+    largest_error,
     run_dump,
     write_corpus,
 )
-
-STEP = 1 / 16
-BOUND = STEP / 2 + 1e-3
-
-
-def _all_rows(out: Path) -> dict[tuple[str, int], Row]:
-    dataset = Dataset.open(out)
-    rows = {}
-    for name in dataset.split_names:
-        with dataset.split(name) as split:
-            rows |= {(name, row.sequence): row for row in split.rows()}
-    return rows
-
-
-def _borders(row: Row) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(row.counts)])
-
-
-def _largest_error(row: Row, exact: np.ndarray) -> float:
-    """Largest distance of anything stored in a row from the exact table [T, V], nats."""
-    borders = _borders(row)
-    worst = 0.0
-    for t in range(len(row.counts)):
-        ids = row.ids[borders[t] : borders[t + 1]]
-        kept = row.logprobs[borders[t] : borders[t + 1]]
-        tail = np.logaddexp.reduce(np.delete(exact[t], ids))
-        worst = max(
-            worst,
-            float(np.abs(kept - exact[t][ids]).max()),
-            abs(float(row.tail_logmass[t] - tail)),
-            abs(float(row.label_logprobs[t] - exact[t][row.tokens[t + 1]])),
-        )
-    return worst
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
@@ -72,12 +43,12 @@ def test_float32_rows_equal_the_dense_distribution_over_the_next_token(
         dump_command(tiny_teacher, corpus, out, "--engine", engine, "--dtype", "float32")
     )
     assert result.returncode == 0, result.stderr
-    rows = _all_rows(out)
+    rows = all_rows(out)
     assert {split for split, _ in rows} == {"train", "validation"}
     for row in rows.values():
         assert row.ids.max() < TOKENIZER_LENGTH  # the padded rows would win every softmax
         exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
-        assert _largest_error(row, exact) <= BOUND
+        assert largest_error(row, exact) <= BOUND
         assert row.teacher_nll == pytest.approx(
             -exact[np.arange(len(exact)), row.tokens[1:]].sum(), abs=2e-2
         )
@@ -85,7 +56,7 @@ def test_float32_rows_equal_the_dense_distribution_over_the_next_token(
     row = rows["train", 0]
     exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
     for shift in (-1, 1):  # the test itself must notice an off-by-one
-        assert _largest_error(row, np.roll(exact, shift, axis=0)) > 10 * BOUND
+        assert largest_error(row, np.roll(exact, shift, axis=0)) > 10 * BOUND
 
 
 def test_the_real_teacher_in_float32_is_exact_and_in_bfloat16_close(
@@ -99,13 +70,13 @@ def test_the_real_teacher_in_float32_is_exact_and_in_bfloat16_close(
         command = dump_command(smollm2, corpus, out, "--dtype", dtype, "--held-out", "0")
         result = run_dump([*command, "--sequence-length", "128", "--max-tokens", "512"])
         assert result.returncode == 0, result.stderr
-        rows = _all_rows(out)
+        rows = all_rows(out)
         assert len(rows) == 4
         errors, divergences = [], []
         for row in rows.values():
             exact = dense_logprobs(smollm2, row.tokens, 49152)
-            errors.append(_largest_error(row, exact))
-            borders = _borders(row)
+            errors.append(largest_error(row, exact))
+            borders = borders_of(row)
             for t in range(len(row.counts)):
                 kept = slice(borders[t], borders[t + 1])
                 true = exact[t][row.ids[kept]]
@@ -148,7 +119,7 @@ def test_threshold_sampling_is_the_same_on_both_engines_and_true_to_the_teacher(
         assert "--threshold 0.01: 0.00980366" in result.stderr
         assert inspect.verify(out) == []
     log_threshold = -74 * STEP
-    rows, others = _all_rows(tmp_path / "vllm"), _all_rows(tmp_path / "transformers")
+    rows, others = all_rows(tmp_path / "vllm"), all_rows(tmp_path / "transformers")
     same = different = 0
     excess = []
     for key, row in rows.items():
@@ -187,9 +158,9 @@ def test_draws_of_a_continued_dump_are_those_of_an_uninterrupted_one(
         for size in sizes:
             command = dump_command(tiny_teacher, corpus, out, *more, size, keep=keep)
             assert run_dump(command).returncode == 0
-    rows = _all_rows(whole)
+    rows = all_rows(whole)
     assert len(rows) > 20
-    for key, row in _all_rows(parts).items():
+    for key, row in all_rows(parts).items():
         assert np.array_equal(row.ids, rows[key].ids)
         assert np.array_equal(row.logprobs, rows[key].logprobs)
     manifest = json.loads((whole / "manifest.json").read_text(encoding="utf-8"))
@@ -235,7 +206,7 @@ def test_a_dump_that_was_killed_continues_and_loses_and_repeats_nothing(
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert inspect.verify(killed) == []
     assert not list(killed.rglob("*.tmp"))
-    expected, found = _all_rows(whole), _all_rows(killed)
+    expected, found = all_rows(whole), all_rows(killed)
     assert expected.keys() == found.keys()
     for key, row in expected.items():
         again = found[key]
@@ -252,9 +223,9 @@ def test_a_larger_max_tokens_extends_and_another_identity_is_refused_by_name(
     out = tmp_path / "out"
     command = dump_command(tiny_teacher, corpus, out, "--engine", "transformers")
     assert run_dump([*command, "--max-tokens", "500"]).returncode == 0
-    first = _all_rows(out)
+    first = all_rows(out)
     assert run_dump([*command, "--max-tokens", "1000"]).returncode == 0
-    second = _all_rows(out)
+    second = all_rows(out)
     assert len(second) > len(first)
     for key, row in first.items():
         assert np.array_equal(row.tokens, second[key].tokens)

@@ -5,31 +5,38 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from shards.dataset import Dataset
+from shards.rows import Row
 
 ROOT = Path(__file__).parent.parent
+STEP = 1 / 16  # the default grid of log-probabilities, nats
+BOUND = STEP / 2 + 1e-3  # of their error
 TOKENIZER_LENGTH = 301
 MODEL_VOCABULARY = 320
 
 
-def make_tiny_teacher(folder: Path, *, max_position_embeddings: int = 64) -> Path:
-    """A random two-layer Llama whose 19 padded vocabulary rows would win every softmax."""
+def make_tokenizer(folder: Path) -> None:
+    """Save a tokenizer whose words are <eos>, w1, w2, ..."""
     words = ["<eos>"] + [f"w{number}" for number in range(1, TOKENIZER_LENGTH)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+def make_tiny_teacher(folder: Path, *, max_position_embeddings: int = 64) -> Path:
+    """A random two-layer Llama whose 19 padded vocabulary rows would win every softmax."""
+    make_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=MODEL_VOCABULARY,
@@ -63,14 +70,56 @@ def write_corpus(path: Path, *, num_documents: int, seed: int = 0) -> Path:
     return path
 
 
+@lru_cache(maxsize=1)
+def _float32_model(folder: Path) -> Any:
+    """Of the class that config.json names, with the attention that leaves nothing out."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_class = getattr(transformers, config["architectures"][0])
+    return model_class.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
 def dense_logprobs(folder: Path, tokens: npt.NDArray[np.int32], vocab: int) -> npt.NDArray[Any]:
     """What transformers in float32 gives after each of tokens[:-1]: [n - 1, vocab], nats."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = _float32_model(folder)
     with torch.inference_mode():
         ids = torch.from_numpy(tokens[:-1].astype(np.int64))[None]
         logits = model(ids).logits[0, :, :vocab].double()
     table: npt.NDArray[Any] = torch.log_softmax(logits, -1).numpy()
     return table
+
+
+def all_rows(out: Path) -> dict[tuple[str, int], Row]:
+    """Every row of a dataset, by split and sequence number."""
+    dataset = Dataset.open(out)
+    rows = {}
+    for name in dataset.split_names:
+        with dataset.split(name) as split:
+            rows |= {(name, row.sequence): row for row in split.rows()}
+    return rows
+
+
+def borders_of(row: Row) -> npt.NDArray[Any]:
+    """Where each position's entries begin, and where the last ones end: [T + 1]."""
+    return np.concatenate([[0], np.cumsum(row.counts)])
+
+
+def largest_error(row: Row, exact: npt.NDArray[Any]) -> float:
+    """Largest distance of anything stored in a row from the exact table [T, V], nats."""
+    borders = borders_of(row)
+    worst = 0.0
+    for t in range(len(row.counts)):
+        ids = row.ids[borders[t] : borders[t + 1]]
+        kept = row.logprobs[borders[t] : borders[t + 1]]
+        tail = np.logaddexp.reduce(np.delete(exact[t], ids))
+        worst = max(
+            worst,
+            float(np.abs(kept - exact[t][ids]).max()),
+            abs(float(row.tail_logmass[t] - tail)),
+            abs(float(row.label_logprobs[t] - exact[t][row.tokens[t + 1]])),
+        )
+    return worst
 
 
 TOP_P_K = ("--top-k", "20")
