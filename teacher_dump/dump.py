@@ -63,6 +63,8 @@ def run(config: DumpConfig) -> DumpSummary:
     identity = make_identity(config, ready.teacher, rules, ready.keep)
     with _locked(config.out):
         _refuse_another(config.out, identity)
+        if not (config.out / MANIFEST_NAME).exists():
+            ready.check_engine(config)
         store = _tokens(config.out, ready.files, ready.tokenizer, rules)
         identity["tokens_sha256"] = store.sha256
         splits = {split: store.sequences(split, config.sequence_length) for split in SPLITS}

@@ -26,6 +26,24 @@ class TeacherEngine(Protocol):
         ...
 
 
+def check_engine(
+    engine: str,
+    *,
+    teacher_folder: Path,
+    architecture: str,
+    engine_args: Mapping[str, object],
+) -> None:
+    """Raise InputError for an architecture or arguments that the engine does not take."""
+    if engine == "vllm":
+        from teacher_dump import vllm_engine
+
+        vllm_engine.check(architecture, engine_args)
+    else:
+        from teacher_dump import transformers_engine
+
+        transformers_engine.find_model_class(teacher_folder)
+
+
 def start_engine(
     engine: str,
     *,
@@ -59,5 +77,9 @@ def start_engine(
     from teacher_dump.transformers_engine import TransformersEngine
 
     return TransformersEngine(
-        teacher_folder=teacher_folder, dtype=dtype, head_dtype=head_dtype, keep=keep, seed=seed
+        teacher_folder=teacher_folder,
+        dtype=dtype,
+        head_dtype=head_dtype,
+        keep=keep,
+        seed=seed,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from shards.errors import InputError
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import CorpusFile, list_files
-from teacher_dump.engines import TeacherEngine, start_engine
+from teacher_dump.engines import TeacherEngine, check_engine, start_engine
 from teacher_dump.identity import head_dtype
 from teacher_dump.keep import Keep, Threshold, make_keep
 from teacher_dump.rules import TokenisingRules
@@ -40,6 +40,15 @@ class Prepared:
             sequence_length=config.sequence_length,
             keep=self.keep,
             seed=config.seed,
+            engine_args=config.engine_arg,
+        )
+
+    def check_engine(self, config: DumpConfig) -> None:
+        """InputError for a teacher that the engine surely does not take; starts nothing."""
+        check_engine(
+            config.engine,
+            teacher_folder=self.teacher.folder,
+            architecture=self.teacher.architecture,
             engine_args=config.engine_arg,
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from teacher_dump.corpus import file_sha256
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _NOT_CONTENT = ("transformers_version", "_name_or_path")
+_NO_LM = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "RewardModel")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -54,6 +56,8 @@ def find_teacher(name: str, revision: str | None) -> Teacher:
     architectures = config.get("architectures") or []
     if not architectures:
         raise InputError(f"{path}: names no architecture")
+    if config.get("is_encoder_decoder") or architectures[0].endswith(_NO_LM):
+        raise InputError(f"{name}: {architectures[0]} is no causal language model")
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
     text = json.dumps(content, sort_keys=True)
     return Teacher(
@@ -61,10 +65,19 @@ def find_teacher(name: str, revision: str | None) -> Teacher:
         folder=folder,
         revision=revision,
         architecture=architectures[0],
-        max_length=config.get("max_position_embeddings"),
+        max_length=_max_length(config),
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
         quantized="quantization_config" in config,
     )
+
+
+def _max_length(config: Mapping[str, Any]) -> int | None:
+    """Positions of the model, in GPT-2's word too, and of the text part of a multimodal one."""
+    for part in (config, config.get("text_config") or {}):
+        for key in ("max_position_embeddings", "n_positions"):
+            if part.get(key) is not None:
+                return int(part[key])
+    return None
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -23,25 +23,66 @@ from teacher_dump.selection import make_selector
 from teacher_dump.sequences import TokenSequence
 
 BLOCK_ROWS = 64
+# Text alone goes through a multimodal model too.
+CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def find_model_class(folder: Path) -> tuple[Any, Any]:
+    """The class that config.json names, and the configuration.
+
+    Never the nearest class that fits the type: `AutoModelForCausalLM` gives a classifier a random
+    head. Raises InputError for what is no causal language model.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise _not_loaded(folder, error) from error
+    architecture = config.architectures[0]
+    model_class = getattr(transformers, architecture, None)
+    one_way = getattr(config, "is_decoder", True)  # BERT and its kin say so if they are
+    if model_class is None or not architecture.endswith(CAUSAL_SUFFIXES) or not one_way:
+        raise InputError(f"transformers has no causal LM {architecture}")
+    return model_class, config
+
+
+def _attention(config: Any) -> str | None:
+    """PyTorch's attention, the default, leaves out the soft-capping of attention logits."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return None if capped is None else "eager"
+
+
+def _not_loaded(folder: Path, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return InputError(f"transformers does not load {folder}: {reason}")
 
 
 class TransformersEngine:
     """A Hugging Face causal LM, unmodified but for the dtype of its head."""
 
     def __init__(
-        self, *, teacher_folder: Path, dtype: str, head_dtype: str, keep: Keep, seed: int
+        self,
+        *,
+        teacher_folder: Path,
+        dtype: str,
+        head_dtype: str,
+        keep: Keep,
+        seed: int,
     ) -> None:
-        import transformers
-
+        model_class, config = find_model_class(teacher_folder)
         try:
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                teacher_folder, dtype=getattr(torch, dtype)
+            model: Any = model_class.from_pretrained(
+                teacher_folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=_attention(config),
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"transformers does not load {teacher_folder}: {reason}") from error
+        except Exception as error:
+            raise _not_loaded(teacher_folder, error) from error
         if head_dtype not in ("model", dtype):
             head = model.get_output_embeddings()
+            if head is None:
+                raise InputError(f"transformers finds no LM head in {type(model).__name__}")
             bias = getattr(head, "bias", None)
             model.set_output_embeddings(WideHead(head.weight, bias, getattr(torch, head_dtype)))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

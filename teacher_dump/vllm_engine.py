@@ -25,12 +25,18 @@ from teacher_dump.sequences import TokenSequence
 
 SUPPORTED_VLLM = "0.32"
 _OWNED = ("model", "runner", "enable_prefix_caching", "skip_tokenizer_init", "dtype",
-          "hf_overrides", "additional_config", "max_model_len")  # fmt: skip
+          "hf_overrides", "additional_config", "max_model_len", "model_class_overrides",
+          "language_model_only")  # fmt: skip
 
 
 def _vllm_version() -> str:
     """The installed vLLM's version; InputError where there is none or not the supported minor."""
-    import vllm
+    try:
+        import vllm
+    except ImportError as error:
+        raise InputError(
+            f"--engine vllm: {error}; run make setup, or use --engine transformers"
+        ) from error
 
     found = str(vllm.__version__)
     if found.split("+")[0].rsplit(".", 1)[0] != SUPPORTED_VLLM:
@@ -55,6 +61,26 @@ def _prepare_environment() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
 
 
+def check(architecture: str, engine_args: Mapping[str, object]) -> None:
+    """InputError for what the engine will not take, as far as that can be told without a start."""
+    for name in engine_args:
+        if name in _OWNED:
+            raise InputError(f"--engine-arg {name}: set by the pass itself")
+    _prepare_environment()
+    found = _vllm_version()
+    from teacher_dump import vllm_plugin
+
+    try:
+        known = vllm_plugin.inspect(architecture)
+    except Exception as error:  # whatever the import of a model may raise, in another process
+        raise InputError(
+            f"vLLM {found} does not load {architecture} ({_last_line(error)}): "
+            "use --engine transformers"
+        ) from error
+    if not known:
+        raise InputError(f"vLLM {found} has no causal LM {architecture}: use --engine transformers")
+
+
 class VllmEngine:
     """A vLLM engine whose model is the teacher's architecture wrapped by `vllm_plugin`."""
 
@@ -70,22 +96,12 @@ class VllmEngine:
         seed: int,
         engine_args: Mapping[str, object],
     ) -> None:
-        _prepare_environment()
-        found = _vllm_version()
-        from vllm import LLM, ModelRegistry, PoolingParams
+        check(architecture, engine_args)
+        from vllm import LLM, PoolingParams
 
         from teacher_dump import vllm_plugin
         from teacher_dump.vllm_pooler import CONFIG_KEY, LABELS_KEY, RANDOM_KEY
 
-        for name in engine_args:
-            if name in _OWNED:
-                raise InputError(f"--engine-arg {name}: set by the pass itself")
-        vllm_plugin.register()
-        teacher_architecture = vllm_plugin.PREFIX + architecture
-        if teacher_architecture not in ModelRegistry.get_supported_archs():
-            raise InputError(
-                f"vLLM {found} has no causal LM {architecture}: use --engine transformers"
-            )
         self._keep = keep
         self._seed = seed
         self._names = LABELS_KEY, RANDOM_KEY
@@ -99,10 +115,9 @@ class VllmEngine:
                 "max_model_len": sequence_length,
                 "enable_prefix_caching": False,
                 "skip_tokenizer_init": True,
-                "hf_overrides": {
-                    "architectures": [teacher_architecture],
-                    "head_dtype": head_dtype,
-                },
+                "model_class_overrides": vllm_plugin.overrides(architecture),
+                "language_model_only": True,
+                "hf_overrides": {"head_dtype": head_dtype},
                 "additional_config": {CONFIG_KEY: keep.to_plain()},
                 **_default_args(),
                 **engine_args,
@@ -163,8 +178,15 @@ def _start(llm_class: Any, arguments: dict[str, object]) -> Any:
     try:
         return llm_class(**arguments)
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise InputError(
-            f"vLLM does not start with this teacher: {reason}"
+            f"vLLM does not start with this teacher: {_last_line(error)}"
             " (--debug shows all; --engine transformers is the fallback)"
         ) from error
+
+
+def _last_line(error: Exception) -> str:
+    """What an error says; vLLM puts a traceback before it, pydantic its input and a link behind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("For further information")]
+    last = lines[-1] if lines else type(error).__name__
+    return last.split(" [type=")[0].removeprefix("Value error, ")

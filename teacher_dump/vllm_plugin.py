@@ -1,12 +1,14 @@
-"""vLLM entry point: every causal LM of the engine becomes a teacher that returns packed targets.
+"""vLLM entry point: causal LMs of the engine become teachers that return packed targets.
 
 `register` runs in every vLLM process of the environment (entry point `vllm.general_plugins`), so
-it imports nothing heavy: architectures are registered by name, and a class is made when the engine
-asks for it. The pooler itself lives in `vllm_pooler`.
+it imports nothing heavy: it only remembers vLLM's own classes, by name. A teacher's engine puts
+`Teacher<Arch>` in the place of `<Arch>` for itself, by `model_class_overrides`; the class is made
+when the engine asks for it. The architecture keeps its name, since vLLM decides a good deal by it
+(configuration of hybrid and state-space models, ALiBi, ...). The pooler lives in `vllm_pooler`.
 
-Public points of vLLM used here: the entry point, `ModelRegistry.register_model`,
-`is_pooling_model`, `compute_logits`. Reading a stock class out of the registry is not public,
-which is one reason why vLLM is pinned to a minor version.
+Public points of vLLM used here: the entry point, `model_class_overrides`, `is_pooling_model`,
+`compute_logits`. Reading stock classes out of the registry is not public, which is one reason why
+vLLM is pinned to a minor version.
 """
 
 from __future__ import annotations
@@ -14,32 +16,50 @@ from __future__ import annotations
 from typing import Any
 
 PREFIX = "Teacher"
-SUFFIX = "ForCausalLM"
+# Text alone goes through a multimodal model too; what is no causal LM of these is refused earlier.
+SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+_stock: dict[str, Any] = {}
 
 
 def register() -> None:
-    """Register `Teacher<Arch>ForCausalLM` for every causal LM that this vLLM knows."""
+    """Remember the stock classes of every causal LM that this vLLM knows, not yet loaded."""
     from vllm import ModelRegistry
 
-    known = set(ModelRegistry.get_supported_archs())
-    for architecture in known:
-        if architecture.endswith(SUFFIX) and not architecture.startswith(PREFIX):
-            name = PREFIX + architecture
-            if name not in known:
-                ModelRegistry.register_model(name, f"{__name__}:{name}")
+    for architecture, entry in ModelRegistry.models.items():
+        if architecture.endswith(SUFFIXES) and getattr(entry, "module_name", None) != __name__:
+            _stock.setdefault(architecture, entry)
+
+
+def inspect(architecture: str) -> bool:
+    """Whether this vLLM has an architecture as a causal LM that can be made a teacher.
+
+    Imports the model in another process, as vLLM itself does, and raises what that raises. vLLM
+    keeps the result on disk, and asks the same again when it starts.
+    """
+    from vllm import ModelRegistry
+
+    register()
+    if architecture not in _stock:
+        return False
+    name = PREFIX + architecture
+    ModelRegistry.register_model(name, f"{__name__}:{name}")
+    info = ModelRegistry.models[name].inspect_model_cls()
+    return bool(info.is_text_generation_model and info.attn_type == "decoder")
+
+
+def overrides(architecture: str) -> dict[str, str]:
+    """vLLM's `model_class_overrides` that make a teacher of an architecture."""
+    return {architecture: f"{__name__}:{PREFIX}{architecture}"}
 
 
 def __getattr__(name: str) -> Any:
     """`TeacherLlamaForCausalLM` and so on, made from the stock class on first use."""
-    if not (name.startswith(PREFIX) and name.endswith(SUFFIX)):
+    entry = _stock.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if entry is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vllm.model_executor.models.registry import ModelRegistry
-
     from teacher_dump.vllm_pooler import TeacherPooler, teacher_class
 
-    base = ModelRegistry._try_load_model_cls(name.removeprefix(PREFIX))
-    if base is None:
-        raise AttributeError(f"vLLM cannot load {name.removeprefix(PREFIX)!r}")
-    made = teacher_class(base, TeacherPooler, name=name, module=__name__)
+    made = teacher_class(entry.load_model_cls(), TeacherPooler, name=name, module=__name__)
     globals()[name] = made
     return made
