@@ -100,6 +100,9 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
 @click.option("--teacher", required=True, help="Model folder, or a name on the Hugging Face hub.")
 @click.option("--teacher-revision", help="Revision of a hub model.")
 @click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that comes with the teacher."
+)
+@click.option(
     "--corpus",
     type=_FOLDER,
     multiple=True,

@@ -36,6 +36,7 @@ class DumpConfig:
     corpus: tuple[Path, ...]
     out: Path
     teacher_revision: str | None = None
+    trust_remote_code: bool = False
     sequence_length: int = 2048
     keep: str = "top-p-k"
     top_p: float | None = None

@@ -32,6 +32,7 @@ def check_engine(
     teacher_folder: Path,
     architecture: str,
     engine_args: Mapping[str, object],
+    trust_remote_code: bool,
 ) -> None:
     """Raise InputError for an architecture or arguments that the engine does not take."""
     if engine == "vllm":
@@ -41,7 +42,7 @@ def check_engine(
     else:
         from teacher_dump import transformers_engine
 
-        transformers_engine.find_model_class(teacher_folder)
+        transformers_engine.find_model_class(teacher_folder, trust_remote_code=trust_remote_code)
 
 
 def start_engine(
@@ -55,6 +56,7 @@ def start_engine(
     keep: Keep,
     seed: int,
     engine_args: Mapping[str, object],
+    trust_remote_code: bool,
 ) -> TeacherEngine:
     """Load the teacher into the engine of that name; the import of the engine happens here.
 
@@ -73,6 +75,7 @@ def start_engine(
             keep=keep,
             seed=seed,
             engine_args=engine_args,
+            trust_remote_code=trust_remote_code,
         )
     from teacher_dump.transformers_engine import TransformersEngine
 
@@ -82,4 +85,5 @@ def start_engine(
         head_dtype=head_dtype,
         keep=keep,
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )

@@ -30,6 +30,7 @@ def make_identity(
             "weights_sha256": weights_sha256(teacher.folder),
             "dtype": config.resolved_dtype,
             "head_dtype": head_dtype(teacher),
+            **({"code_sha256": teacher.code_sha256} if teacher.code_sha256 else {}),
         },
         "tokenizer_sha256": rules.tokenizer_sha256,
         "vocab_size": rules.vocab_size,
@@ -58,6 +59,7 @@ def make_record(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
         "corpus_weight": list(config.corpus_weight),
         "engine": config.engine,
         "engine_args": dict(config.engine_arg),
+        "trust_remote_code": config.trust_remote_code,
         "max_tokens": config.max_tokens,
         "versions": _versions(config.engine),
     }

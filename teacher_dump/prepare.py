@@ -41,6 +41,7 @@ class Prepared:
             keep=self.keep,
             seed=config.seed,
             engine_args=config.engine_arg,
+            trust_remote_code=config.trust_remote_code,
         )
 
     def check_engine(self, config: DumpConfig) -> None:
@@ -50,13 +51,15 @@ class Prepared:
             teacher_folder=self.teacher.folder,
             architecture=self.teacher.architecture,
             engine_args=config.engine_arg,
+            trust_remote_code=config.trust_remote_code,
         )
 
 
 def prepare(config: DumpConfig) -> Prepared:
     """Find and check what a configuration names; InputError, before anything is written."""
-    teacher = find_teacher(config.teacher, config.teacher_revision)
-    tokenizer = load_tokenizer(teacher.folder)
+    trust = config.trust_remote_code
+    teacher = find_teacher(config.teacher, config.teacher_revision, trust_remote_code=trust)
+    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=trust)
     about_tokenizer = tokenizer_identity(tokenizer)
     _check_lengths(config, teacher, about_tokenizer["vocab_size"])
     files = list_files(config.corpus, config.corpus_weight)

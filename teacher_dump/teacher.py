@@ -18,6 +18,7 @@ from typing import Any
 from shards.errors import InputError
 from shards.identity import tokenizer_sha256
 from teacher_dump.corpus import file_sha256
+from teacher_dump.custom_code import custom_code_sha256
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _NOT_CONTENT = ("transformers_version", "_name_or_path")
@@ -36,13 +37,14 @@ class Teacher:
     max_length: int | None
     config_sha256: str
     quantized: bool
+    code_sha256: str | None  # of Python files of the model's own, where it needs them
 
 
-def find_teacher(name: str, revision: str | None) -> Teacher:
+def find_teacher(name: str, revision: str | None, *, trust_remote_code: bool = False) -> Teacher:
     """A folder, or a model of the Hugging Face hub (downloaded once); else InputError."""
     folder = Path(name)
     if not folder.is_dir():
-        folder = _from_hub(name, revision)
+        folder = _from_hub(name, revision, [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])])
         revision = folder.name
     elif revision is not None:
         raise InputError(f"--teacher-revision {revision}: {name} is a folder and has no revisions")
@@ -68,6 +70,7 @@ def find_teacher(name: str, revision: str | None) -> Teacher:
         max_length=_max_length(config),
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
         quantized="quantization_config" in config,
+        code_sha256=custom_code_sha256(folder, trusted=trust_remote_code),
     )
 
 
@@ -80,11 +83,11 @@ def _max_length(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise InputError(
@@ -93,12 +96,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The teacher's tokenizer (a fast one, of `tokenizers`); InputError where it has none."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise InputError(

@@ -27,8 +27,8 @@ BLOCK_ROWS = 64
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def find_model_class(folder: Path) -> tuple[Any, Any]:
-    """The class that config.json names, and the configuration.
+def find_model_class(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class that config.json names, or its own code, and the configuration.
 
     Never the nearest class that fits the type: `AutoModelForCausalLM` gives a classifier a random
     head. Raises InputError for what is no causal language model.
@@ -36,10 +36,14 @@ def find_model_class(folder: Path) -> tuple[Any, Any]:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
     except Exception as error:
         raise _not_loaded(folder, error) from error
     architecture = config.architectures[0]
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return transformers.AutoModelForCausalLM, config
     model_class = getattr(transformers, architecture, None)
     one_way = getattr(config, "is_decoder", True)  # BERT and its kin say so if they are
     if model_class is None or not architecture.endswith(CAUSAL_SUFFIXES) or not one_way:
@@ -69,13 +73,15 @@ class TransformersEngine:
         head_dtype: str,
         keep: Keep,
         seed: int,
+        trust_remote_code: bool = False,
     ) -> None:
-        model_class, config = find_model_class(teacher_folder)
+        model_class, config = find_model_class(teacher_folder, trust_remote_code=trust_remote_code)
         try:
             model: Any = model_class.from_pretrained(
                 teacher_folder,
                 dtype=getattr(torch, dtype),
                 attn_implementation=_attention(config),
+                trust_remote_code=trust_remote_code,
             )
         except Exception as error:
             raise _not_loaded(teacher_folder, error) from error

@@ -26,7 +26,7 @@ from teacher_dump.sequences import TokenSequence
 SUPPORTED_VLLM = "0.32"
 _OWNED = ("model", "runner", "enable_prefix_caching", "skip_tokenizer_init", "dtype",
           "hf_overrides", "additional_config", "max_model_len", "model_class_overrides",
-          "language_model_only")  # fmt: skip
+          "language_model_only", "trust_remote_code")  # fmt: skip
 
 
 def _vllm_version() -> str:
@@ -95,6 +95,7 @@ class VllmEngine:
         keep: Keep,
         seed: int,
         engine_args: Mapping[str, object],
+        trust_remote_code: bool,
     ) -> None:
         check(architecture, engine_args)
         from vllm import LLM, PoolingParams
@@ -117,6 +118,7 @@ class VllmEngine:
                 "skip_tokenizer_init": True,
                 "model_class_overrides": vllm_plugin.overrides(architecture),
                 "language_model_only": True,
+                "trust_remote_code": trust_remote_code,
                 "hf_overrides": {"head_dtype": head_dtype},
                 "additional_config": {CONFIG_KEY: keep.to_plain()},
                 **_default_args(),

@@ -1,0 +1,61 @@
+"""A teacher's own Python code: refused unless it is trusted, and then part of what the teacher is.
+
+A model folder may name code of its own (`auto_map`), which runs with the user's rights as soon as
+anything is loaded from the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shards.errors import InputError
+from teacher_dump.corpus import file_sha256
+
+_NAMING = ("config.json", "tokenizer_config.json")
+
+
+def custom_code_sha256(folder: Path, *, trusted: bool) -> str | None:
+    """One hash over all Python files of a folder that names code of its own; None for others.
+
+    Raises InputError where the code is not trusted, and where it lies outside of the folder.
+    """
+    maps = {name: found for name in _NAMING if (found := _auto_map(folder / name))}
+    if not maps:
+        return None
+    if not trusted:
+        raise InputError(
+            f"{folder}: has Python code of its own (auto_map in {' and '.join(maps)}); "
+            "read it, and give --trust-remote-code to run it"
+        )
+    for name, found in maps.items():
+        for reference in _references(found):
+            if "--" in reference:
+                raise InputError(
+                    f"{folder / name}: {reference} is code of another repository, which would not "
+                    "be identified; copy it into the folder and name it there"
+                )
+    lines = [
+        f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n"
+        for path in sorted(folder.rglob("*.py"))
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _auto_map(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    return content.get("auto_map") or {}
+
+
+def _references(auto_map: dict[str, Any]) -> Iterator[str]:
+    """`module.Class` of every entry; a tokenizer has two of them, of which one may be null."""
+    for value in auto_map.values():
+        yield from (found for found in (value if isinstance(value, list) else [value]) if found)
