@@ -79,6 +79,7 @@ class TransformersEngine:
         try:
             model: Any = model_class.from_pretrained(
                 teacher_folder,
+                config=config,
                 dtype=getattr(torch, dtype),
                 attn_implementation=_attention(config),
                 trust_remote_code=trust_remote_code,
