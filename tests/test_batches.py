@@ -18,7 +18,7 @@ from shards.layout import Layout
 from shards.rows import Row
 from shards.writer import shard_name
 from student_train.batches import (
-    EVALUATION_COLUMNS,
+    TAIL_COLUMNS,
     TARGET_COLUMNS,
     TOKEN_COLUMNS,
     Batch,
@@ -74,9 +74,7 @@ def assert_holds(batch: Batch, b: int, row: Row) -> None:
 def test_batches_hold_the_rows_in_their_order_without_a_second_shift(dataset: Dataset) -> None:
     rows = list(dataset.split("validation").rows())
     found = list(
-        sequential_batches(
-            dataset.split("validation"), batch_sequences=2, columns=EVALUATION_COLUMNS
-        )
+        sequential_batches(dataset.split("validation"), batch_sequences=2, columns=TAIL_COLUMNS)
     )
     assert [len(batch.labels) for batch in found] == [2, 2, 1]
     for number, row in enumerate(rows):
