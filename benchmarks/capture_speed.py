@@ -86,6 +86,7 @@ def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[
         keep=keep,
         seed=0,
         engine_args={},
+        trust_remote_code=False,
     )
     frontend = _ThreadTime()
     engine._submit = frontend.of(engine._submit)
