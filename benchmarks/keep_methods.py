@@ -36,7 +36,7 @@ from teacher_dump.config import DumpConfig  # noqa: E402
 from teacher_dump.keep import Keep, make_keep  # noqa: E402
 from teacher_dump.packing import Selected, unpack  # noqa: E402
 from teacher_dump.random_keys import position_keys, sequence_key  # noqa: E402
-from teacher_dump.selection import make_selector  # noqa: E402
+from teacher_dump.selection import make_selector, select_in_blocks  # noqa: E402
 from teacher_dump.teacher import load_tokenizer, tokenizer_identity  # noqa: E402
 from teacher_dump.transformers_engine import TransformersEngine  # noqa: E402
 
@@ -67,10 +67,7 @@ class _Method:
         keys = torch.from_numpy(
             position_keys(sequence_key(0, "train", sequence.number), 0, len(labels))
         )
-        parts = zip(
-            *(torch.split(part, BLOCK_ROWS) for part in (logits, labels, keys)), strict=True
-        )
-        packed = torch.cat([self._select(*part) for part in parts])
+        packed = select_in_blocks(self._select, logits, labels, keys, BLOCK_ROWS)
         selected = unpack(packed.numpy(), self.keep)
         self._rows.append(make_row(sequence, selected, self.keep.logprob_step))
         self._measure(selected, probs)

@@ -22,11 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from shards.dataset import Dataset, Split
-from shards.errors import (
-    RunError,
-    ShardError,
-    StoppedError,
-)
+from shards.errors import RunError, ShardError, StoppedError
 from shards.folder_lock import folder_lock
 from shards.identity import Json
 from shards.keep_method import KeepMethod

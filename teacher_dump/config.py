@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ class DumpConfig:
     def _check_keep(self) -> None:
         if self.keep not in KEEP_OPTIONS:
             raise InputError(f"--keep {self.keep}: expected {', '.join(KEEP_OPTIONS)}")
-        for option in {name: 0 for options in KEEP_OPTIONS.values() for name in options}:
+        for option in itertools.chain(*KEEP_OPTIONS.values()):
             if getattr(self, option) is None or option in KEEP_OPTIONS[self.keep]:
                 continue
             reason = f"not an option of --keep {self.keep}"

@@ -8,6 +8,8 @@ Letters: T positions of a block, V vocabulary rounded up to whole groups, N grou
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 GROUP = 64
@@ -56,14 +58,24 @@ def take_groups(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return rows.view(num_rows, -1)
 
 
-def largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[T, V] -> groups [T, N] that hold the k largest values, their places in them, the values.
+class Largest(NamedTuple):
+    """The k largest of [T, V], largest first: values and their columns, ids, both [T, k].
 
-    The places [T, k] are in the N * GROUP values of the groups, the values [T, k] largest first.
+    They lie in `groups` [T, N], at these `places` [T, k] of the groups' N * GROUP values.
     """
+
+    values: torch.Tensor
+    ids: torch.Tensor
+    groups: torch.Tensor
+    places: torch.Tensor
+
+
+def largest(values: torch.Tensor, k: int) -> Largest:
+    """The k largest values [T, V] of every row."""
     groups, candidates = _best_groups(values, k)
     found, places = _top_of_candidates(candidates, k)
-    return groups, places, found
+    ids = groups.gather(1, places // GROUP) * GROUP + places % GROUP
+    return Largest(found, ids, groups, places)
 
 
 def _best_groups(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ Nothing here computes anything; `selection` and `sampling` do.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ HEADER_WORDS = 4  # of a packed position: count, tail_logmass, label logprob, en
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
+class Keep(ABC):
     """Common to all methods.
 
     `logprob_step` is the grid, in nats, that log-probabilities are rounded to; `vocab_size` the
@@ -40,18 +41,18 @@ class Keep:
     has_tail: ClassVar[bool] = False  # whether the mass that was not kept is recorded
 
     @property
+    @abstractmethod
     def max_entries(self) -> int:
         """The most entries that a position can keep."""
-        raise NotImplementedError
 
     @property
     def width(self) -> int:
         """int32 words of a packed position."""
         return HEADER_WORDS + 2 * self.max_entries
 
+    @abstractmethod
     def identity(self) -> dict[str, Json]:
         """What a dataset's identity records of the method; `vocab_size` stands elsewhere in it."""
-        raise NotImplementedError
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values that `from_plain` takes, for another process."""

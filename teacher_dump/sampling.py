@@ -71,9 +71,8 @@ def _threshold(probs: torch.Tensor, keys: torch.Tensor, keep: Threshold) -> _Ent
     """Probabilities [T, V] at the method's temperature, which are left as they were."""
     threshold = float(np.float32(keep.threshold))
     num_certain = min(int(1.0001 / threshold), keep.vocab_size)
-    groups, places, mass = largest(probs, num_certain)
+    mass, large, _, _ = largest(probs, num_certain)
     certain = mass >= threshold
-    large = groups.gather(1, places // GROUP) * GROUP + places % GROUP
 
     probs.scatter_(1, large, torch.where(certain, 0.0, mass))
     grid = torch.arange(keep.max_entries, device=probs.device)

@@ -28,6 +28,14 @@ class Selector(Protocol):
         ...
 
 
+def select_in_blocks(
+    select: Selector, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """What a selector makes of any number of positions [T], so many rows at a time."""
+    columns = (torch.split(column, rows) for column in (logits, labels, keys))
+    return torch.cat([select(*block) for block in zip(*columns, strict=True)])
+
+
 def make_selector(keep: Keep) -> Selector:
     """The selector of a method; it works on one device at a time."""
     if isinstance(keep, TopPK):

@@ -52,9 +52,8 @@ def read_flat(path: Path, dtype: np.dtype[Any], end_token: int) -> Iterator[Toke
     size = path.stat().st_size
     if size % dtype.itemsize:
         raise InputError(f"{path}: {size} bytes are no whole number of {dtype.name} tokens")
-    if size:
-        tokens = np.memmap(path, dtype=dtype, mode="r")
-        yield from _split_at_ends(path, tokens, end_token)
+    tokens = _map(path, dtype, 0, size // dtype.itemsize)
+    yield from _split_at_ends(path, tokens, end_token)
 
 
 def read_npy(path: Path, end_token: int) -> Iterator[TokenDocument]:
@@ -105,7 +104,7 @@ def _flat_lists(
     column = columns[key]
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
     values = column.values if is_list else None
-    if values is None or values.type.to_pandas_dtype is None or column.null_count:
+    if values is None or column.null_count:
         raise InputError(f"{path}: column {key!r} is {column.type}, expected lists without nulls")
     flat = values.to_numpy(zero_copy_only=False)
     if flat.dtype.kind not in kinds or values.null_count:
@@ -145,10 +144,7 @@ def _read_megatron(path: Path, index: Path) -> Iterator[TokenDocument]:
     pointers = _map(index, np.int64, 34 + 4 * num_pieces, num_pieces)
     borders = _map(index, np.int64, 34 + 12 * num_pieces, num_borders)
     dtype = np.dtype(_MEGATRON_TYPES[code])
-    size = path.stat().st_size
-    tokens = (
-        np.memmap(path, dtype=dtype, mode="r") if size >= dtype.itemsize else np.empty(0, dtype)
-    )
+    tokens = _map(path, dtype, 0, path.stat().st_size // dtype.itemsize)
     for number in range(num_borders - 1):
         pieces = slice(int(borders[number]), int(borders[number + 1]))
         if pieces.start == pieces.stop:

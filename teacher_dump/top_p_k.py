@@ -39,8 +39,7 @@ class TopPKSelector:
         torch.softmax(logits, -1, out=probs)
 
         k = min(keep.top_k, keep.vocab_size)
-        best, where, values = largest(logits, k)
-        ids = best.gather(1, where // GROUP) * GROUP + where % GROUP
+        values, ids, best, where = largest(logits, k)
         mass = probs.gather(1, ids)
         log_total = values[:, :1] - mass[:, :1].log()
         kept = (mass.cumsum(-1) - mass) < keep.top_p  # the prefix before it is still too light

@@ -15,16 +15,15 @@ import torch
 
 from shards.errors import InputError
 from shards.rows import Int32Array
+from teacher_dump.architectures import CAUSAL_SUFFIXES
 from teacher_dump.head import WideHead
 from teacher_dump.keep import Keep
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key
-from teacher_dump.selection import make_selector
+from teacher_dump.selection import make_selector, select_in_blocks
 from teacher_dump.sequences import TokenSequence
 
 BLOCK_ROWS = 64
-# Text alone goes through a multimodal model too.
-CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def find_model_class(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -113,8 +112,5 @@ class TransformersEngine:
             labels = torch.from_numpy(sequence.tokens[1:]).to(self._device, torch.int64)
             key = sequence_key(self._seed, sequence.split, sequence.number)
             keys = torch.from_numpy(position_keys(key, 0, len(logits))).to(self._device)
-            blocks = zip(
-                *(torch.split(part, BLOCK_ROWS) for part in (logits, labels, keys)), strict=True
-            )
-            packed = torch.cat([self._select(*block) for block in blocks])
+            packed = select_in_blocks(self._select, logits, labels, keys, BLOCK_ROWS)
             yield sequence, unpack(packed.cpu().numpy(), self._keep)

@@ -105,7 +105,7 @@ class VllmEngine:
 
         self._keep = keep
         self._seed = seed
-        self._names = LABELS_KEY, RANDOM_KEY
+        self._labels_key, self._random_key = LABELS_KEY, RANDOM_KEY
         self._pooling_params = PoolingParams
         llm = _start(
             LLM,
@@ -148,7 +148,7 @@ class VllmEngine:
     def _submit(self, request: str, sequence: TokenSequence) -> None:
         labels = np.ascontiguousarray(sequence.tokens[1:], dtype=np.int32).tobytes()
         key = sequence_key(self._seed, sequence.split, sequence.number)
-        sent = dict(zip(self._names, (labels, key), strict=True))
+        sent = {self._labels_key: labels, self._random_key: key}
         params = self._pooling_params(task="token_classify", extra_kwargs=sent)
         prompt = {"prompt_token_ids": sequence.tokens[:-1].tolist()}
         self._engine.add_request(request, prompt, params)

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from teacher_dump.architectures import CAUSAL_SUFFIXES
+
 PREFIX = "Teacher"
-# Text alone goes through a multimodal model too; what is no causal LM of these is refused earlier.
-SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 _stock: dict[str, Any] = {}
 
@@ -27,7 +27,8 @@ def register() -> None:
     from vllm import ModelRegistry
 
     for architecture, entry in ModelRegistry.models.items():
-        if architecture.endswith(SUFFIXES) and getattr(entry, "module_name", None) != __name__:
+        ours = getattr(entry, "module_name", None) == __name__
+        if architecture.endswith(CAUSAL_SUFFIXES) and not ours:
             _stock.setdefault(architecture, entry)
 
 

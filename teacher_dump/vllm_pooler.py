@@ -28,7 +28,7 @@ from vllm.model_executor.layers.pooler.abstract import Pooler
 from teacher_dump.head import WideHead
 from teacher_dump.keep import Keep, from_plain
 from teacher_dump.random_keys import position_keys
-from teacher_dump.selection import make_selector
+from teacher_dump.selection import make_selector, select_in_blocks
 
 CONFIG_KEY = "logitshards"  # in vLLM's additional_config
 # In PoolingParams.extra_kwargs: int32 bytes, one per prompt token, and the sequence's random key.
@@ -80,16 +80,15 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
             if logits is None:  # a tensor-parallel rank that holds no gathered logits
                 packed.append(hidden.new_zeros((len(hidden), self.keep.width), dtype=torch.int32))
             else:
-                packed += self._select(logits, wanted, chance)
+                rows_at_once = self.selection_rows(logits)
+                packed.append(select_in_blocks(self.select, logits, wanted, chance, rows_at_once))
         return packed[0] if len(packed) == 1 else torch.cat(packed)
 
-    def _select(self, *block: torch.Tensor) -> list[torch.Tensor]:
-        """logits, labels and keys of a block -> its packed parts."""
-        rows = len(block[0])
-        if block[0].device.type == "cpu":
-            rows = max(1, CPU_SELECTION_BYTES // (4 * self.keep.vocab_size))
-        parts = zip(*(torch.split(column, rows) for column in block), strict=True)
-        return [self.select(*part) for part in parts]
+    def selection_rows(self, logits: torch.Tensor) -> int:
+        """How many rows of a block's logits are selected from at once."""
+        if logits.device.type != "cpu":
+            return len(logits)
+        return max(1, CPU_SELECTION_BYTES // (4 * self.keep.vocab_size))
 
     def forward(
         self, hidden_states: torch.Tensor, pooling_metadata: Any

@@ -25,7 +25,7 @@ from teacher_dump.collector import make_row
 from teacher_dump.keep import Draws, Keep, Threshold, from_plain
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key, uniforms
-from teacher_dump.selection import make_selector
+from teacher_dump.selection import make_selector, select_in_blocks
 from teacher_dump.sequences import TokenSequence
 from tests.strategies import make_identity, write_shard
 
@@ -61,10 +61,9 @@ def keys_of(number: int, count: int, *, seed: int = 0, split: str = "train") -> 
 
 def select(keep: Keep, logits: torch.Tensor, keys: torch.Tensor, block: int = 1000) -> Selected:
     """As an engine does it, block by block; labels are 0."""
-    selector = make_selector(keep)
     labels = torch.zeros(len(logits), dtype=torch.int64)
-    blocks = zip(*(torch.split(part, block) for part in (logits, labels, keys)), strict=True)
-    return unpack(torch.cat([selector(*parts) for parts in blocks]).numpy(), keep)
+    packed = select_in_blocks(make_selector(keep), logits, labels, keys, block)
+    return unpack(packed.numpy(), keep)
 
 
 def positions(counts: np.ndarray, *columns: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:

@@ -52,6 +52,14 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str((folder / "config.json").rename(folder / "student.json"))
 
 
+# Steps large enough, and evaluations often enough, to see a student learn.
+LEARNING: dict[str, Any] = {
+    "batch_tokens": 16 * SEQUENCE_LENGTH,
+    "micro_batch_sequences": 16,
+    "eval_every": 10,
+}
+
+
 def make_config(shards: Path, student: str, out: Path, **changes: Any) -> TrainConfig:
     config = TrainConfig(
         shards=shards,
@@ -90,9 +98,7 @@ def test_a_student_learns_from_labels_from_the_teacher_and_from_both(
         student,
         tmp_path / "out",
         tokens=32_000,
-        batch_tokens=16 * SEQUENCE_LENGTH,
-        micro_batch_sequences=16,
-        eval_every=10,
+        **LEARNING,
         alpha=alpha,
         dtype=dtype,
     )
@@ -229,9 +235,7 @@ def test_a_student_learns_with_every_loss_and_a_changing_alpha(
         student,
         tmp_path / "out",
         tokens=16_000,
-        batch_tokens=16 * SEQUENCE_LENGTH,
-        micro_batch_sequences=16,
-        eval_every=10,
+        **LEARNING,
         alpha=0.5,
         **changes,
     )
@@ -261,9 +265,7 @@ def test_a_student_learns_from_sampled_shards_at_the_temperature_of_the_dump(
         student,
         tmp_path / "out",
         tokens=32_000,
-        batch_tokens=16 * SEQUENCE_LENGTH,
-        micro_batch_sequences=16,
-        eval_every=10,
+        **LEARNING,
         alpha=1.0,
     )
     for changes, match in (
