@@ -186,6 +186,12 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
 @click.option("--token-key", help="Column of token lists in Parquet and Arrow, instead of text.")
 @click.option("--mask-key", help="Column of lists of booleans: which tokens count as labels.")
 @click.option("--token-dtype", help="uint16 or uint32 in a flat .bin; default: by the vocabulary.")
+@click.option(
+    "--documents",
+    default="pack",
+    show_default=True,
+    help="pack: sequences go on over the ends of documents; separate: each document has its own.",
+)
 @click.option("--bos/--no-bos", default=False, show_default=True, help="Begin each document so.")
 @click.option(
     "--eos/--no-eos",

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.identity import Json
+from shards.layout import Layout
 from shards.rows import BoolArray, Row
 from shards.sidecar import Sidecar
 from shards.writer import ShardWriter
@@ -83,13 +84,12 @@ class ShardCollector:
         plans: Iterable[ShardPlan],
         *,
         identity: dict[str, Json],
-        sequences_per_shard: int,
-        sequences_per_row_group: int,
+        layout: Layout,
         on_shard: Callable[[Sidecar], None],
     ) -> None:
-        self._per_shard = sequences_per_shard
-        self._per_group = sequences_per_row_group
-        self._writer = _BackgroundWriter(out, identity, sequences_per_row_group, on_shard)
+        self._per_shard = layout.sequences_per_shard
+        self._per_group = layout.sequences_per_row_group
+        self._writer = _BackgroundWriter(out, identity, self._per_group, on_shard)
         self._open: dict[tuple[str, int], _Open] = {}
         self._plans = {(plan.split, plan.shard): plan for plan in plans}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
+from shards.layout import Layout
 
 TARGET_SHARD_TOKENS = 2 << 20  # about 256 MiB at 120 bytes per token
 TARGET_ROW_GROUP_TOKENS = 128 << 10
@@ -55,6 +56,7 @@ class DumpConfig:
     token_key: str | None = None
     mask_key: str | None = None
     token_dtype: str | None = None
+    documents: str = "pack"
     bos: bool = False
     eos: bool = True
     sequences_per_shard: int | None = None
@@ -96,6 +98,8 @@ class DumpConfig:
                 raise InputError(f"--corpus-weight {weight}: expected a value in (0, 1000]")
         if self.mask_key is not None and self.token_key is None:
             raise InputError("--mask-key: says which tokens of --token-key count, which is missing")
+        if self.documents not in ("pack", "separate"):
+            raise InputError(f"--documents {self.documents}: expected pack or separate")
         if self.token_dtype not in (None, "uint16", "uint32"):
             raise InputError(f"--token-dtype {self.token_dtype}: expected uint16 or uint32")
 
@@ -132,12 +136,14 @@ class DumpConfig:
         return "bfloat16" if self.dtype == "auto" else self.dtype
 
     @property
-    def resolved_sequences_per_shard(self) -> int:
-        """Sequences of one shard."""
-        return self.sequences_per_shard or max(1, TARGET_SHARD_TOKENS // self.sequence_length)
+    def joined(self) -> bool:
+        """Whether sequences go on over the ends of documents."""
+        return self.documents == "pack"
 
-    @property
-    def sequences_per_row_group(self) -> int:
-        """Sequences of one row group: about 128k tokens, never more than a shard."""
-        per_group = max(1, TARGET_ROW_GROUP_TOKENS // self.sequence_length)
-        return min(per_group, self.resolved_sequences_per_shard)
+    def layout(self, mean_positions: int) -> Layout:
+        """Row groups of about 128k tokens and shards of 2 million, for sequences of this length."""
+        per_shard = self.sequences_per_shard or max(1, TARGET_SHARD_TOKENS // mean_positions)
+        per_group = max(1, TARGET_ROW_GROUP_TOKENS // mean_positions)
+        return Layout(
+            sequences_per_shard=per_shard, sequences_per_row_group=min(per_group, per_shard)
+        )

@@ -19,13 +19,19 @@ from shards.completeness import discard_shard, missing_shards
 from shards.continuing import check_folder, check_identity, create_or_continue
 from shards.errors import InputError, RunError
 from shards.folder_lock import folder_lock
+from shards.layout import Layout
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
 from shards.progress_line import ProgressLine, count
 from shards.sidecar import Sidecar
 from teacher_dump.collector import ShardCollector, ShardPlan, make_row
 from teacher_dump.config import DumpConfig
 from teacher_dump.engines import TeacherEngine
-from teacher_dump.identity import make_identity, make_record
+from teacher_dump.identity import (
+    complete_identity,
+    make_identity,
+    make_record,
+    without_tokens,
+)
 from teacher_dump.prepare import prepare
 from teacher_dump.progress import PassProgress
 from teacher_dump.rules import TokenisingRules
@@ -66,8 +72,14 @@ def run(config: DumpConfig) -> DumpSummary:
         if not (config.out / MANIFEST_NAME).exists():
             ready.check_engine(config)
         store = _tokens(config.out, ready.files, ready.tokenizer, rules)
-        identity["tokens_sha256"] = store.sha256
-        splits = {split: store.sequences(split, config.sequence_length) for split in SPLITS}
+        splits = {
+            split: store.sequences(split, config.sequence_length, joined=config.joined)
+            for split in SPLITS
+        }
+        if not len(splits["train"]):
+            raise InputError("--documents separate: no document has a second token to predict")
+        layout = config.layout(splits["train"].mean_positions)
+        identity = complete_identity(identity, store.sha256, layout)
         sizes = _sizes(splits, config.max_tokens)
         ready.tokenizer.save_pretrained(config.out / "tokenizer")
         recorded = make_record(config, ready.teacher)
@@ -83,8 +95,7 @@ def _refuse_another(out: Path, identity: Mapping[str, Any]) -> None:
     """Compare with the folder's manifest, if there is one, before anything is tokenised."""
     if not (out / MANIFEST_NAME).exists():
         return
-    present = load_manifest(out).identity
-    check_identity(out, identity, {k: v for k, v in present.items() if k != "tokens_sha256"})
+    check_identity(out, identity, without_tokens(load_manifest(out).identity))
 
 
 @contextmanager
@@ -127,8 +138,7 @@ def _sizes(splits: Mapping[str, SplitSequences], max_tokens: int | None) -> dict
         wanted = len(split)
         if max_tokens is not None and max_tokens < total and wanted:
             share = max_tokens * split.num_positions // total
-            per_sequence = split.positions_of(1)
-            wanted = min(wanted, max(1, share // per_sequence))
+            wanted = max(1, split.sequences_within(share))
         sizes[name] = SplitSize(sequences=wanted, positions=split.positions_of(wanted))
     return sizes
 
@@ -173,8 +183,7 @@ def _run_pass(
         config.out,
         plans,
         identity=identity,
-        sequences_per_shard=config.resolved_sequences_per_shard,
-        sequences_per_row_group=config.sequences_per_row_group,
+        layout=Layout.of(identity),
         on_shard=on_shard,
     )
     try:

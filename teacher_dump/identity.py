@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from shards.layout import Layout
 from shards.schema import FORMAT_VERSION
 from teacher_dump.config import DumpConfig
 from teacher_dump.keep import Keep
@@ -21,7 +24,7 @@ def head_dtype(teacher: Teacher) -> str:
 def make_identity(
     config: DumpConfig, teacher: Teacher, rules: TokenisingRules, keep: Keep
 ) -> dict[str, Any]:
-    """Everything that decides what the shards hold, but for the token store's hash."""
+    """Everything that decides what the shards hold, but for what `complete_identity` adds."""
     return {
         "format_version": FORMAT_VERSION,
         "teacher": {
@@ -35,7 +38,7 @@ def make_identity(
         "tokenizer_sha256": rules.tokenizer_sha256,
         "vocab_size": rules.vocab_size,
         "documents": {
-            "joined": True,
+            "joined": config.joined,
             "bos": config.bos,
             "eos_token_id": rules.eos_token_id if config.eos else None,
             "held_out": config.held_out,
@@ -43,11 +46,19 @@ def make_identity(
         "sequence_length": config.sequence_length,
         "keep": keep.identity(),
         "seed": config.seed,
-        "layout": {
-            "sequences_per_shard": config.resolved_sequences_per_shard,
-            "sequences_per_row_group": config.sequences_per_row_group,
-        },
     }
+
+
+def complete_identity(
+    identity: Mapping[str, Any], tokens_sha256: str, layout: Layout
+) -> dict[str, Any]:
+    """An identity with what is known only when the tokens are."""
+    return {**identity, "tokens_sha256": tokens_sha256, "layout": asdict(layout)}
+
+
+def without_tokens(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without what `complete_identity` adds."""
+    return {k: v for k, v in identity.items() if k not in ("tokens_sha256", "layout")}
 
 
 def make_record(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import InputError
-from shards.layout import Layout
 from shards.progress_line import count, duration
 from shards.rows import Row
 from shards.sidecar import Sidecar
@@ -27,7 +26,12 @@ from teacher_dump.collector import make_row
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import CorpusFile, read_sample
 from teacher_dump.prepare import Prepared, prepare
-from teacher_dump.sequences import SplitSequences, TokenSequence
+from teacher_dump.sequences import (
+    JoinedSequences,
+    SeparateSequences,
+    SplitSequences,
+    TokenSequence,
+)
 from teacher_dump.token_builder import encode, make_encoder
 
 SAMPLED_FILES = 32
@@ -39,14 +43,30 @@ _WARM_UP = 2  # sequences before the clock runs
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Tokens [N] int32 of the sampled documents, each closed by the end-of-document token.
+    """Tokens [N] int32 of the sampled documents, document_starts [documents] int64.
 
     `num_tokens` is that of the whole corpus, exact if `share`, the part that was read, is 1.
     """
 
     tokens: npt.NDArray[np.int32]
+    document_starts: npt.NDArray[np.int64]
     num_tokens: int
     share: float
+
+    def sequences(self, config: DumpConfig) -> SplitSequences:
+        """The sample cut as the corpus would be."""
+        kind = JoinedSequences if config.joined else SeparateSequences
+        return kind(
+            split="train",
+            tokens=self.tokens,
+            document_starts=self.document_starts,
+            sequence_length=config.sequence_length,
+        )
+
+    def num_positions(self, split: SplitSequences) -> int:
+        """Labelled positions of the whole corpus: so many less than tokens as in the sample."""
+        lost = len(self.tokens) - split.num_positions
+        return max(1, self.num_tokens - round(lost * self.num_tokens / len(self.tokens)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +113,7 @@ def make_plan(config: DumpConfig, tokens: int | None) -> Plan:
     """
     ready = prepare(config)
     sample = read_corpus_sample(ready)
-    split = SplitSequences(
-        split="train",
-        tokens=sample.tokens,
-        document_starts=np.zeros(1, np.int64),
-        sequence_length=config.sequence_length,
-    )
+    split = sample.sequences(config)
     if not len(split):
         raise InputError("--plan: the corpus has no two tokens to measure with")
     started = time.monotonic()
@@ -113,15 +128,12 @@ def make_plan(config: DumpConfig, tokens: int | None) -> Plan:
         rows.append(make_row(sequence, selected, config.logprob_step))
     seconds = time.monotonic() - started
     measured = _write(ready, config, sorted(rows, key=lambda row: row.sequence))
-    total, source = _total(config, tokens, sample)
-    layout = Layout(
-        sequences_per_shard=config.resolved_sequences_per_shard,
-        sequences_per_row_group=config.sequences_per_row_group,
-    )
+    total, source = _total(config, tokens, sample.num_positions(split), sample.share)
+    layout = config.layout(split.mean_positions)
     return Plan(
         tokens=total,
         source=source,
-        shards=layout.num_shards(-(-total // config.sequence_length)),
+        shards=layout.num_shards(-(-total // split.mean_positions)),
         measured_positions=measured.tokens,
         entries_per_token=measured.entries / measured.tokens,
         bytes_per_token=measured.bytes / measured.tokens,
@@ -137,16 +149,15 @@ def _until(split: SplitSequences, deadline: float) -> Iterator[TokenSequence]:
         yield split[number]
 
 
-def _total(config: DumpConfig, given: int | None, sample: Sample) -> tuple[int, str]:
+def _total(config: DumpConfig, given: int | None, total: int, share: float) -> tuple[int, str]:
     """Labelled positions of the whole dump, and where the number comes from."""
     if given is not None:
         return given, "as given"
-    total = max(1, sample.num_tokens - 1)
     if config.max_tokens is not None and config.max_tokens < total:
         return config.max_tokens, "by --max-tokens"
-    if sample.share == 1:
+    if share == 1:
         return total, "counted"
-    return total, f"estimated from {100 * sample.share:.2g} % of the corpus"
+    return total, f"estimated from {100 * share:.2g} % of the corpus"
 
 
 def read_corpus_sample(ready: Prepared) -> Sample:
@@ -164,8 +175,10 @@ def read_corpus_sample(ready: Prepared) -> Sample:
         read_bytes += share * file.path.stat().st_size
     all_bytes = sum(file.path.stat().st_size for file in ready.files)
     sampled_bytes = sum(file.path.stat().st_size for file in files)
+    ends = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return Sample(
         tokens=np.concatenate(pieces or [np.empty(0)]).astype(np.int32),
+        document_starts=ends[:-1],
         num_tokens=round(estimate * all_bytes / max(1, sampled_bytes)),
         share=read_bytes / max(1, all_bytes),
     )

@@ -24,7 +24,7 @@ from shards.identity import Json, differences
 from shards.sealed import unseal
 from teacher_dump.corpus import CorpusFile, file_sha256
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.sequences import SplitSequences
+from teacher_dump.sequences import JoinedSequences, SeparateSequences, SplitSequences
 
 SPLITS = ("train", "validation")
 STORE_NAME, PROGRESS_NAME = "store.json", "progress.json"
@@ -43,14 +43,15 @@ class TokenStore:
         self._has_mask = bool(content.get("has_mask", False))
         self._sizes: Any = content["splits"]
 
-    def sequences(self, split: str, sequence_length: int) -> SplitSequences:
+    def sequences(self, split: str, sequence_length: int, *, joined: bool = True) -> SplitSequences:
         """The split cut into sequences; RunError if a file is not as long as recorded."""
         sizes = self._sizes[split]
         columns = {
             column.name: _map(column.path(self.folder, split), column.dtype, sizes[column.counts])
             for column in columns_of(self._dtype, self._has_mask)
         }
-        return SplitSequences(
+        kind = JoinedSequences if joined else SeparateSequences
+        return kind(
             split=split,
             tokens=columns["tokens"],
             document_starts=columns["documents"],

@@ -18,6 +18,7 @@ from shards import inspect
 from shards.rows import Row
 from teacher_dump.keep import TopPK
 from teacher_dump.sequences import TokenSequence
+from teacher_dump.teacher import load_tokenizer
 from teacher_dump.transformers_engine import TransformersEngine
 from tests.tiny_teacher import (
     BOUND,
@@ -245,6 +246,37 @@ def test_a_larger_max_tokens_extends_and_another_identity_is_refused_by_name(
     assert result.returncode == 2
     assert "corpus" in result.stderr
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+
+
+def test_separate_documents_are_read_by_the_teacher_one_at_a_time(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=60)
+    out = tmp_path / "out"
+    command = dump_command(tiny_teacher, corpus, out, "--engine", "transformers")
+    command += ["--dtype", "float32", "--held-out", "0", "--documents", "separate"]
+    planned = run_dump([*command, "--plan"])
+    result = run_dump(command)
+    assert result.returncode == 0, result.stderr
+    tokenizer = load_tokenizer(tiny_teacher)
+    manifest = json.loads((out / "manifest.json").read_text())
+    length = manifest["identity"]["sequence_length"]
+    expected = []
+    for line in corpus.read_text(encoding="utf-8").splitlines():
+        tokens = [*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_token_id]
+        expected += [tokens[s : s + length + 1] for s in range(0, len(tokens) - 1, length)]
+    rows = list(all_rows(out).values())
+    assert [row.tokens.tolist() for row in rows] == expected
+    for row in rows:
+        assert not row.segments.any()
+        exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
+        assert largest_error(row, exact) <= BOUND
+    positions = sum(len(row.counts) for row in rows)
+    assert manifest["splits"]["train"] == {"sequences": len(rows), "positions": positions}
+    assert f"{positions:,} counted" in planned.stdout
+    result = run_dump([*command, "--documents", "pack"])
+    assert result.returncode == 2
+    assert "documents.joined" in result.stderr
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_is_finished(

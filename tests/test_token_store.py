@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_dump import token_builder
+from teacher_dump import sequences, token_builder
 from teacher_dump.corpus import list_files
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.sequences import SplitSequences
+from teacher_dump.sequences import JoinedSequences, SeparateSequences
 from teacher_dump.teacher import load_tokenizer, tokenizer_identity
 from teacher_dump.token_store import open_or_build
 from tests.tiny_teacher import write_corpus
@@ -34,7 +34,7 @@ def test_sequences_overlap_by_one_and_number_their_documents(
     document = np.repeat(np.arange(len(lengths)), lengths)
     tokens = np.arange(len(document), dtype=np.uint16)
     starts = np.cumsum(lengths) - lengths
-    split = SplitSequences(
+    split = JoinedSequences(
         split="train", tokens=tokens, document_starts=starts, sequence_length=length
     )
     assert split.positions_of(len(split)) == split.num_positions == len(tokens) - 1
@@ -49,6 +49,45 @@ def test_sequences_overlap_by_one_and_number_their_documents(
     assert labels == tokens[1:].tolist()
     with pytest.raises(IndexError):
         split[len(split)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20),
+    length=st.integers(1, 9),
+    per_mark=st.integers(1, 5),
+)
+def test_separate_documents_have_sequences_of_their_own(
+    lengths: list[int], length: int, per_mark: int
+) -> None:
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    tokens = np.arange(len(document), dtype=np.uint16)
+    starts = np.cumsum(lengths) - lengths
+    counts = tokens % 3 > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequences, "_DOCUMENTS_PER_MARK", per_mark)
+        split = SeparateSequences(
+            split="train",
+            tokens=tokens,
+            document_starts=starts,
+            sequence_length=length,
+            label_mask=counts,
+        )
+        found = [split[number] for number in range(len(split))]
+        before = [split.positions_of(number) for number in range(len(split) + 1)]
+        within = [split.sequences_within(positions) for positions in before]
+    for sequence in found:
+        assert 2 <= len(sequence.tokens) <= length + 1
+        assert len(set(document[sequence.tokens])) == 1
+        assert not sequence.segments.any()
+        np.testing.assert_array_equal(sequence.loss_mask, counts[sequence.tokens[1:]])
+    labels = [token for sequence in found for token in sequence.tokens[1:].tolist()]
+    assert labels == np.setdiff1d(tokens, starts).tolist()  # all but every document's first
+    sizes = [len(sequence.tokens) - 1 for sequence in found]
+    assert before == np.cumsum([0, *sizes]).tolist()
+    assert within == list(range(len(found) + 1))
+    assert split.num_positions == sum(sizes)
+    assert split.mean_positions == (-(-sum(sizes) // len(sizes)) if sizes else length)
 
 
 def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
@@ -91,9 +130,9 @@ def test_documents_are_held_out_whole_and_equal_ones_together(
     )
     documents: dict[str, set[bytes]] = {}
     for split in ("train", "validation"):
-        sequences = store.sequences(split, 1 << 20)
-        assert len(sequences) == 1
-        tokens = sequences[0].tokens
+        found = store.sequences(split, 1 << 20)
+        assert len(found) == 1
+        tokens = found[0].tokens
         ends = np.flatnonzero(tokens == tokenizer.eos_token_id) + 1
         documents[split] = {part.tobytes() for part in np.split(tokens, ends)[:-1]}
     assert not documents["train"] & documents["validation"]
