@@ -31,18 +31,38 @@ def check_engine(
     *,
     teacher_folder: Path,
     architecture: str,
+    sequence_length: int,
+    keep: Keep,
     engine_args: Mapping[str, object],
     trust_remote_code: bool,
 ) -> None:
     """Raise InputError for an architecture or arguments that the engine does not take."""
-    if engine == "vllm":
-        from teacher_dump import vllm_engine
-
-        vllm_engine.check(architecture, engine_args)
-    else:
+    if engine == "transformers":
         from teacher_dump import transformers_engine
 
         transformers_engine.find_model_class(teacher_folder, trust_remote_code=trust_remote_code)
+        return
+    if engine == "vllm-logprobs":
+        from teacher_dump import vllm_logprobs_engine
+
+        vllm_logprobs_engine.check(
+            teacher_folder,
+            architecture=architecture,
+            sequence_length=sequence_length,
+            engine_args=engine_args,
+            trust_remote_code=trust_remote_code,
+        )
+        return
+    from teacher_dump import vllm_engine
+
+    vllm_engine.check(
+        teacher_folder,
+        architecture=architecture,
+        sequence_length=sequence_length,
+        keep=keep,
+        engine_args=engine_args,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def start_engine(
@@ -74,6 +94,19 @@ def start_engine(
             sequence_length=sequence_length,
             keep=keep,
             seed=seed,
+            engine_args=engine_args,
+            trust_remote_code=trust_remote_code,
+        )
+    if engine == "vllm-logprobs":
+        from teacher_dump.vllm_logprobs_engine import VllmLogprobsEngine
+
+        return VllmLogprobsEngine(
+            teacher_folder=teacher_folder,
+            architecture=architecture,
+            dtype=dtype,
+            head_dtype=head_dtype,
+            sequence_length=sequence_length,
+            keep=keep,
             engine_args=engine_args,
             trust_remote_code=trust_remote_code,
         )

