@@ -49,9 +49,9 @@ def check(
     reason = _refusal(architecture)
     if reason is None:
         return
-    more = (sequence_length, engine_args, trust_remote_code)
+    asked = (teacher_folder, architecture, sequence_length, engine_args, trust_remote_code)
     fallback = "transformers"
-    if isinstance(keep, TopPK) and vllm_logprobs_engine.refusal(teacher_folder, *more) is None:
+    if isinstance(keep, TopPK) and vllm_logprobs_engine.refusal(*asked) is None:
         fallback = vllm_logprobs_engine.NAME
     raise InputError(f"vLLM {found} {reason}: use --engine {fallback}")
 

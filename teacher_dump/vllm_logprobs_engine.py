@@ -38,7 +38,6 @@ from teacher_dump.vllm_start import (
 from teacher_dump.vllm_stream import VllmStream
 
 NAME = "vllm-logprobs"
-_BACKEND = "transformers"  # model_impl of vLLM that runs code of transformers
 
 
 def check(
@@ -58,22 +57,26 @@ def check(
             f"--engine {NAME} needs vLLM {'.'.join(map(str, SUPPORTED_VLLM))} or newer, found "
             f"{found}: install it (make setup), or use --engine transformers"
         )
-    reason = refusal(teacher_folder, sequence_length, engine_args, trust_remote_code)
+    reason = refusal(teacher_folder, architecture, sequence_length, engine_args, trust_remote_code)
     if reason is not None:
         raise InputError(f"vLLM {found}, {architecture}: {reason}: use --engine transformers")
 
 
 def refusal(
     teacher_folder: Path,
+    architecture: str,
     sequence_length: int,
     engine_args: Mapping[str, object],
     trust_remote_code: bool,
 ) -> str | None:
     """Why vLLM does not generate with a teacher, as its configuration tells; None if it does."""
+    from vllm import ModelRegistry
     from vllm.engine.arg_utils import EngineArgs
 
     asked = engine_args.get("model_impl", "auto")
     try:
+        if architecture in ModelRegistry.models:
+            ModelRegistry.models[architecture].inspect_model_cls()  # says what its import raises
         model = EngineArgs(
             model=str(teacher_folder),
             runner="generate",
@@ -83,14 +86,14 @@ def refusal(
             trust_remote_code=trust_remote_code,
             model_impl=asked,
         ).create_model_config()
-        by_transformers = model.using_transformers_backend()
+        unknown = model.using_transformers_backend() and architecture not in ModelRegistry.models
     except Exception as error:  # whatever the import of a model may raise, in another process
         return last_line(error)
-    if by_transformers and asked != _BACKEND:
+    if unknown and asked != "transformers":
         return (
-            "vLLM has no such model of its own, and a head of its own for code of transformers "
-            "may leave out what the model does to its logits (--engine-arg model_impl=transformers "
-            "if it does nothing)"
+            "a model that vLLM does not know, whose layers it would take from transformers, and "
+            "whose logits from a head of its own, without what the model may do to them "
+            "(--engine-arg model_impl=transformers if it does nothing)"
         )
     if sequence_length in _places_where_rope_changes(model.hf_text_config):
         return (
@@ -173,7 +176,7 @@ class VllmLogprobsEngine:
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""
         for sequence, output in self._stream.run(sequences, self._submit):
-            labels, ids, logprobs = self._read(output, sequence)
+            labels, ids, logprobs = read_output(output, sequence, self._keep)
             yield sequence, select_from_largest(ids, logprobs, labels, self._keep)
 
     def _submit(self, request: str, sequence: TokenSequence) -> None:
@@ -192,29 +195,30 @@ class VllmLogprobsEngine:
         prompt = {"prompt_token_ids": sequence.tokens[:-1].tolist()}
         self._stream.engine.add_request(request, prompt, params)
 
-    def _read(
-        self, output: Any, sequence: TokenSequence
-    ) -> tuple[Float32Array, Int32Array, Float32Array]:
-        """Label log-probabilities [T], known ids and log-probabilities [T, K] of an output.
 
-        RunError unless they are those of every position, of its label, and largest first.
-        """
-        prompt, last = output.prompt_logprobs, output.outputs[0].logprobs
-        expected = (len(sequence.tokens) - 1, 1 + num_known(self._keep))
-        ids = np.array([*prompt.token_ids, *last.token_ids], np.int32)
-        logprobs = np.array([*prompt.logprobs, *last.logprobs], np.float32)
-        where = f"{sequence.split} sequence {sequence.number}"
-        if ids.size != expected[0] * expected[1]:
-            raise RunError(f"{where}: {ids.size} log-probabilities came back, not {expected}")
-        ids, logprobs = ids.reshape(expected), logprobs.reshape(expected)
-        if not np.array_equal(ids[:, 0], sequence.tokens[1:]):
-            raise RunError(f"{where}: log-probabilities of other labels came back")
-        if ids.min() < 0 or ids.max() >= self._keep.vocab_size:
-            raise RunError(f"{where}: ids beyond the tokenizer's length came back")
-        if (np.diff(logprobs[:, 1:]) > 0).any():
-            raise RunError(f"{where}: log-probabilities came back in another order")
-        return (
-            np.ascontiguousarray(logprobs[:, 0]),
-            np.ascontiguousarray(ids[:, 1:]),
-            np.ascontiguousarray(logprobs[:, 1:]),
-        )
+def read_output(
+    output: Any, sequence: TokenSequence, keep: TopPK
+) -> tuple[Float32Array, Int32Array, Float32Array]:
+    """Label log-probabilities [T], known ids and log-probabilities [T, K] of an output.
+
+    RunError unless they are those of every position, of its label, and largest first.
+    """
+    prompt, last = output.prompt_logprobs, output.outputs[0].logprobs
+    expected = (len(sequence.tokens) - 1, 1 + num_known(keep))
+    ids = np.array([*prompt.token_ids, *last.token_ids], np.int32)
+    logprobs = np.array([*prompt.logprobs, *last.logprobs], np.float32)
+    where = f"{sequence.split} sequence {sequence.number}"
+    if ids.size != expected[0] * expected[1]:
+        raise RunError(f"{where}: {ids.size} log-probabilities came back, not {expected}")
+    ids, logprobs = ids.reshape(expected), logprobs.reshape(expected)
+    if not np.array_equal(ids[:, 0], sequence.tokens[1:]):
+        raise RunError(f"{where}: log-probabilities of other labels came back")
+    if ids.min() < 0 or ids.max() >= keep.vocab_size:
+        raise RunError(f"{where}: ids beyond the tokenizer's length came back")
+    if (np.diff(logprobs[:, 1:]) > 0).any():
+        raise RunError(f"{where}: log-probabilities came back in another order")
+    return (
+        np.ascontiguousarray(logprobs[:, 0]),
+        np.ascontiguousarray(ids[:, 1:]),
+        np.ascontiguousarray(logprobs[:, 1:]),
+    )

@@ -8,6 +8,7 @@ have nothing to score.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +31,8 @@ def check_arguments(engine_args: Mapping[str, object]) -> None:
 
 def prepare_environment() -> None:
     """vLLM reads these when it is imported; what the user has set stands."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level.upper())  # which vLLM does when an engine starts
     import torch
 
     if torch.cuda.is_available():
@@ -83,4 +85,4 @@ def last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("For further information")]
     last = lines[-1] if lines else type(error).__name__
-    return last.split(" [type=")[0].removeprefix("Value error, ")
+    return last.split(" [type=")[0].removeprefix("Value error, ").rstrip(".")

@@ -18,6 +18,7 @@ from tests.tiny_families import FAMILIES, make_family, quantise
 from tests.tiny_teacher import (
     BOUND,
     ROOT,
+    TAIL_NOISE,
     TOKENIZER_LENGTH,
     all_rows,
     dense_logprobs,
@@ -53,10 +54,10 @@ print("CODES", *codes)
 """
 
 
-def _run_all(commands: list[list[str]]) -> tuple[list[str], str]:
+def _run_all(commands: list[list[str]], before: str = "") -> tuple[list[str], str]:
     """Exit codes of several dumps, and what they wrote on standard error."""
     options = json.dumps([command[3:] for command in commands])
-    result = run_dump([sys.executable, "-c", ONE_AFTER_THE_OTHER, options], cwd=ROOT)
+    result = run_dump([sys.executable, "-c", before + ONE_AFTER_THE_OTHER, options], cwd=ROOT)
     return result.stdout.partition("CODES")[2].split(), result.stderr
 
 
@@ -98,19 +99,30 @@ def on_vllm(
 
 
 @pytest.fixture(scope="module")
+def on_vllm_logprobs(
+    request: pytest.FixtureRequest,
+    teachers: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    names = _asked_for(request, "test_rows_of_vllm_logprobs_are_those_of_transformers_too")
+    folder = tmp_path_factory.mktemp("vllm-logprobs")
+    return _dump_all("vllm-logprobs", {name: teachers[name] for name in names}, folder)
+
+
+@pytest.fixture(scope="module")
 def on_transformers(
     teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     return _dump_all("transformers", teachers, tmp_path_factory.mktemp("transformers"))
 
 
-def _assert_exact(teacher: Path, out: Path) -> None:
+def _assert_exact(teacher: Path, out: Path, tail_noise: float = 0.0) -> None:
     rows = all_rows(out)
     assert len(rows) > 10
     for row in rows.values():
         assert row.ids.max() < TOKENIZER_LENGTH  # the padded rows would win every softmax
         exact = dense_logprobs(teacher, row.tokens, TOKENIZER_LENGTH)
-        assert largest_error(row, exact) <= BOUND
+        assert largest_error(row, exact, tail_noise) <= BOUND
 
 
 @pytest.mark.parametrize("architecture", ON_VLLM)
@@ -118,6 +130,13 @@ def test_rows_of_vllm_are_the_distributions_of_transformers(
     architecture: str, teachers: dict[str, Path], on_vllm: dict[str, Path]
 ) -> None:
     _assert_exact(teachers[architecture], on_vllm[architecture])
+
+
+@pytest.mark.parametrize("architecture", ON_VLLM)
+def test_rows_of_vllm_logprobs_are_those_of_transformers_too(
+    architecture: str, teachers: dict[str, Path], on_vllm_logprobs: dict[str, Path]
+) -> None:
+    _assert_exact(teachers[architecture], on_vllm_logprobs[architecture], TAIL_NOISE)
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -157,15 +176,16 @@ def test_the_bound_would_notice_an_engine_that_leaves_something_out(
     assert largest_error(row, exact) > 3 * BOUND
 
 
+@pytest.mark.parametrize("engine", ["vllm", "vllm-logprobs"])
 def test_a_quantised_teacher_is_that_of_its_unpacked_weights(
-    teachers: dict[str, Path], tmp_path: Path
+    engine: str, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
     source = teachers["Qwen3ForCausalLM"]
     quantised, unpacked = tmp_path / "gptq", tmp_path / "unpacked"
     quantise(source, quantised, unpacked)
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=20)
     out = tmp_path / "out"
-    result = run_dump(dump_command(quantised, corpus, out))
+    result = run_dump(dump_command(quantised, corpus, out, "--engine", engine))
     assert result.returncode == 0, result.stderr
     assert inspect.verify(out) == []
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
@@ -196,23 +216,61 @@ def test_what_vllm_lacks_or_cannot_load_is_refused_by_name_with_the_fallback(
     tiny_teacher: Path, teachers: dict[str, Path], tmp_path: Path
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
-    refused = {"OddForCausalLM": _folder_of("OddForCausalLM", tiny_teacher, tmp_path / "odd")}
+    refused = {
+        # no code of it anywhere; code of transformers alone, which does things of its own
+        "OddForCausalLM": _folder_of("OddForCausalLM", tiny_teacher, tmp_path / "odd"),
+        "HeliumForCausalLM": _folder_of(
+            "HeliumForCausalLM", tiny_teacher, tmp_path / "helium", model_type="helium"
+        ),
+    }
     if find_spec("torchvision") is None:  # which vLLM's class wants
         name = "Gemma3ForConditionalGeneration"
         refused[name] = teachers[name]
-    outs = [tmp_path / f"out-{name}" for name in refused]
-    codes, says = _run_all(
-        [dump_command(f, corpus, out) for f, out in zip(refused.values(), outs, strict=True)]
-    )
-    assert codes == ["2"] * len(refused), says
+    outs = [
+        tmp_path / f"out-{name}-{engine}"
+        for name in refused
+        for engine in ("vllm", "vllm-logprobs")
+    ]
+    commands = [
+        dump_command(refused[name], corpus, out, "--engine", engine)
+        for out in outs
+        for _, name, engine in [out.name.split("-", 2)]
+    ]
+    codes, says = _run_all(commands)
+    assert codes == ["2"] * len(commands), says
     lines = [line for line in says.splitlines() if line.startswith("dump-logits: ")]
-    for name, line, out in zip(refused, lines, outs, strict=True):
-        assert name in line
-        assert "use --engine transformers" in line
+    for line, out in zip(lines, outs, strict=True):
+        assert out.name.split("-")[1] in line
+        assert line.endswith("use --engine transformers")
         assert not out.exists()
 
 
-@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_what_the_plugin_does_not_wrap_is_refused_with_the_fallback_that_runs_it(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    teacher = _folder_of("LlamaOfOurOwn", tiny_teacher, tmp_path / "teacher")
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    # as a plugin of the user's own would
+    registers = (
+        "from vllm import ModelRegistry\n"
+        "ModelRegistry.register_model('LlamaOfOurOwn',"
+        " 'vllm.model_executor.models.llama:LlamaForCausalLM')\n"
+    )
+    outs = [tmp_path / engine for engine in ("vllm", "vllm-logprobs")]
+    commands = [
+        dump_command(teacher, corpus, out, "--engine", out.name, "--dtype", "float32")
+        for out in outs
+    ]
+    codes, says = _run_all(commands, before=registers)
+    assert codes == ["2", "0"], says
+    (line,) = [line for line in says.splitlines() if line.startswith("dump-logits: ")]
+    assert "has no causal LM LlamaOfOurOwn: use --engine vllm-logprobs" in line
+    for row in all_rows(outs[1]).values():
+        exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
+        assert largest_error(row, exact, TAIL_NOISE) <= BOUND
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-logprobs", "transformers"])
 @pytest.mark.parametrize(
     ("architecture", "more"),
     [
@@ -221,7 +279,7 @@ def test_what_vllm_lacks_or_cannot_load_is_refused_by_name_with_the_fallback(
         ("LlamaForSequenceClassification", {}),
     ],
 )
-def test_what_is_no_causal_language_model_is_refused_by_both_engines(
+def test_what_is_no_causal_language_model_is_refused_by_every_engine(
     engine: str, architecture: str, more: dict[str, object], tiny_teacher: Path, tmp_path: Path
 ) -> None:
     teacher = _folder_of(architecture, tiny_teacher, tmp_path / "teacher", **more)
