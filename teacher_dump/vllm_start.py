@@ -19,7 +19,7 @@ SUPPORTED_VLLM = (0, 32)
 _OWNED = ("model", "runner", "enable_prefix_caching", "skip_tokenizer_init", "dtype",
           "hf_overrides", "additional_config", "max_model_len", "model_class_overrides",
           "language_model_only", "trust_remote_code", "max_logprobs", "logprobs_mode",
-          "worker_extension_cls")  # fmt: skip
+          "worker_extension_cls", "enable_batch_sharded_sampling")  # fmt: skip
 
 
 def check_arguments(engine_args: Mapping[str, object]) -> None:
