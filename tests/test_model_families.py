@@ -261,10 +261,12 @@ def test_what_the_plugin_does_not_wrap_is_refused_with_the_fallback_that_runs_it
         dump_command(teacher, corpus, out, "--engine", out.name, "--dtype", "float32")
         for out in outs
     ]
-    codes, says = _run_all(commands, before=registers)
-    assert codes == ["2", "0"], says
-    (line,) = [line for line in says.splitlines() if line.startswith("dump-logits: ")]
-    assert "has no causal LM LlamaOfOurOwn: use --engine vllm-logprobs" in line
+    sampled = dump_command(teacher, corpus, tmp_path / "none", keep=("--keep", "threshold"))
+    codes, says = _run_all([sampled, *commands], before=registers)
+    assert codes == ["2", "2", "0"], says
+    lines = [line for line in says.splitlines() if line.startswith("dump-logits: ")]
+    for line, fallback in zip(lines, ("transformers", "vllm-logprobs"), strict=True):
+        assert line.endswith(f"has no causal LM LlamaOfOurOwn: use --engine {fallback}")
     for row in all_rows(outs[1]).values():
         exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
         assert largest_error(row, exact, TAIL_NOISE) <= BOUND
