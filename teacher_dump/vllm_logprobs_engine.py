@@ -23,6 +23,7 @@ import numpy as np
 
 from shards.errors import InputError, RunError
 from shards.rows import Float32Array, Int32Array
+from teacher_dump.architectures import names_no_head
 from teacher_dump.keep import Keep, TopPK
 from teacher_dump.packing import Selected
 from teacher_dump.sequences import TokenSequence
@@ -73,6 +74,8 @@ def refusal(
     from vllm import ModelRegistry
     from vllm.engine.arg_utils import EngineArgs
 
+    if names_no_head(architecture):
+        return "no LM head, by its name"
     asked = engine_args.get("model_impl", "auto")
     try:
         if architecture in ModelRegistry.models:

@@ -217,7 +217,8 @@ def test_what_vllm_lacks_or_cannot_load_is_refused_by_name_with_the_fallback(
 ) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
     refused = {
-        # no code of it anywhere; code of transformers alone, which does things of its own
+        # layers alone, no code of it anywhere, code of transformers alone
+        "LlamaModel": _folder_of("LlamaModel", tiny_teacher, tmp_path / "headless"),
         "OddForCausalLM": _folder_of("OddForCausalLM", tiny_teacher, tmp_path / "odd"),
         "HeliumForCausalLM": _folder_of(
             "HeliumForCausalLM", tiny_teacher, tmp_path / "helium", model_type="helium"
