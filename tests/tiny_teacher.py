@@ -146,3 +146,24 @@ def dump_command(
 def run_dump(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and return what it printed."""
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+# Several dumps in one process, one after the other: vLLM is imported once.
+ONE_AFTER_THE_OTHER = """
+import json, sys
+import cli
+codes = []
+for options in json.loads(sys.argv[1]):
+    try:
+        cli.dump_logits(options, prog_name="dump-logits")
+    except SystemExit as end:
+        codes.append(end.code)
+print("CODES", *codes)
+"""
+
+
+def run_all(commands: list[list[str]], before: str = "") -> tuple[list[str], str]:
+    """Exit codes of several dumps, and what they wrote on standard error."""
+    options = json.dumps([command[3:] for command in commands])
+    result = run_dump([sys.executable, "-c", before + ONE_AFTER_THE_OTHER, options], cwd=ROOT)
+    return result.stdout.partition("CODES")[2].split(), result.stderr
