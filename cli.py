@@ -167,12 +167,17 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     show_default=True,
     help="Fraction of documents for the validation split.",
 )
-@click.option("--engine", default="vllm", show_default=True, help="vllm or transformers.")
+@click.option(
+    "--engine",
+    default="vllm",
+    show_default=True,
+    help="vllm, vllm-logprobs (without the plugin) or transformers (docs/engines.md).",
+)
 @click.option(
     "--engine-arg",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Argument of the vLLM engine, such as max_num_batched_tokens=8192. Repeatable.",
+    help="Argument of vLLM, such as max_num_batched_tokens=8192. Repeatable.",
 )
 @click.option(
     "--dtype", default="auto", show_default=True, help="auto (bfloat16), bfloat16 or float32."

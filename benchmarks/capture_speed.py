@@ -4,12 +4,14 @@ limit      the same plugin with the same blocks runs the LM head and returns one
 top-p-k, draws, threshold
            the plugin as it is, with that keep method: selection, label, tail and entropy, unpacked
            to numpy, rows made, Parquet shards written and published by the background writer
+vllm-logprobs     the engine without the plugin: the same rows of top-p-k as above, same writer
 prefill    the stock model as an embedding model: no LM head at all
 prompt_logprobs   vLLM's own flat prompt log-probabilities, top 100, to numpy
 
 `--layers 2` takes a teacher cut off after two layers, whose engine costs little beside head,
 selection and frontend. The frontend is what the pass itself does in the engine's thread for a
-token: request, unpacking, row, collecting; measured as CPU time of that thread.
+token: request, unpacking, row, collecting; measured as CPU time of that thread. (What vLLM itself
+does there for a log-probability of `vllm-logprobs` is not in it.)
 
 Engines are loaded one process each (vLLM holds one engine well), hold their model, and are asked
 for rounds in turn, so that whatever else the machine does falls on all of them alike.
@@ -33,7 +35,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 KEEPS = ("top-p-k", "draws", "threshold")
-MODES = ("limit", *KEEPS, "prefill", "prompt_logprobs")
+WITHOUT_PLUGIN = "vllm-logprobs"
+MODES = ("limit", *KEEPS, WITHOUT_PLUGIN, "prefill", "prompt_logprobs")
 TOP_K = 100
 
 
@@ -54,18 +57,20 @@ class _ThreadTime:
         return timed
 
 
-def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[Any]], float]:
-    """`limit` and the keep methods: the project's engine, with another pooler for the limit."""
+def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[Any]], float]:
+    """What the project runs on vLLM; for the limit its engine with another pooler."""
     import torch
 
-    from teacher_dump import vllm_engine, vllm_pooler
+    from teacher_dump import vllm_engine, vllm_logprobs_engine, vllm_pooler
     from teacher_dump.collector import ShardCollector, ShardPlan, make_row
     from teacher_dump.config import DumpConfig
+    from teacher_dump.engines import start_engine
     from teacher_dump.keep import make_keep
     from teacher_dump.teacher import find_teacher, load_tokenizer, tokenizer_identity
 
-    method = "top-p-k" if mode == "limit" else mode
-    config = DumpConfig(teacher=str(teacher), corpus=(teacher,), out=out, keep=method)
+    method = mode if mode in KEEPS else "top-p-k"
+    name = mode if mode == WITHOUT_PLUGIN else "vllm"
+    config = DumpConfig(teacher=str(teacher), corpus=(teacher,), out=out, keep=method, engine=name)
     keep = make_keep(config, tokenizer_identity(load_tokenizer(teacher))["vocab_size"])
     if mode == "limit":
 
@@ -77,7 +82,8 @@ def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[
 
         vllm_pooler.TeacherPooler.score = largest
         vllm_engine.unpack = lambda packed, keep: packed
-    engine = vllm_engine.VllmEngine(
+    engine: Any = start_engine(
+        name,
         teacher_folder=teacher,
         architecture=find_teacher(str(teacher), None).architecture,
         dtype="bfloat16",
@@ -91,6 +97,9 @@ def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[
     frontend = _ThreadTime()
     engine._submit = frontend.of(engine._submit)
     vllm_engine.unpack = frontend.of(vllm_engine.unpack)
+    for part in ("read_output", "select_from_largest"):
+        timed = frontend.of(getattr(vllm_logprobs_engine, part))
+        setattr(vllm_logprobs_engine, part, timed)
     to_row = frontend.of(make_row)
     rounds = iter(range(1_000_000))
 
@@ -107,7 +116,11 @@ def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[
         with ShardCollector(
             out / f"round-{next(rounds)}",
             [plan],
-            identity={"vocab_size": keep.vocab_size, "layout": layout},
+            identity={
+                "vocab_size": keep.vocab_size,
+                "layout": layout,
+                "teacher_entropy": config.has_entropy,
+            },
             sequences_per_shard=len(sequences),
             sequences_per_row_group=group,
             on_shard=lambda sidecar: None,
@@ -123,9 +136,9 @@ def _plugin(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[
 
 def _stock(mode: str, teacher: Path, length: int) -> Callable[[list[Any]], float]:
     """`prefill` and `prompt_logprobs`: vLLM as it comes."""
-    from teacher_dump import vllm_engine
+    from teacher_dump.vllm_start import prepare_environment
 
-    vllm_engine._prepare_environment()
+    prepare_environment()
     from vllm import LLM, PoolingParams, SamplingParams
 
     common: dict[str, Any] = {
@@ -173,9 +186,9 @@ def _worker(pipe: Any, mode: str, teacher: Path, corpus: Path, count: int, lengt
     sequences = read_sequences(corpus, teacher, count, length)
     with tempfile.TemporaryDirectory() as out:
         run = (
-            _plugin(mode, teacher, length, Path(out))
-            if mode in ("limit", *KEEPS)
-            else _stock(mode, teacher, length)
+            _stock(mode, teacher, length)
+            if mode in ("prefill", "prompt_logprobs")
+            else _pass(mode, teacher, length, Path(out))
         )
         run(sequences[:2])  # warm
         pipe.send("ready")

@@ -37,8 +37,9 @@ def problem_with_values(group: RowGroup, vocab_size: int) -> str | None:
         checks.append((masked, position_offsets, "an entry where loss_mask is false"))
     labels = require("label_logprobs", group.label_logprobs)
     checks.append((~np.isfinite(labels), position_offsets, "a label's log-probability"))
-    for name in ("teacher_nll", "teacher_entropy"):
-        checks.append((~np.isfinite(require(name, getattr(group, name))), by_row, name))
+    checks.append((~np.isfinite(require("teacher_nll", group.teacher_nll)), by_row, "teacher_nll"))
+    if group.teacher_entropy is not None:
+        checks.append((~np.isfinite(group.teacher_entropy), by_row, "teacher_entropy"))
 
     for wrong, offsets, what in checks:
         if wrong.any():

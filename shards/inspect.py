@@ -30,9 +30,9 @@ def describe(path: Path) -> dict[str, Any]:
     """Figures of a dataset folder or of one shard file, as plain JSON.
 
     Counts `sequences`, `tokens` (labelled positions), `entries`, `bytes`, `missing_shards`; per
-    token `teacher_cross_entropy` and `teacher_entropy` (nats), `entries`, `kept_mass`, bytes in all
-    and by column; the identity; for a folder all of it by split, and what was recorded. ShardError
-    if it is neither a dataset nor a shard.
+    token `teacher_cross_entropy` and `teacher_entropy` (nats, None if there is no such column),
+    `entries`, `kept_mass`, bytes in all and by column; the identity; for a folder all of it by
+    split, and what was recorded. ShardError if it is neither a dataset nor a shard.
     """
     if path.is_file():
         with ShardReader(path) as reader:
@@ -106,8 +106,8 @@ def _figures(shards: Iterable[Path]) -> dict[str, Any]:
             num_bytes += reader.sidecar.bytes
             columns.update(reader.column_bytes())
 
-    def per_token(amount: float) -> float | None:
-        return amount / totals.tokens if totals.tokens else None
+    def per_token(amount: float | None) -> float | None:
+        return None if amount is None or not totals.tokens else amount / totals.tokens
 
     return {
         "sequences": totals.sequences,

@@ -29,7 +29,14 @@ from shards.checksums import chunk_crc32, file_sha256, footer_sha256
 from shards.errors import ShardCorruptError, ShardFormatError
 from shards.row_group import RowGroup, Totals
 from shards.rows import Row
-from shards.schema import ALL_COLUMNS, FORMAT_VERSION, METADATA_KEY, is_shard_schema
+from shards.schema import (
+    ALL_COLUMNS,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    TEACHER_ENTROPY,
+    has_entropy,
+    is_shard_schema,
+)
 from shards.sidecar import Sidecar, sidecar_path
 
 __all__ = ["RowGroup", "ShardReader", "verify_shard"]
@@ -126,7 +133,7 @@ class ShardReader:
         expected = asdict(self.sidecar.totals)
         for name, value in asdict(totals).items():
             # Sums of exponentials may differ in the last bits from machine to machine.
-            if not math.isclose(value, expected[name], rel_tol=1e-9):
+            if not _is_close(value, expected[name]):
                 raise self._corrupt(f"{name} is {value}, {expected[name]} in the sidecar")
 
     def close(self) -> None:
@@ -177,9 +184,21 @@ class ShardReader:
             )
         if not is_shard_schema(self._parquet.schema_arrow):
             raise ShardFormatError(f"{self.path}: its columns are not those of format {version}")
+        found = TEACHER_ENTROPY in self._parquet.schema_arrow.names
+        if found != has_entropy(metadata["identity"]):
+            raise ShardFormatError(
+                f"{self.path}: {'has' if found else 'lacks'} the column {TEACHER_ENTROPY}, and its"
+                " identity says otherwise"
+            )
         if (metadata["split"], metadata["shard"]) != (self.sidecar.split, self.sidecar.shard):
             raise self._corrupt("the sidecar belongs to another shard")
         return metadata
+
+
+def _is_close(value: float | None, expected: float | None) -> bool:
+    if value is None or expected is None:
+        return value is expected
+    return math.isclose(value, expected, rel_tol=1e-9)
 
 
 def verify_shard(path: Path) -> None:

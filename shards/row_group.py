@@ -25,13 +25,16 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Counts and sums (nats) over sequences; `tokens` are labelled positions that count."""
+    """Counts and sums (nats) over sequences; `tokens` are labelled positions that count.
+
+    `teacher_entropy` is None where any of what was added up does not have it.
+    """
 
     sequences: int = 0
     tokens: int = 0
     entries: int = 0
     teacher_nll: float = 0.0
-    teacher_entropy: float = 0.0
+    teacher_entropy: float | None = 0.0
     kept_mass: float = 0.0
 
     def __add__(self, other: Totals) -> Totals:
@@ -40,7 +43,7 @@ class Totals:
             tokens=self.tokens + other.tokens,
             entries=self.entries + other.entries,
             teacher_nll=self.teacher_nll + other.teacher_nll,
-            teacher_entropy=self.teacher_entropy + other.teacher_entropy,
+            teacher_entropy=_sum_of_both(self.teacher_entropy, other.teacher_entropy),
             kept_mass=self.kept_mass + other.kept_mass,
         )
 
@@ -94,7 +97,9 @@ class RowGroup:
             label_logprobs=np.concatenate([row.label_logprobs for row in rows]),
             loss_mask=_all_or_none("loss_mask", [row.loss_mask for row in rows]),
             teacher_nll=np.array([row.teacher_nll for row in rows], np.float32),
-            teacher_entropy=np.array([row.teacher_entropy for row in rows], np.float32),
+            teacher_entropy=_all_or_none(
+                "teacher_entropy", [_array_of(row.teacher_entropy) for row in rows]
+            ),
         )
 
     def row(self, r: int) -> Row:
@@ -119,7 +124,9 @@ class RowGroup:
             label_logprobs=require("label_logprobs", self.label_logprobs)[positions],
             loss_mask=None if self.loss_mask is None else self.loss_mask[positions],
             teacher_nll=float(require("teacher_nll", self.teacher_nll)[r]),
-            teacher_entropy=float(require("teacher_entropy", self.teacher_entropy)[r]),
+            teacher_entropy=(
+                None if self.teacher_entropy is None else float(self.teacher_entropy[r])
+            ),
         )
 
     def totals(self) -> Totals:
@@ -132,14 +139,13 @@ class RowGroup:
         else:
             tail = self.tail_logmass if mask is None else self.tail_logmass[mask]
             kept_mass = -np.expm1(tail, dtype=np.float64).sum()
+        entropy = self.teacher_entropy
         return Totals(
             sequences=self.num_rows,
             tokens=num_positions if mask is None else int(mask.sum()),
             entries=len(logprobs),
             teacher_nll=float(require("teacher_nll", self.teacher_nll).sum(dtype=np.float64)),
-            teacher_entropy=float(
-                require("teacher_entropy", self.teacher_entropy).sum(dtype=np.float64)
-            ),
+            teacher_entropy=None if entropy is None else float(entropy.sum(dtype=np.float64)),
             kept_mass=float(kept_mass),
         )
 
@@ -149,6 +155,14 @@ def require(column: str, values: _T | None) -> _T:
     if values is None:
         raise ValueError(f"the column {column!r} of this row group was not read")
     return values
+
+
+def _sum_of_both(left: float | None, right: float | None) -> float | None:
+    return None if left is None or right is None else left + right
+
+
+def _array_of(value: float | None) -> Float32Array | None:
+    return None if value is None else np.array([value], np.float32)
 
 
 def _offsets(lengths: npt.NDArray[np.integer]) -> Int64Array:

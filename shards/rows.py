@@ -25,7 +25,8 @@ class Row:
 
     `counts[t]` entries belong to position t, largest log-probability first, equal values by
     ascending id. `tail_logmass` is None for sampled keep methods, `loss_mask` is None where every
-    position counts. `teacher_nll` and `teacher_entropy` are sums over the row's counted positions.
+    position counts. `teacher_nll` and `teacher_entropy` are sums over the row's counted positions;
+    `teacher_entropy` is None where the engine did not see the whole distribution.
     """
 
     sequence: int
@@ -38,4 +39,4 @@ class Row:
     label_logprobs: Float32Array
     loss_mask: BoolArray | None = None
     teacher_nll: float
-    teacher_entropy: float
+    teacher_entropy: float | None

@@ -16,6 +16,7 @@ at 400,000 tokens/s; 20.1 with level 19, at 74,000.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import pyarrow as pa
@@ -52,11 +53,11 @@ def _list_of(data_type: pa.DataType) -> pa.DataType:
     return pa.list_(_required("element", data_type))
 
 
-def schema(*, has_tail: bool, has_mask: bool) -> pa.Schema:
+def schema(*, has_tail: bool, has_mask: bool, has_entropy: bool) -> pa.Schema:
     """The Arrow schema of a shard; nothing in it is nullable.
 
     `has_tail`: a truncating keep method, which records the mass that it left out. `has_mask`: some
-    positions do not count.
+    positions do not count. `has_entropy`: the engine saw the whole distribution.
     """
     int32, float32 = pa.int32(), pa.float32()
     fields = [
@@ -67,22 +68,32 @@ def schema(*, has_tail: bool, has_mask: bool) -> pa.Schema:
         _required(LABEL_LOGPROBS, _list_of(float32)),
         _required(SEGMENTS, _list_of(int32)),
         _required(TEACHER_NLL, float32),
-        _required(TEACHER_ENTROPY, float32),
     ]
     if has_tail:
         fields.insert(4, _required(TAIL_LOGMASS, _list_of(float32)))
+    if has_entropy:
+        fields.append(_required(TEACHER_ENTROPY, float32))
     if has_mask:
         fields.append(_required(LOSS_MASK, _list_of(pa.bool_())))
     return pa.schema(fields)
 
 
-ALL_COLUMNS: Final = tuple(schema(has_tail=True, has_mask=True).names)
+ALL_COLUMNS: Final = tuple(schema(has_tail=True, has_mask=True, has_entropy=True).names)
+
+
+def has_entropy(identity: Mapping[str, Any]) -> bool:
+    """Whether the shards of a dataset have `teacher_entropy`: all of them, or none."""
+    return bool(identity.get(TEACHER_ENTROPY, True))
 
 
 def is_shard_schema(found: pa.Schema) -> bool:
     """Whether a file's schema, metadata aside, is one that `schema` makes."""
     names = set(found.names)
-    expected = schema(has_tail=TAIL_LOGMASS in names, has_mask=LOSS_MASK in names)
+    expected = schema(
+        has_tail=TAIL_LOGMASS in names,
+        has_mask=LOSS_MASK in names,
+        has_entropy=TEACHER_ENTROPY in names,
+    )
     return bool(found.equals(expected, check_metadata=False))
 
 

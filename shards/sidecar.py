@@ -24,7 +24,8 @@ class Sidecar:
 
     `tokens` counts labelled positions, `entries` kept vocabulary entries. `kept_mass` is the sum
     over positions of the probability that was kept: 1 - exp(tail_logmass), or the sum of
-    exp(logprobs) for sampled methods. `chunks_crc32[i][j]` is of column j in row group i.
+    exp(logprobs) for sampled methods. `teacher_entropy` is None if the shard has no such column.
+    `chunks_crc32[i][j]` is of column j in row group i.
     """
 
     shard: int
@@ -35,7 +36,7 @@ class Sidecar:
     entries: int
     bytes: int
     teacher_nll: float
-    teacher_entropy: float
+    teacher_entropy: float | None
     kept_mass: float
     footer_sha256: str
     sha256: str

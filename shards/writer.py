@@ -31,7 +31,7 @@ from shards.errors import RunError, ShardError
 from shards.identity import Json
 from shards.row_group import RowGroup, Totals
 from shards.rows import Row
-from shards.schema import FORMAT_VERSION, METADATA_KEY, schema, writer_options
+from shards.schema import FORMAT_VERSION, METADATA_KEY, has_entropy, schema, writer_options
 from shards.sidecar import Sidecar, sidecar_path
 
 
@@ -87,8 +87,12 @@ class ShardWriter:
         problem = problem_with_values(group, self._vocab_size)
         if problem is not None:
             raise RunError(f"{self.path}: the teacher gave what cannot be written: {problem}")
+        if (group.teacher_entropy is not None) != has_entropy(self._identity):
+            raise ValueError("teacher_entropy is in the rows or in the identity, but not in both")
         columns = schema(
-            has_tail=group.tail_logmass is not None, has_mask=group.loss_mask is not None
+            has_tail=group.tail_logmass is not None,
+            has_mask=group.loss_mask is not None,
+            has_entropy=group.teacher_entropy is not None,
         )
         with _run_errors(self.path):
             if self._parquet is None:

@@ -80,8 +80,10 @@ def evaluate(
     if not method.is_sampled:
         figures |= {"kl_kept": kl_kept / num_tokens, "kl_bound": kl_bound / num_tokens}
     elif method.temperature == 1:
-        entropy = sum(sidecar.teacher_entropy for sidecar in sidecars)
-        figures["kl_unbiased"] = (weighted - entropy) / num_tokens
+        entropies = [sidecar.teacher_entropy for sidecar in sidecars]
+        entropy = sum(value for value in entropies if value is not None)
+        if None not in entropies:  # without them the figure is not known
+            figures["kl_unbiased"] = (weighted - entropy) / num_tokens
     if method.exact_above is not None:
         figures["top1_agreement"] = num_agreed / max(1, num_known)
     return figures

@@ -37,8 +37,7 @@ def make_row(sequence: TokenSequence, selected: Selected, logprob_step: float) -
         kept = np.repeat(counted, counts)
         counts, ids, logprobs = np.where(counted, counts, 0), ids[kept], logprobs[kept]
     nll = -float(selected.label_logprobs[counted].sum(dtype=np.float64))
-    entropy = float(selected.entropy[counted].sum(dtype=np.float64))
-    tail = selected.tail_logmass
+    entropy, tail = selected.entropy, selected.tail_logmass
     return Row(
         sequence=sequence.number,
         tokens=sequence.tokens,
@@ -50,7 +49,9 @@ def make_row(sequence: TokenSequence, selected: Selected, logprob_step: float) -
         label_logprobs=round_to_step(selected.label_logprobs, logprob_step),
         loss_mask=sequence.loss_mask,
         teacher_nll=nll,
-        teacher_entropy=entropy,
+        teacher_entropy=(
+            None if entropy is None else float(entropy[counted].sum(dtype=np.float64))
+        ),
     )
 
 

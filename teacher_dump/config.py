@@ -20,6 +20,7 @@ KEEP_OPTIONS: dict[str, dict[str, float]] = {
     "draws": {"draws": 50, "temperature": 1.0},
     "threshold": {"threshold": 0.05, "temperature": 1.0},
 }
+ENGINES = ("vllm", "vllm-logprobs", "transformers")
 MIN_THRESHOLD = 1e-3  # a thousand entries per position; below it sampling has nothing to save
 
 
@@ -68,10 +69,7 @@ class DumpConfig:
             raise InputError("--corpus: give at least one file or folder")
         self._check_keep()
         self._check_corpus()
-        if self.engine not in ("vllm", "transformers"):
-            raise InputError(f"--engine {self.engine}: expected vllm or transformers")
-        if self.engine_arg and self.engine != "vllm":
-            raise InputError(f"--engine-arg is for --engine vllm; {self.engine} takes none")
+        self._check_engine()
         if self.dtype not in ("auto", "bfloat16", "float32"):
             raise InputError(f"--dtype {self.dtype}: expected auto, bfloat16 or float32")
         if not 0 < self.logprob_step <= 1:
@@ -103,6 +101,18 @@ class DumpConfig:
         if self.token_dtype not in (None, "uint16", "uint32"):
             raise InputError(f"--token-dtype {self.token_dtype}: expected uint16 or uint32")
 
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise InputError(f"--engine {self.engine}: expected {', '.join(ENGINES)}")
+        if self.engine_arg and self.engine == "transformers":
+            raise InputError("--engine-arg is for the engines on vLLM; transformers takes none")
+        if self.keep != "top-p-k" and not self.has_entropy:
+            raise InputError(
+                f"--engine {self.engine} sees the largest entries alone, and --keep {self.keep} "
+                "needs the whole distribution: use --keep top-p-k, --engine vllm or "
+                "--engine transformers"
+            )
+
     def _check_keep(self) -> None:
         if self.keep not in KEEP_OPTIONS:
             raise InputError(f"--keep {self.keep}: expected {', '.join(KEEP_OPTIONS)}")
@@ -121,6 +131,11 @@ class DumpConfig:
             )
         if self.temperature is not None and not 0.01 <= self.temperature <= 100:
             raise InputError(f"--temperature {self.temperature}: expected a value in [0.01, 100]")
+
+    @property
+    def has_entropy(self) -> bool:
+        """Whether the engine sees the whole distribution, and so its entropy."""
+        return self.engine != "vllm-logprobs"
 
     @property
     def keep_options(self) -> dict[str, Any]:

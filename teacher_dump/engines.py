@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from teacher_dump.keep import Keep
 from teacher_dump.packing import Selected
@@ -31,18 +31,38 @@ def check_engine(
     *,
     teacher_folder: Path,
     architecture: str,
+    sequence_length: int,
+    keep: Keep,
     engine_args: Mapping[str, object],
     trust_remote_code: bool,
 ) -> None:
     """Raise InputError for an architecture or arguments that the engine does not take."""
-    if engine == "vllm":
-        from teacher_dump import vllm_engine
-
-        vllm_engine.check(architecture, engine_args)
-    else:
+    if engine == "transformers":
         from teacher_dump import transformers_engine
 
         transformers_engine.find_model_class(teacher_folder, trust_remote_code=trust_remote_code)
+        return
+    if engine == "vllm-logprobs":
+        from teacher_dump import vllm_logprobs_engine
+
+        vllm_logprobs_engine.check(
+            teacher_folder,
+            architecture=architecture,
+            sequence_length=sequence_length,
+            engine_args=engine_args,
+            trust_remote_code=trust_remote_code,
+        )
+        return
+    from teacher_dump import vllm_engine
+
+    vllm_engine.check(
+        teacher_folder,
+        architecture=architecture,
+        sequence_length=sequence_length,
+        keep=keep,
+        engine_args=engine_args,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def start_engine(
@@ -63,27 +83,26 @@ def start_engine(
     `seed` decides, with a position's own place, over what is random in `keep`.
     Raises InputError for an engine that does not take the model or the arguments.
     """
+    common: dict[str, Any] = {
+        "teacher_folder": teacher_folder,
+        "dtype": dtype,
+        "head_dtype": head_dtype,
+        "keep": keep,
+        "trust_remote_code": trust_remote_code,
+    }
+    if engine == "transformers":
+        from teacher_dump.transformers_engine import TransformersEngine
+
+        return TransformersEngine(seed=seed, **common)
+    common |= {
+        "architecture": architecture,
+        "sequence_length": sequence_length,
+        "engine_args": engine_args,
+    }
     if engine == "vllm":
         from teacher_dump.vllm_engine import VllmEngine
 
-        return VllmEngine(
-            teacher_folder=teacher_folder,
-            architecture=architecture,
-            dtype=dtype,
-            head_dtype=head_dtype,
-            sequence_length=sequence_length,
-            keep=keep,
-            seed=seed,
-            engine_args=engine_args,
-            trust_remote_code=trust_remote_code,
-        )
-    from teacher_dump.transformers_engine import TransformersEngine
+        return VllmEngine(seed=seed, **common)
+    from teacher_dump.vllm_logprobs_engine import VllmLogprobsEngine
 
-    return TransformersEngine(
-        teacher_folder=teacher_folder,
-        dtype=dtype,
-        head_dtype=head_dtype,
-        keep=keep,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
+    return VllmLogprobsEngine(**common)

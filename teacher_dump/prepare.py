@@ -50,6 +50,8 @@ class Prepared:
             config.engine,
             teacher_folder=self.teacher.folder,
             architecture=self.teacher.architecture,
+            sequence_length=config.sequence_length,
+            keep=self.keep,
             engine_args=config.engine_arg,
             trust_remote_code=config.trust_remote_code,
         )

@@ -22,6 +22,13 @@ from teacher_dump.packing import (
 )
 
 
+def smallest_prefix(mass: torch.Tensor, top_p: float) -> torch.Tensor:
+    """mass [T, K], largest first -> [T, K] bool: entries before which less than `top_p` lies."""
+    kept = (mass.cumsum(-1) - mass) < top_p
+    kept[:, 0] = True
+    return kept
+
+
 class TopPKSelector:
     """Selects block after block; holds the work buffers."""
 
@@ -42,8 +49,7 @@ class TopPKSelector:
         values, ids, best, where = largest(logits, k)
         mass = probs.gather(1, ids)
         log_total = values[:, :1] - mass[:, :1].log()
-        kept = (mass.cumsum(-1) - mass) < keep.top_p  # the prefix before it is still too light
-        kept[:, 0] = True
+        kept = smallest_prefix(mass, keep.top_p)
 
         group_mass = probs.view(num_rows, -1, GROUP).sum(-1)
         left = take_groups(probs, best).scatter_(1, where, torch.where(kept, 0.0, mass)).sum(-1)

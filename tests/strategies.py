@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from shards import schema
 from shards.dataset import (
     SplitSize,
     create_or_continue,
@@ -24,7 +25,11 @@ VOCAB_SIZES = (1, 2, 7, 49_152, 65_537, 151_936)
 
 
 def make_identity(
-    *, vocab_size: int = 151_936, sequences_per_shard: int = 8, sequences_per_row_group: int = 3
+    *,
+    vocab_size: int = 151_936,
+    sequences_per_shard: int = 8,
+    sequences_per_row_group: int = 3,
+    has_entropy: bool = True,
 ) -> dict[str, Any]:
     """An identity with every key that the teacher pass writes."""
     return {
@@ -47,6 +52,7 @@ def make_identity(
             "sequences_per_shard": sequences_per_shard,
             "sequences_per_row_group": sequences_per_row_group,
         },
+        **({} if has_entropy else {"teacher_entropy": False}),
     }
 
 
@@ -55,7 +61,15 @@ def _float32(values: Sequence[float]) -> np.ndarray:
 
 
 @st.composite
-def rows(draw: st.DrawFn, *, sequence: int, vocab_size: int, has_tail: bool, has_mask: bool) -> Row:
+def rows(
+    draw: st.DrawFn,
+    *,
+    sequence: int,
+    vocab_size: int,
+    has_tail: bool,
+    has_mask: bool,
+    has_entropy: bool,
+) -> Row:
     """A row of 2 to 6 tokens, with 0 to 7 entries (all of a small vocabulary) at each position."""
     num_tokens = draw(st.integers(2, 6))
     token_ids = st.integers(0, vocab_size - 1)
@@ -85,19 +99,19 @@ def rows(draw: st.DrawFn, *, sequence: int, vocab_size: int, has_tail: bool, has
         label_logprobs=per_position(logprobs),
         loss_mask=np.array(mask, np.bool_) if has_mask else None,
         teacher_nll=draw(st.floats(0, 1e6, width=32)),
-        teacher_entropy=draw(st.floats(0, 1e6, width=32)),
+        teacher_entropy=draw(st.floats(0, 1e6, width=32)) if has_entropy else None,
     )
 
 
 @st.composite
-def row_lists(draw: st.DrawFn, *, max_rows: int = 5) -> tuple[int, list[Row]]:
-    """A vocabulary size and the rows of one shard, from sequence 0 on."""
+def row_lists(draw: st.DrawFn, *, max_rows: int = 5) -> tuple[dict[str, Any], list[Row]]:
+    """An identity and the rows of one shard, from sequence 0 on."""
     vocab_size = draw(st.sampled_from(VOCAB_SIZES))
-    has_tail, has_mask = draw(st.booleans()), draw(st.booleans())
+    optional = {f"has_{name}": draw(st.booleans()) for name in ("tail", "mask", "entropy")}
     num_rows = draw(st.integers(1, max_rows))
-    return vocab_size, [
-        draw(rows(sequence=i, vocab_size=vocab_size, has_tail=has_tail, has_mask=has_mask))
-        for i in range(num_rows)
+    identity = make_identity(vocab_size=vocab_size, has_entropy=optional["has_entropy"])
+    return identity, [
+        draw(rows(sequence=i, vocab_size=vocab_size, **optional)) for i in range(num_rows)
     ]
 
 
@@ -109,6 +123,7 @@ def example_row(
     vocab_size: int = 151_936,
     has_tail: bool = True,
     has_mask: bool = False,
+    has_entropy: bool = True,
 ) -> Row:
     """The same row for the same arguments, with 0 to `most_entries` entries at each position."""
     rng = np.random.default_rng(sequence)
@@ -135,7 +150,7 @@ def example_row(
         label_logprobs=rounded(rng.integers(-320, 0, num_positions)),
         loss_mask=mask,
         teacher_nll=float(np.float32(nll)),
-        teacher_entropy=float(np.float32(entropy)),
+        teacher_entropy=float(np.float32(entropy)) if has_entropy else None,
     )
 
 
@@ -167,7 +182,9 @@ def write_dataset(path: Path, identity: Mapping[str, Any], **num_sequences: int)
     for split in manifest.splits:
         for shard, sequences in missing_shards(path, manifest, split):
             discard_shard(path, split, shard)
-            rows_of_shard = [example_row(i) for i in sequences]
+            rows_of_shard = [
+                example_row(i, has_entropy=schema.has_entropy(identity)) for i in sequences
+            ]
             write_shard(path / split, rows_of_shard, manifest.identity, shard=shard)
 
 

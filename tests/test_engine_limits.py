@@ -54,12 +54,13 @@ def largest_error(teacher: Path, out: Path) -> float:
     return worst
 
 
-def test_prompts_in_pieces_that_are_preempted_come_out_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["vllm", "vllm-logprobs"])
+def test_prompts_in_pieces_that_are_preempted_come_out_whole(engine: str, tmp_path: Path) -> None:
     teacher = make_tiny_teacher(tmp_path / "teacher", max_position_embeddings=512)
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=90)
     out = tmp_path / "out"
     command = dump_command(teacher, corpus, out, "--dtype", "float32", "--sequence-length", "300")
-    command += ["--held-out", "0"]
+    command += ["--held-out", "0", "--engine", engine]
     # room for one prompt and a half, taken up in pieces of 32 by several at once
     for argument in (
         "block_size=32",

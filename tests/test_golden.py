@@ -27,7 +27,7 @@ def as_json(row):
 
 
 def test_there_is_a_golden_dataset_of_every_kind_of_this_version():
-    assert [path.name for path in GOLDEN] == ["v1-no-tail-masked", "v1-top-p-k"]
+    assert [path.name for path in GOLDEN] == ["v1-no-entropy", "v1-no-tail-masked", "v1-top-p-k"]
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)

@@ -52,6 +52,19 @@ def test_a_dataset_is_described_as_a_whole_and_by_split(path):
     assert json.loads(json.dumps(description, allow_nan=False)) == description
 
 
+def test_a_dataset_without_entropies_is_sound_and_shows_none(tmp_path):
+    path = tmp_path / "dataset"
+    identity = {**IDENTITY, "teacher_entropy": False}
+    write_dataset(path, identity, train=6, validation=2)
+    assert verify(path) == []
+    description = describe(path)
+    assert description["teacher_entropy"] is None
+    assert description["teacher_cross_entropy"] > 0
+    assert "teacher_entropy" not in description["columns"]
+    (line,) = [line for line in render(description).splitlines() if "teacher entropy" in line]
+    assert line.split()[-2:] == ["-", "-"]
+
+
 def test_one_shard_is_described_alone(path):
     shard = path / "train" / "shard-000001.parquet"
     description = describe(shard)

@@ -47,11 +47,9 @@ def read_all(path):
 
 @settings(deadline=None, max_examples=60)
 @given(row_lists())
-def test_any_row_is_read_back_bit_for_bit(tmp_path_factory, vocab_and_rows):
-    vocab_size, rows = vocab_and_rows
-    path = write_shard(
-        tmp_path_factory.mktemp("any") / "train", rows, make_identity(vocab_size=vocab_size)
-    )
+def test_any_row_is_read_back_bit_for_bit(tmp_path_factory, identity_and_rows):
+    identity, rows = identity_and_rows
+    path = write_shard(tmp_path_factory.mktemp("any") / "train", rows, identity)
     verify_shard(path)
     for found, expected in zip(read_all(path), rows, strict=True):
         assert_rows_equal(found, expected)
@@ -59,11 +57,9 @@ def test_any_row_is_read_back_bit_for_bit(tmp_path_factory, vocab_and_rows):
 
 @settings(deadline=None, max_examples=30)
 @given(row_lists())
-def test_plain_pyarrow_reads_every_column_without_our_code(tmp_path_factory, vocab_and_rows):
-    vocab_size, rows = vocab_and_rows
-    path = write_shard(
-        tmp_path_factory.mktemp("any") / "train", rows, make_identity(vocab_size=vocab_size)
-    )
+def test_plain_pyarrow_reads_every_column_without_our_code(tmp_path_factory, identity_and_rows):
+    identity, rows = identity_and_rows
+    path = write_shard(tmp_path_factory.mktemp("any") / "train", rows, identity)
     table = pq.read_table(path, page_checksum_verification=True)
     for found, row in zip(table.to_pylist(), rows, strict=True):
         pieces = np.cumsum(row.counts)[:-1]
@@ -75,7 +71,8 @@ def test_plain_pyarrow_reads_every_column_without_our_code(tmp_path_factory, voc
             expected = [piece.tolist() for piece in np.split(getattr(row, name), pieces)]
             assert found[name] == expected
         assert found["teacher_nll"] == row.teacher_nll
-        assert found["teacher_entropy"] == row.teacher_entropy
+        assert found.get("teacher_entropy") == row.teacher_entropy
+        assert ("teacher_entropy" in found) == (row.teacher_entropy is not None)
 
 
 def test_a_single_row_is_found_in_any_row_group(path, rows):
@@ -296,6 +293,33 @@ def test_a_sidecar_of_another_shard_is_refused(path):
         ShardReader(path)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_entropy_column_that_the_identity_does_not_have_is_refused_and_the_other_way_round(
+    path, recorded
+):
+    identity = make_identity(has_entropy=not recorded)
+    table = pq.read_table(path)
+    table = table if recorded else table.drop_columns("teacher_entropy")
+    rewrite(path, table, footer(identity=identity))
+    with pytest.raises(ShardFormatError, match=f"{'has' if recorded else 'lacks'} the column"):
+        ShardReader(path)
+
+
+def test_without_the_entropy_column_everything_else_is_there_and_its_sum_is_null(tmp_path):
+    identity = make_identity(has_entropy=False)
+    rows = [example_row(i, has_entropy=False) for i in range(4)]
+    path = write_shard(tmp_path / "train", rows, identity)
+    verify_shard(path)
+    for found, expected in zip(read_all(path), rows, strict=True):
+        assert_rows_equal(found, expected)
+    about = json.loads(sidecar_path(path).read_text())
+    assert about["teacher_entropy"] is None
+    assert about["teacher_nll"] > 0
+    rewrite(path, pq.read_table(path), footer(identity=identity), {"teacher_entropy": 1.0})
+    with pytest.raises(ShardCorruptError, match=r"teacher_entropy is None, 1\.0 in the sidecar"):
+        verify_shard(path)
+
+
 def make_table(**changes):
     values = {
         "sequence": [0],
@@ -308,7 +332,8 @@ def make_table(**changes):
         "teacher_nll": [2.0],
         "teacher_entropy": [2.0],
     }
-    return pa.table({**values, **changes}, schema=schema(has_tail=True, has_mask=False))
+    columns = schema(has_tail=True, has_mask=False, has_entropy=True)
+    return pa.table({**values, **changes}, schema=columns)
 
 
 @pytest.mark.parametrize(

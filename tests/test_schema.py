@@ -4,14 +4,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.schema import ENTRY_COLUMNS, is_shard_schema, schema
+from shards.schema import ALL_COLUMNS, ENTRY_COLUMNS, is_shard_schema, schema
 from tests.strategies import example_row, make_identity, write_shard
 
 
 @pytest.mark.parametrize("has_tail", [False, True])
 @pytest.mark.parametrize("has_mask", [False, True])
-def test_no_column_is_nullable_at_any_depth(has_tail, has_mask):
-    for field in schema(has_tail=has_tail, has_mask=has_mask):
+@pytest.mark.parametrize("has_entropy", [False, True])
+def test_no_column_is_nullable_at_any_depth(has_tail, has_mask, has_entropy):
+    for field in schema(has_tail=has_tail, has_mask=has_mask, has_entropy=has_entropy):
         while True:
             assert not field.nullable
             if not pa.types.is_list(field.type):
@@ -20,13 +21,14 @@ def test_no_column_is_nullable_at_any_depth(has_tail, has_mask):
 
 
 def test_optional_columns_are_there_when_asked_for():
-    optional = {"tail_logmass", "loss_mask"}
-    assert not optional & set(schema(has_tail=False, has_mask=False).names)
-    assert optional < set(schema(has_tail=True, has_mask=True).names)
+    optional = {"tail_logmass", "loss_mask", "teacher_entropy"}
+    none = schema(has_tail=False, has_mask=False, has_entropy=False)
+    assert not optional & set(none.names)
+    assert set(none.names) | optional == set(ALL_COLUMNS)
 
 
 def test_another_columns_type_or_order_is_not_a_shard():
-    columns = schema(has_tail=True, has_mask=False)
+    columns = schema(has_tail=True, has_mask=False, has_entropy=False)
     assert is_shard_schema(columns.with_metadata({"a": "b"}))
     assert not is_shard_schema(columns.remove(0))
     assert not is_shard_schema(columns.set(0, pa.field("sequence", pa.int32(), nullable=False)))
@@ -48,4 +50,5 @@ def test_encodings_on_disk_are_the_measured_ones(tmp_path):
 
 
 def test_entry_columns_are_columns():
-    assert set(ENTRY_COLUMNS) < set(schema(has_tail=False, has_mask=False).names)
+    columns = schema(has_tail=False, has_mask=False, has_entropy=False)
+    assert set(ENTRY_COLUMNS) < set(columns.names)

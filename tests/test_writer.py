@@ -273,6 +273,18 @@ def test_rows_of_a_shard_agree_on_their_optional_columns(tmp_path):
             shard.write_rows([example_row(3, has_mask=True)])
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_rows_have_an_entropy_if_and_only_if_the_identity_says_so(tmp_path, recorded):
+    identity = make_identity(has_entropy=recorded)
+    with writer(tmp_path, identity=identity) as shard:
+        with pytest.raises(ValueError, match="teacher_entropy: 1 of 2 rows have it"):
+            shard.write_rows([example_row(0), example_row(1, has_entropy=False)])
+        with pytest.raises(ValueError, match="in the rows or in the identity, but not in both"):
+            shard.write_rows([example_row(0, has_entropy=not recorded)])
+        shard.write_rows([example_row(0, has_entropy=recorded)])
+        assert (shard.publish().teacher_entropy is not None) == recorded
+
+
 def test_a_sequence_of_32k_tokens_is_one_row(tmp_path):
     row = example_row(0, num_tokens=32_769, most_entries=20)
     path = write_shard(tmp_path, [row], IDENTITY)

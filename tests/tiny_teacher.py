@@ -105,18 +105,25 @@ def borders_of(row: Row) -> npt.NDArray[Any]:
     return np.concatenate([[0], np.cumsum(row.counts)])
 
 
-def largest_error(row: Row, exact: npt.NDArray[Any]) -> float:
-    """Largest distance of anything stored in a row from the exact table [T, V], nats."""
+TAIL_NOISE = 1e-6  # of the mass that the engine vllm-logprobs does not see
+
+
+def largest_error(row: Row, exact: npt.NDArray[Any], tail_noise: float = 0.0) -> float:
+    """Largest distance of anything stored in a row from the exact table [T, V], nats.
+
+    Of a tail, from the nearest logarithm of a mass that is at most `tail_noise` off.
+    """
     borders = borders_of(row)
     worst = 0.0
     for t in range(len(row.counts)):
         ids = row.ids[borders[t] : borders[t + 1]]
         kept = row.logprobs[borders[t] : borders[t + 1]]
-        tail = np.logaddexp.reduce(np.delete(exact[t], ids))
+        mass = np.exp(np.logaddexp.reduce(np.delete(exact[t], ids)))
+        stored = float(row.tail_logmass[t])
         worst = max(
             worst,
             float(np.abs(kept - exact[t][ids]).max()),
-            abs(float(row.tail_logmass[t] - tail)),
+            abs(stored - np.log(np.clip(np.exp(stored), mass - tail_noise, mass + tail_noise))),
             abs(float(row.label_logprobs[t] - exact[t][row.tokens[t + 1]])),
         )
     return worst
@@ -139,3 +146,24 @@ def dump_command(
 def run_dump(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and return what it printed."""
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+# Several dumps in one process, one after the other: vLLM is imported once.
+ONE_AFTER_THE_OTHER = """
+import json, sys
+import cli
+codes = []
+for options in json.loads(sys.argv[1]):
+    try:
+        cli.dump_logits(options, prog_name="dump-logits")
+    except SystemExit as end:
+        codes.append(end.code)
+print("CODES", *codes)
+"""
+
+
+def run_all(commands: list[list[str]], before: str = "") -> tuple[list[str], str]:
+    """Exit codes of several dumps, and what they wrote on standard error."""
+    options = json.dumps([command[3:] for command in commands])
+    result = run_dump([sys.executable, "-c", before + ONE_AFTER_THE_OTHER, options], cwd=ROOT)
+    return result.stdout.partition("CODES")[2].split(), result.stderr

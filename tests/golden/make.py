@@ -25,7 +25,7 @@ _VOCAB_SIZE = 151_936
 _SEQUENCES = {"train": 6, "validation": 2}
 
 
-def _identity(keep: dict[str, Any]) -> dict[str, Any]:
+def _identity(keep: dict[str, Any], *, has_entropy: bool) -> dict[str, Any]:
     return {
         "format_version": 1,
         "teacher": {
@@ -43,10 +43,11 @@ def _identity(keep: dict[str, Any]) -> dict[str, Any]:
         "keep": keep,
         "seed": 0,
         "layout": _LAYOUT,
+        **({} if has_entropy else {"teacher_entropy": False}),
     }
 
 
-def _row(sequence: int, *, has_tail: bool, has_mask: bool) -> dict[str, Any]:
+def _row(sequence: int, *, has_tail: bool, has_mask: bool, has_entropy: bool) -> dict[str, Any]:
     """Plain numbers; the last sequence of a split has two tokens, one position."""
     num_tokens = 2 if sequence in (1, 5) else 9
     positions = range(num_tokens - 1)
@@ -65,8 +66,9 @@ def _row(sequence: int, *, has_tail: bool, has_mask: bool) -> dict[str, Any]:
         "label_logprobs": [-0.0625 * (5 * t + sequence) for t in positions],
         "segments": [t // 4 for t in range(num_tokens)],
         "teacher_nll": 0.5 + sequence,
-        "teacher_entropy": 0.25 + sequence,
     }
+    if has_entropy:
+        row["teacher_entropy"] = 0.25 + sequence
     if has_tail:
         row["tail_logmass"] = [-0.0625 * (t + 1) for t in positions]
     if has_mask:
@@ -89,13 +91,13 @@ def _to_row(values: dict[str, Any]) -> Row:
         label_logprobs=np.array(values["label_logprobs"], np.float32),
         loss_mask=optional("loss_mask", np.bool_),
         teacher_nll=values["teacher_nll"],
-        teacher_entropy=values["teacher_entropy"],
+        teacher_entropy=values.get("teacher_entropy"),
     )
 
 
-def _make(name: str, keep: dict[str, Any], *, has_tail: bool, has_mask: bool) -> None:
+def _make(name: str, keep: dict[str, Any], *, has_entropy: bool = True, **optional: bool) -> None:
     rows = {
-        split: [_row(i, has_tail=has_tail, has_mask=has_mask) for i in range(number)]
+        split: [_row(i, has_entropy=has_entropy, **optional) for i in range(number)]
         for split, number in _SEQUENCES.items()
     }
     sizes = {
@@ -103,7 +105,8 @@ def _make(name: str, keep: dict[str, Any], *, has_tail: bool, has_mask: bool) ->
         for split, of in rows.items()
     }
     path = _HERE / name
-    manifest = create_or_continue(path, _identity(keep), sizes, {"made_by": "tests/golden/make.py"})
+    identity = _identity(keep, has_entropy=has_entropy)
+    manifest = create_or_continue(path, identity, sizes, {"made_by": "tests/golden/make.py"})
     size = _LAYOUT["sequences_per_row_group"]
     for split, of in rows.items():
         for shard, numbers in missing_shards(path, manifest, split):
@@ -133,4 +136,11 @@ if __name__ == "__main__":
         {"method": "sample", "draws": 5, "logprob_step": None},
         has_tail=False,
         has_mask=True,
+    )
+    _make(
+        "v1-no-entropy",
+        {"method": "top-p-k", "top_p": 0.95, "top_k": 5, "logprob_step": 0.0625},
+        has_tail=True,
+        has_mask=False,
+        has_entropy=False,
     )

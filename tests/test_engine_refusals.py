@@ -1,0 +1,135 @@
+"""What an engine does not take is refused before anything is made, with the engine to use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+from tests.tiny_families import make_family
+from tests.tiny_teacher import (
+    BOUND,
+    TAIL_NOISE,
+    TOKENIZER_LENGTH,
+    all_rows,
+    dense_logprobs,
+    dump_command,
+    largest_error,
+    run_all,
+    write_corpus,
+)
+
+
+def _folder_of(architecture: str, teacher: Path, folder: Path, **more: object) -> Path:
+    """The files of a teacher, whose configuration names another architecture."""
+    shutil.copytree(teacher, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"architectures": [architecture], **more}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_what_vllm_lacks_or_cannot_load_is_refused_by_name_with_the_fallback(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    refused = {
+        # layers alone, no code of it anywhere, code of transformers alone
+        "LlamaModel": _folder_of("LlamaModel", tiny_teacher, tmp_path / "headless"),
+        "OddForCausalLM": _folder_of("OddForCausalLM", tiny_teacher, tmp_path / "odd"),
+        "HeliumForCausalLM": _folder_of(
+            "HeliumForCausalLM", tiny_teacher, tmp_path / "helium", model_type="helium"
+        ),
+    }
+    if find_spec("torchvision") is None:  # which vLLM's class wants
+        name = "Gemma3ForConditionalGeneration"
+        refused[name] = make_family(name, tmp_path / name)
+    outs = [
+        tmp_path / f"out-{name}-{engine}"
+        for name in refused
+        for engine in ("vllm", "vllm-logprobs")
+    ]
+    commands = [
+        dump_command(refused[name], corpus, out, "--engine", engine)
+        for out in outs
+        for _, name, engine in [out.name.split("-", 2)]
+    ]
+    codes, says = run_all(commands)
+    assert codes == ["2"] * len(commands), says
+    lines = [line for line in says.splitlines() if line.startswith("dump-logits: ")]
+    for line, out in zip(lines, outs, strict=True):
+        assert out.name.split("-")[1] in line
+        assert line.endswith("use --engine transformers")
+        assert not out.exists()
+
+
+def test_what_the_plugin_does_not_wrap_is_refused_with_the_fallback_that_runs_it(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    teacher = _folder_of("LlamaOfOurOwn", tiny_teacher, tmp_path / "teacher")
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    # as a plugin of the user's own would
+    registers = (
+        "from vllm import ModelRegistry\n"
+        "ModelRegistry.register_model('LlamaOfOurOwn',"
+        " 'vllm.model_executor.models.llama:LlamaForCausalLM')\n"
+    )
+    outs = [tmp_path / engine for engine in ("vllm", "vllm-logprobs")]
+    commands = [
+        dump_command(teacher, corpus, out, "--engine", out.name, "--dtype", "float32")
+        for out in outs
+    ]
+    sampled = dump_command(teacher, corpus, tmp_path / "none", keep=("--keep", "threshold"))
+    codes, says = run_all([sampled, *commands], before=registers)
+    assert codes == ["2", "2", "0"], says
+    lines = [line for line in says.splitlines() if line.startswith("dump-logits: ")]
+    for line, fallback in zip(lines, ("transformers", "vllm-logprobs"), strict=True):
+        assert line.endswith(f"has no causal LM LlamaOfOurOwn: use --engine {fallback}")
+    for row in all_rows(outs[1]).values():
+        exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
+        assert largest_error(row, exact, TAIL_NOISE) <= BOUND
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-logprobs", "transformers"])
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("T5ForConditionalGeneration", {"model_type": "t5", "is_encoder_decoder": True}),
+        ("BertForMaskedLM", {"model_type": "bert"}),
+        ("LlamaForSequenceClassification", {}),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_by_every_engine(
+    engine: str, architecture: str, more: dict[str, object], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    teacher = _folder_of(architecture, tiny_teacher, tmp_path / "teacher", **more)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    out = tmp_path / "out"
+    command = dump_command(teacher, corpus, out, "--engine", engine)
+    result = CliRunner().invoke(cli.dump_logits, command[3:])
+    assert result.exit_code == 2
+    assert f"{architecture} is no causal language model" in result.output
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [("OddForCausalLM", "llama"), ("LlamaModel", "llama"), ("BertLMHeadModel", "bert")],
+)
+def test_the_engine_transformers_takes_no_class_but_the_one_that_is_named(
+    architecture: str, model_type: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    teacher = _folder_of(architecture, tiny_teacher, tmp_path / "teacher", model_type=model_type)
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    out = tmp_path / "out"
+    command = dump_command(teacher, corpus, out, "--engine", "transformers")
+    result = CliRunner().invoke(cli.dump_logits, command[3:])
+    assert result.exit_code == 2
+    assert f"transformers has no causal LM {architecture}" in result.output
+    assert not out.exists()
