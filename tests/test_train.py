@@ -270,6 +270,7 @@ def test_a_student_learns_from_sampled_shards_at_the_temperature_of_the_dump(
     )
     for changes, match in (
         ({"temperature": 2.0}, r"--temperature 2.0: .* at temperature 1.0"),
+        ({"adaptive_temperature": "adakd-h"}, r"--adaptive-temperature adakd-h: .* at temperature"),
         ({"loss": "mse"}, r"--loss mse: .* a weight is not the probability"),
         ({"tail": "bucket"}, r"--tail bucket: .* nothing is missing"),
     ):
