@@ -61,17 +61,18 @@ def _deviation(logprobs: Tensor) -> Tensor:
     values = torch.where(kept, logprobs, 0.0)
     mean = values.sum(1, keepdim=True) / number.clamp(min=1)
     squares = torch.where(kept, values - mean, 0.0).square().sum(1, keepdim=True)
-    return (squares / (number - 1).clamp(min=1)).sqrt()
+    return torch.sqrt(squares / (number - 1).clamp(min=1))
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
     """Entropy [R, 1] of the kept entries, renormalised, nats; 0 for fewer than two."""
     probabilities = torch.softmax(logprobs, 1).nan_to_num(nan=0.0)
-    return torch.special.entr(probabilities).sum(1, keepdim=True)
+    entropy: Tensor = torch.special.entr(probabilities).sum(1, keepdim=True)
+    return entropy
 
 
 def _power_sum(logprobs: Tensor, exponent: float) -> Tensor:
     """Sum [R, 1] of the kept entries, renormalised, to a power; 1 where nothing was kept."""
-    logs = (exponent * logprobs).logsumexp(1, keepdim=True)
-    logs = logs - exponent * logprobs.logsumexp(1, keepdim=True)
-    return logs.nan_to_num(nan=0.0).exp()
+    powers = torch.logsumexp(exponent * logprobs, 1, keepdim=True)
+    logs = powers - exponent * torch.logsumexp(logprobs, 1, keepdim=True)
+    return torch.exp(torch.nan_to_num(logs, nan=0.0))
