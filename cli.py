@@ -287,6 +287,18 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     help="Temperature of the teacher's targets.",
 )
 @click.option(
+    "--student-temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Temperature of the student's softmax in distillation, which is multiplied by its square.",
+)
+@click.option(
+    "--adaptive-temperature",
+    help="normkd, wttm, adakd-sd or adakd-h: how --temperature follows the position "
+    "(docs/training.md). Default: the same everywhere.",
+)
+@click.option(
     "--tokens",
     type=int,
     required=True,

@@ -34,6 +34,8 @@ class TrainConfig:
     alpha: float = 0.9
     alpha_schedule: str = "constant"
     temperature: float = 1.0
+    student_temperature: float = 1.0
+    adaptive_temperature: str | None = None
     batch_tokens: int = 1 << 19
     micro_batch_sequences: int = 8
     learning_rate: float | None = None
@@ -52,18 +54,25 @@ class TrainConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        _check_bucket(self)
+        _check_temperatures(self)
+
+    def _check_choices(self) -> None:
         _one_of("--loss", self.loss, ("kld", "nll", "mse"))
         _one_of("--tail", self.tail, ("renormalize", "bucket"))
         _one_of("--alpha-schedule", self.alpha_schedule, ALPHA_SCHEDULES)
-        if self.tail == "bucket" and self.loss == "mse":
-            raise InputError("--tail bucket: --loss mse compares the kept entries alone")
-        if self.tail == "bucket" and self.temperature != 1:
-            raise InputError(
-                f"--tail bucket: what was not kept is known at temperature 1, not at"
-                f" {self.temperature}"
+        if self.adaptive_temperature is not None:
+            _one_of(
+                "--adaptive-temperature",
+                self.adaptive_temperature,
+                ("normkd", "wttm", "adakd-sd", "adakd-h"),
             )
         _one_of("--lr-schedule", self.lr_schedule, LR_SCHEDULES)
         _one_of("--dtype", self.dtype, ("bfloat16", "float32"))
+
+    def _check_numbers(self) -> None:
         for option, fraction in (
             ("--alpha", self.alpha),
             ("--warmup-fraction", self.warmup_fraction),
@@ -81,6 +90,7 @@ class TrainConfig:
             )
         for option, positive in (
             ("--temperature", self.temperature),
+            ("--student-temperature", self.student_temperature),
             ("--learning-rate", self.learning_rate),
             ("--gradient-clip", self.gradient_clip),
         ):
@@ -116,6 +126,49 @@ class TrainConfig:
             name: str(value) if isinstance(value, Path) else value
             for name, value in asdict(self).items()
         }
+
+
+def _check_bucket(config: TrainConfig) -> None:
+    """InputError for what `--tail bucket` has no definition for."""
+    if config.tail != "bucket":
+        return
+    if config.loss == "mse":
+        raise InputError("--tail bucket: --loss mse compares the kept entries alone")
+    other = None
+    if config.temperature != 1:
+        other = f"{config.temperature}"
+    elif config.student_temperature != 1:
+        other = f"--student-temperature {config.student_temperature}"
+    elif config.adaptive_temperature is not None:
+        other = f"those of --adaptive-temperature {config.adaptive_temperature}"
+    if other is not None:
+        raise InputError(
+            f"--tail bucket: what was not kept is known at temperature 1, not at {other}"
+        )
+
+
+def _check_temperatures(config: TrainConfig) -> None:
+    """InputError for temperatures that say the same twice, or nothing."""
+    strategy, student = config.adaptive_temperature, config.student_temperature
+    if config.loss == "mse" and student != 1:
+        raise InputError(
+            f"--student-temperature {student}: --loss mse compares logits, where that is the same"
+            f" as --temperature {config.temperature / student:g}"
+        )
+    if config.loss == "mse" and strategy is not None:
+        raise InputError(
+            f"--adaptive-temperature {strategy}: is of a softmax, and --loss mse compares logits"
+        )
+    if strategy == "wttm" and config.temperature <= 1:
+        raise InputError(
+            f"--adaptive-temperature wttm: its weights need a --temperature above 1, not"
+            f" {config.temperature}"
+        )
+    if strategy == "wttm" and student != 1:
+        raise InputError(
+            f"--adaptive-temperature wttm: its student is at temperature 1, not at"
+            f" --student-temperature {student}"
+        )
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

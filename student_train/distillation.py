@@ -10,6 +10,13 @@ is the F(z) = softmax(Truncate(z) / tau) of pre-training distillation (Peng et a
 2410.16215). The student's side is its full softmax at temperature 1, so probability outside the
 kept entries costs something; only the teacher is tempered, so there is no tau^2. A student that
 equals the teacher does not reach the least value: that belongs to one that puts nothing outside.
+The temperature, and a weight of NLL and KLD, may differ by position: see `temperatures`.
+
+    tau_s^2 * NLL or KLD with q = softmax(z / tau_s)                         ("student temperature")
+
+tempers the student as well. The factor, in value and gradient, makes up for gradients that are
+smaller by about as much (Hinton et al. 2015, arXiv 1503.02531, section 2; their teacher has the
+same temperature). Sampled weights are used there as they are.
 
     NLL = sum_k w_k * -log q_k + W * -log Q,   Q = 1 - sum_k q_k             ("bucket")
 
@@ -28,11 +35,13 @@ log-sum-exp. H(w) of such weights is no estimate of the teacher's entropy, so KL
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from student_train.temperatures import adapt
 
 
 class Targets(NamedTuple):
@@ -53,6 +62,8 @@ class Objective:
 
     `sampled`: the targets are weights of a sampling keep method, whatever the temperature.
     `bucket`: what was not kept is one more class; at temperature 1, of kld and nll.
+    `student_temperature` other than 1 is for `distil_tempered`, of kld and nll without the bucket.
+    `adaptive_temperature`: a strategy of `temperatures`, of kld and nll without the bucket.
     """
 
     kind: str
@@ -60,6 +71,8 @@ class Objective:
     temperature: float
     sampled: bool = False
     bucket: bool = False
+    student_temperature: float = 1.0
+    adaptive_temperature: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +107,26 @@ def distil(probabilities: Tensor, entries: Entries, objective: Objective) -> tup
     return _soft_targets(probabilities, entries, objective)
 
 
+def distil_tempered(
+    probabilities: Tensor,
+    tempered: Tensor,
+    tempered_logsumexp: Tensor,
+    entries: Entries,
+    objective: Objective,
+) -> tuple[Tensor, Tensor]:
+    """As `distil`, with the student at `student_temperature` in KD.
+
+    `tempered` [R, V], the softmax of the student's logits divided by it, is overwritten;
+    `tempered_logsumexp` [R, 1] is theirs.
+    """
+    alpha, tau = objective.alpha, objective.student_temperature
+    entries = replace(entries, logits=entries.logits / tau, logsumexp=tempered_logsumexp)
+    # The gradient of KD to z / tau, thus 1 / tau of it to z, times tau^2.
+    kd, coefficient = distil(tempered, entries, replace(objective, alpha=1.0))
+    probabilities.mul_(1 - alpha).addcmul_(tempered, alpha * tau * coefficient)
+    return tau**2 * kd, torch.ones_like(coefficient)
+
+
 def _soft_targets(
     probabilities: Tensor, entries: Entries, objective: Objective
 ) -> tuple[Tensor, Tensor]:
@@ -101,13 +134,19 @@ def _soft_targets(
     if objective.sampled:
         target = entries.logprobs.exp()
         mass = target.sum(1, keepdim=True)
+        entropy = torch.zeros_like(mass)
     else:
-        target = torch.softmax(entries.logprobs / objective.temperature, 1)
+        temperature, weight = adapt(
+            entries.logprobs, objective.temperature, objective.adaptive_temperature
+        )
+        target = torch.softmax(entries.logprobs / temperature, 1)
         target = torch.where(entries.kept, target, 0.0)
-        mass = entries.kept.any(1, keepdim=True).to(target.dtype)
+        mass = weight * entries.kept.any(1, keepdim=True).to(target.dtype)
+        entropy = weight * torch.special.entr(target).sum(1, keepdim=True)
+        target *= weight
     kd = (target * (entries.logsumexp - entries.logits)).sum()
-    if objective.kind == "kld" and not objective.sampled:
-        kd = kd - torch.special.entr(target).sum()
+    if objective.kind == "kld":
+        kd = kd - entropy.sum()
     coefficient = (1 - alpha) + alpha * mass
     # Taken out of the row, so that it costs no pass over [R, V]. It is 0 only with the row.
     target *= -alpha / torch.where(coefficient > 0, coefficient, 1.0)

@@ -17,7 +17,8 @@ The gradient of the logits is one scatter away from their softmax. So the forwar
 of R rows, turns its logits into their gradient in place, and adds up both gradients that backward
 needs; only [R, V] exists at any time, and the logits are computed once, not twice. The matrix
 products run in the compute dtype; softmax, sums and the weight's gradient are float32 (float64 for
-float64 input). Ignored rows are left out before anything is computed.
+float64 input). Ignored rows are left out before anything is computed. A student temperature other
+than 1 needs a second softmax, so a second [R, V].
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from student_train.distillation import Entries, Objective, Targets, distil
+from student_train.distillation import Entries, Objective, Targets, distil, distil_tempered
 
 IGNORE_INDEX = -100
 
@@ -132,6 +133,7 @@ class _Blocks:
         self._objective = objective
         # Reused by all blocks: fresh memory costs as much as the softmax itself.
         self._wide = self._narrow = torch.empty(0, dtype=wide, device=hidden.device)
+        self._tempered = self._wide
 
     def add(self, rows: Tensor, labels: Tensor, targets: Targets | None) -> None:
         """Account for the rows [R] of the batch, all of them labelled."""
@@ -143,6 +145,7 @@ class _Blocks:
         if targets is not None:
             ids = targets.ids.index_select(0, rows).long()
             kept_logits = logits.gather(1, ids)
+            tempered = self._tempered_softmax(logits)
         probabilities, logsumexp = _softmax_in_place(logits)
         self.lm += (logsumexp - label_logits).sum()
         coefficient = torch.ones_like(label_logits)
@@ -155,7 +158,12 @@ class _Blocks:
                 logsumexp=logsumexp,
                 tail_logmass=None if tail is None else self._column(tail, rows),
             )
-            kd, coefficient = distil(probabilities, entries, self._objective)
+            if tempered is None:
+                kd, coefficient = distil(probabilities, entries, self._objective)
+            else:
+                kd, coefficient = distil_tempered(
+                    probabilities, *tempered, entries, self._objective
+                )
             self.kd += kd
         off_label = (alpha - 1) / torch.where(coefficient > 0, coefficient, 1.0)
         probabilities.scatter_add_(1, label, off_label)
@@ -175,6 +183,17 @@ class _Blocks:
         narrow, wide = self._narrow[: len(hidden)], self._wide[: len(hidden)]
         torch.mm(hidden, self._weight.T, out=narrow)
         return wide if wide.dtype == narrow.dtype else wide.copy_(narrow)
+
+    def _tempered_softmax(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Softmax [R, V] and logsumexp [R, 1] at the student's temperature, None if that is 1."""
+        if self._objective.student_temperature == 1:
+            return None
+        if len(self._tempered) < len(logits):
+            self._tempered = torch.empty_like(logits)
+        tempered = self._tempered[: len(logits)]
+        return _softmax_in_place(
+            torch.div(logits, self._objective.student_temperature, out=tempered)
+        )
 
     def _add_gradients(
         self, rows: Tensor, hidden: Tensor, of_logits: Tensor, coefficient: Tensor

@@ -54,6 +54,12 @@ def check_objective(config: TrainConfig, dataset: Dataset) -> None:
             f"--tail bucket: {dataset.path} was sampled (--keep {method.name}), nothing is missing"
             " in its expectation"
         )
+    if config.adaptive_temperature is not None:
+        raise InputError(
+            f"--adaptive-temperature {config.adaptive_temperature}: {dataset.path} was sampled at"
+            f" temperature {method.temperature} (--keep {method.name}), and its weights can be used"
+            " at no other"
+        )
     if config.temperature != method.temperature:
         raise InputError(
             f"--temperature {config.temperature}: {dataset.path} was sampled at temperature"

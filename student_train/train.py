@@ -119,6 +119,8 @@ class _Training:
             temperature=config.temperature,
             sampled=KeepMethod.of(dataset.identity).is_sampled,
             bucket=config.tail == "bucket",
+            student_temperature=config.student_temperature,
+            adaptive_temperature=config.adaptive_temperature,
         )
         self._model = model.to(self._device).train()
         self._optimizer = make_optimizer(model, config)

@@ -40,6 +40,25 @@ def _dump(*options: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--student-temperature", "0"], "--student-temperature 0.0: expected a value above 0"),
+        (["--student-temperature", "2", "--tail", "bucket"], "--tail bucket: what was not kept"),
+        (["--adaptive-temperature", "ada"], "--adaptive-temperature ada: expected normkd, wttm,"),
+        (["--adaptive-temperature", "wttm"], "need a --temperature above 1, not 1.0"),
+    ],
+)
+def test_bad_options_of_training_end_in_one_line(
+    more: list[str], says: str, tmp_path: Path
+) -> None:
+    given = ["--shards", str(tmp_path), "--student", "demo", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.train_student, [*given, "--tokens", "1", *more])
+    assert result.exit_code == 2
+    assert says in result.output
+    assert result.output.count("\n") == 1
+
+
 def _options(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
     words = dump_command(teacher, corpus, out, "--engine", "transformers", *more)
     return words[3:]

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError, RunError, ShardError
 from student_train.config import TrainConfig
+from student_train.prepare import check_objective
 from student_train.train import run
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset, make_tokenizer
 
@@ -225,7 +227,14 @@ def test_a_run_continues_from_a_model_folder(shards: Path, student: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "changes", [{"tail": "bucket"}, {"loss": "mse"}, {"alpha_schedule": "period"}]
+    "changes",
+    [
+        {"tail": "bucket"},
+        {"loss": "mse"},
+        {"alpha_schedule": "period"},
+        {"temperature": 2.0, "student_temperature": 2.0},
+        {"adaptive_temperature": "adakd-h"},
+    ],
 )
 def test_a_student_learns_with_every_loss_and_a_changing_alpha(
     many_shards: Path, student: str, tmp_path: Path, changes: dict[str, Any]
@@ -270,11 +279,13 @@ def test_a_student_learns_from_sampled_shards_at_the_temperature_of_the_dump(
     )
     for changes, match in (
         ({"temperature": 2.0}, r"--temperature 2.0: .* at temperature 1.0"),
+        ({"adaptive_temperature": "adakd-h"}, r"--adaptive-temperature adakd-h: .* at temperature"),
         ({"loss": "mse"}, r"--loss mse: .* a weight is not the probability"),
         ({"tail": "bucket"}, r"--tail bucket: .* nothing is missing"),
     ):
         with pytest.raises(InputError, match=match):
             run(replace(config, **changes))
+    check_objective(replace(config, student_temperature=2.0), Dataset.open(shards))
     assert not config.out.exists()
     run(config)
     first, last = (lines(config.out, "validation")[i] for i in (0, -1))

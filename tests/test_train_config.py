@@ -30,6 +30,9 @@ GIVEN: dict[str, Any] = {
         ("alpha", -0.1),
         ("alpha", 1.1),
         ("alpha", float("nan")),
+        ("adaptive_temperature", "adakd"),
+        ("student_temperature", 0.0),
+        ("student_temperature", float("nan")),
         ("temperature", 0.0),
         ("temperature", float("inf")),
         ("tokens", 0),
@@ -67,6 +70,12 @@ def test_all_settings_are_plain_json() -> None:
     assert content["eval_shards"] == "other"
 
 
+@pytest.mark.parametrize("name", ["normkd", "wttm", "adakd-sd", "adakd-h"])
+def test_every_strategy_of_adaptive_temperatures_is_accepted(name: str) -> None:
+    config = TrainConfig(**GIVEN, adaptive_temperature=name, temperature=2.0, alpha=0.5)
+    assert config.to_json()["adaptive_temperature"] == name
+
+
 def test_entries_are_read_only_for_distillation() -> None:
     assert TrainConfig(**GIVEN).reads_entries
     assert not TrainConfig(**GIVEN, alpha=0.0).reads_entries
@@ -83,6 +92,18 @@ def test_the_configuration_imports_nothing_heavy() -> None:
     [
         ({"tail": "bucket", "temperature": 2.0}, "is known at temperature 1, not at 2.0"),
         ({"tail": "bucket", "loss": "mse"}, "--loss mse compares the kept entries alone"),
+        ({"tail": "bucket", "student_temperature": 2.0}, "not at --student-temperature 2.0"),
+        ({"tail": "bucket", "adaptive_temperature": "normkd"}, "those of --adaptive-temperature"),
+        (
+            {"loss": "mse", "temperature": 3.0, "student_temperature": 2.0},
+            "--student-temperature 2.0: .* the same as --temperature 1.5",
+        ),
+        ({"loss": "mse", "adaptive_temperature": "adakd-h"}, "is of a softmax, and --loss mse"),
+        ({"adaptive_temperature": "wttm"}, "need a --temperature above 1, not 1.0"),
+        (
+            {"adaptive_temperature": "wttm", "temperature": 2.0, "student_temperature": 2.0},
+            "its student is at temperature 1, not at --student-temperature 2.0",
+        ),
         (
             {"alpha_schedule": "wsd", "lr_schedule": "cosine", "warmup_fraction": 0.9},
             "expected at most 1 together",
