@@ -2,6 +2,7 @@
 
     OUT/run.json         settings and dataset; compared when the same command comes again
     OUT/metrics.jsonl    one line per step and evaluation (`metrics.py`), OUT/tensorboard/ beside it
+    OUT/speed.jsonl      one line per step: time and memory, which differ from run to run
     OUT/checkpoints/     the newest two (`checkpoint.py`)
     OUT/model/           the student as a Hugging Face folder, there in full or not at all
     OUT/summary.json     written last: the run is finished
@@ -37,6 +38,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.speed = path / "speed.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
