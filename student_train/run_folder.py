@@ -66,6 +66,16 @@ class RunFolder:
         if not (self.path / _RUN).is_file():
             durable.replace(self.path / _RUN, json.dumps(description, indent=2) + "\n")
 
+    def settings(self) -> dict[str, Any]:
+        """What the run was started with. InputError if the folder holds no run."""
+        file = self.path / _RUN
+        if not file.is_file():
+            raise InputError(
+                f"{self.path}: not the folder of a run, it has no {_RUN}; expected one that"
+                " train-student --out made"
+            )
+        return _read_json(file)
+
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, else None."""
         file = self.path / _SUMMARY
@@ -158,6 +168,8 @@ def _compared(description: Mapping[str, Any]) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); give another --out") from error
+        raise InputError(f"{file}: cannot be read ({error}); give another folder") from error
     return content
