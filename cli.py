@@ -1,4 +1,4 @@
-"""The three commands: options, one-line errors, lazy imports; no logic.
+"""The three commands: options and lazy imports; no logic.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
@@ -6,80 +6,17 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from shards.errors import InputError, LogitshardsError
+from cli_command import Command, CommandWithOthers, config_file, debug
+from shards.errors import InputError
 
 _FOLDER = click.Path(path_type=Path)
-
-
-class _Command(click.Command):
-    """A command whose errors are one line: exit code 2 for what was given, 1 for a failed run."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        for noisy in ("httpx", "filelock", "urllib3", "fsspec"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-        debug = ctx.params.pop("debug", False)
-        try:
-            return super().invoke(ctx)
-        except LogitshardsError as error:
-            if debug:
-                raise
-            click.echo(f"{ctx.info_name}: {error}", err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo(f"\n{ctx.info_name}: interrupted; the same command continues", err=True)
-            ctx.exit(130)
-
-
-_debug = click.option("--debug", is_flag=True, help="Show a traceback with an error.")
-
-
-def _load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
-    if path is None:
-        return
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise click.BadParameter(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise click.BadParameter(f"{path}: expected option names and values")
-    known = {
-        option.lstrip("-"): parameter.name
-        for parameter in ctx.command.params
-        for option in parameter.opts
-    }
-    values = {}
-    for key, value in content.items():
-        name = known.get(str(key).replace("_", "-"))
-        if name is None or name in ("config", "debug", "help"):
-            raise click.BadParameter(f"{path}: unknown option {key!r}")
-        if name == "engine_arg" and isinstance(value, Mapping):
-            value = [f"{argument}={json.dumps(setting)}" for argument, setting in value.items()]
-        elif name in ("corpus", "corpus_weight") and not isinstance(value, list):
-            value = [value]
-        values[name] = value
-    ctx.default_map = {**(ctx.default_map or {}), **values}
-
-
-# What is on the command line wins over the file.
-_config_file = click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    is_eager=True,
-    expose_value=False,
-    callback=_load_config_file,
-    help="YAML file of options by their names; options given here win.",
-)
 
 
 def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
@@ -95,8 +32,8 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     return arguments
 
 
-@click.command(cls=_Command)
-@_config_file
+@click.command(cls=Command)
+@config_file
 @click.option("--teacher", required=True, help="Model folder, or a name on the Hugging Face hub.")
 @click.option("--teacher-revision", help="Revision of a hub model.")
 @click.option(
@@ -220,7 +157,7 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     type=float,
     help="With --plan: tokens of a corpus, such as 1e12, of which --corpus is a sample.",
 )
-@_debug
+@debug
 def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     """Run a teacher over a corpus and write its compressed next-token distributions.
 
@@ -253,8 +190,29 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     )
 
 
-@click.command(cls=_Command)
-@_config_file
+@click.command("report", cls=Command)
+@click.argument("runs", type=_FOLDER, nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--out",
+    type=_FOLDER,
+    default="report.html",
+    show_default=True,
+    help="The page, a single file; one that is there is replaced.",
+)
+@debug
+def report(runs: tuple[Path, ...], out: Path) -> None:
+    """Show how runs went, finished or not, on one page.
+
+    RUN is the folder that a train-student --out made.
+    """
+    from student_train.report import write_report
+
+    write_report(runs, out)
+    click.echo(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
+
+
+@click.command(cls=CommandWithOthers, others=[report])
+@config_file
 @click.option("--shards", type=_FOLDER, required=True, help="Folder of a dataset of dump-logits.")
 @click.option("--student", required=True, help="Preset (demo, 330M, 670M, 1.9B, 3.8B, 6.8B), "
               "Hugging Face config.json, or model folder to continue training.")  # fmt: skip
@@ -365,7 +323,7 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights and order.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
-@_debug
+@debug
 def train_student(**options: Any) -> None:
     """Train a student against a dataset of shards.
 
@@ -384,13 +342,13 @@ def train_student(**options: Any) -> None:
         click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-@click.command(cls=_Command)
+@click.command(cls=Command)
 @click.argument("path", type=_FOLDER)
 @click.option("--row", type=int, help="Show this sequence, position by position.")
 @click.option("--split", default="train", show_default=True, help="The split that --row is of.")
 @click.option("--verify", is_flag=True, help="Read and check everything; exit code 1 if not sound.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@_debug
+@debug
 def inspect_shards(path: Path, row: int | None, split: str, verify: bool, as_json: bool) -> None:
     """Show what a dataset, or one shard of it, holds."""
     from shards import inspect

@@ -2,7 +2,8 @@
 
 A killed run may have written lines for steps that it did not save and that are trained again; they
 are removed before that, so that every step has exactly one line however often a run was
-interrupted, and the lines are those of an uninterrupted run.
+interrupted, and the lines are those of an uninterrupted run. What a clock or the machine says would
+break that promise, so it has a file of its own.
 """
 
 from __future__ import annotations
@@ -12,34 +13,40 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
 from shards import durable
+from student_train.run_folder import RunFolder
 
 
 class Metrics:
     """Writes figures of steps from `step` on; a context manager that closes its files.
 
-    `{"step": 3, "kind": "train", ...}`: kind is "train" or "validation".
+    `{"step": 3, "kind": "train", ...}`: kind is "train" or "validation" in metrics.jsonl, "speed"
+    in speed.jsonl.
     """
 
-    def __init__(self, file: Path, tensorboard: Path, *, step: int) -> None:
-        cut_back(file, step)
-        self._file = file.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
+    def __init__(self, folder: RunFolder, *, step: int) -> None:
+        for file in (folder.metrics, folder.speed):
+            cut_back(file, step)
+        self._file = folder.metrics.open("a", encoding="utf-8")
+        self._speed_file = folder.speed.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
 
     def write(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
-        """Add one line, which another process can read at once."""
-        self._file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
-        self._file.flush()
-        for name, value in figures.items():
-            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        """Add one line of what a step or an evaluation computed."""
+        self._write(self._file, step, kind, figures)
+
+    def write_speed(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add one line of what no other run repeats: time and memory."""
+        self._write(self._speed_file, step, "speed", figures)
 
     def flush(self) -> None:
         """Get everything to disk, before a checkpoint says that it happened."""
-        os.fsync(self._file.fileno())
+        for file in (self._file, self._speed_file):
+            os.fsync(file.fileno())
         self._tensorboard.flush()
 
     def __enter__(self) -> Self:
@@ -52,7 +59,15 @@ class Metrics:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
+        self._speed_file.close()
         self._tensorboard.close()
+
+    def _write(self, file: TextIO, step: int, kind: str, figures: Mapping[str, float]) -> None:
+        """One line, which another process can read at once."""
+        file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
+        file.flush()
+        for name, value in figures.items():
+            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
 
 def cut_back(file: Path, step: int) -> None:

@@ -9,10 +9,14 @@ from shards.progress_line import ProgressLine, duration
 
 
 class TrainProgress:
-    """Shows step, tokens, loss and its parts, learning rate, speed and the time left."""
+    """Shows step, tokens, loss and its parts, learning rate, speed and the time left.
 
-    def __init__(self, step: int, num_steps: int) -> None:
+    With `peak_tokens_per_s` (`flops.py`) also the model FLOP utilisation.
+    """
+
+    def __init__(self, step: int, num_steps: int, peak_tokens_per_s: float | None = None) -> None:
         self._first_step, self._num_steps = step, num_steps
+        self._peak_tokens_per_s = peak_tokens_per_s
         self._tokens = 0
         self._started = time.monotonic()
         self._paused_s = 0.0
@@ -45,8 +49,10 @@ class TrainProgress:
             f"alpha {figures['alpha']:.2f}",
             f"lr {figures['learning_rate']:.2e}",
             f"{self.tokens_per_s:,.0f} tokens/s",
-            f"{duration(left)} left",
         ]
+        if self._peak_tokens_per_s is not None:
+            parts.append(f"MFU {self.tokens_per_s / self._peak_tokens_per_s:.1%}")
+        parts.append(f"{duration(left)} left")
         self._line.show(", ".join(parts))
 
     def clear(self) -> None:

@@ -2,6 +2,7 @@
 
     OUT/run.json         settings and dataset; compared when the same command comes again
     OUT/metrics.jsonl    one line per step and evaluation (`metrics.py`), OUT/tensorboard/ beside it
+    OUT/speed.jsonl      one line per step: time and memory, which differ from run to run
     OUT/checkpoints/     the newest two (`checkpoint.py`)
     OUT/model/           the student as a Hugging Face folder, there in full or not at all
     OUT/summary.json     written last: the run is finished
@@ -37,6 +38,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
+        self.speed = path / "speed.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
@@ -63,6 +65,16 @@ class RunFolder:
         remove_unpublished(self.path)
         if not (self.path / _RUN).is_file():
             durable.replace(self.path / _RUN, json.dumps(description, indent=2) + "\n")
+
+    def settings(self) -> dict[str, Any]:
+        """What the run was started with. InputError if the folder holds no run."""
+        file = self.path / _RUN
+        if not file.is_file():
+            raise InputError(
+                f"{self.path}: not the folder of a run, it has no {_RUN}; expected one that"
+                " train-student --out made"
+            )
+        return _read_json(file)
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, else None."""
@@ -156,6 +168,8 @@ def _compared(description: Mapping[str, Any]) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); give another --out") from error
+        raise InputError(f"{file}: cannot be read ({error}); give another folder") from error
     return content

@@ -39,6 +39,7 @@ from student_train.checkpoint import Progress
 from student_train.config import TrainConfig
 from student_train.distillation import Objective
 from student_train.evaluate import evaluate
+from student_train.flops import peak_tokens_per_s
 from student_train.metrics import Metrics
 from student_train.model import default_learning_rate, export, make_student, num_parameters
 from student_train.order import Order
@@ -47,6 +48,7 @@ from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder, describe_run, publish_folder
 from student_train.schedules import Alpha, learning_rate
+from student_train.speed import StepClock
 from student_train.step import (
     StepResult,
     autocast_for,
@@ -150,16 +152,21 @@ class _Training:
         )
         step_batches = -(-step_sequences // config.micro_batch_sequences)
         batches = self._batches(step_sequences)
-        display = TrainProgress(done, num_steps)
+        length = self._dataset.identity["sequence_length"]
+        peak = peak_tokens_per_s(self._model, length, config.dtype, self._device)
+        clock = StepClock(self._device, peak)
+        display = TrainProgress(done, num_steps, peak)
         with (
-            Metrics(self._folder.metrics, self._folder.tensorboard, step=done) as metrics,
+            Metrics(self._folder, step=done) as metrics,
             ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead,
             StopRequest() as stop,
         ):
             for step in range(done + 1, num_steps + 1):
                 alpha, rate = alphas.at(step - 1), rates.at(step - 1)
                 with self._saved_if_shards_fail(metrics):
-                    result = self._step(step, alpha, rate, islice(ahead, step_batches))
+                    micro_batches = clock.waiting(islice(ahead, step_batches))
+                    result = self._step(step, alpha, rate, micro_batches)
+                speed = clock.step_done(result.num_tokens)
                 figures = {
                     "tokens": self._progress.tokens,
                     "loss": result.loss,
@@ -171,6 +178,7 @@ class _Training:
                 }
                 display.trained(step, result.num_tokens, figures)
                 metrics.write(step, _TRAIN, figures)
+                metrics.write_speed(step, {"tokens": self._progress.tokens, **speed})
                 paused = time.monotonic()
                 if step == num_steps or _due(step, config.eval_every):
                     self._evaluate(metrics)

@@ -117,10 +117,14 @@ def test_metrics_are_cut_back_to_a_step_and_half_a_line_goes(tmp_path: Path) -> 
 
 
 def test_metrics_can_be_read_while_they_are_written(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    with Metrics(file, tmp_path / "tensorboard", step=0) as metrics:
+    folder = RunFolder(tmp_path)
+    with Metrics(folder, step=0) as metrics:
         metrics.write(1, "train", {"loss": 0.5})
-        assert json.loads(file.read_text()) == {"step": 1, "kind": "train", "loss": 0.5}
+        metrics.write_speed(1, {"tokens_per_s": 2.0})
+        line = json.loads(folder.metrics.read_text())
+        assert line == {"step": 1, "kind": "train", "loss": 0.5}
+        line = json.loads(folder.speed.read_text())
+        assert line == {"step": 1, "kind": "speed", "tokens_per_s": 2.0}
 
 
 def test_a_file_where_the_run_folder_should_be_is_refused(tmp_path: Path) -> None:

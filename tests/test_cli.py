@@ -20,16 +20,22 @@ from tests.tiny_teacher import ROOT, dump_command, run_dump, write_corpus
 HEAVY = ("torch", "vllm", "transformers", "pyarrow", "numpy", "yaml", "tokenizers")
 
 
-@pytest.mark.parametrize("command", ["dump-logits", "train-student", "inspect-shards"])
+@pytest.mark.parametrize(
+    "command", ["dump-logits", "train-student", "train-student report", "inspect-shards"]
+)
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys, cli\n"
-        "try: cli.main([sys.argv[1], '--help'])\n"
+        "try: cli.main([*sys.argv[1:], '--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, command], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code, *command.split()],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     assert "Options:" in result.stdout
     assert result.stdout.strip().endswith("HEAVY []")

@@ -133,6 +133,15 @@ def test_a_run_writes_its_settings_a_line_per_step_tensorboard_and_a_summary(
     assert [line["step"] for line in lines(config.out)] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines(config.out, "validation")] == [3, 6]
     assert lines(config.out)[-1]["tokens"] == summary["tokens"]
+    speed = [json.loads(line) for line in (config.out / "speed.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["tokens"]) for line in speed] == [
+        (line["step"], line["tokens"]) for line in lines(config.out)
+    ]
+    for line in speed:
+        assert line["seconds"] > 0
+        assert 0 <= line["data_wait"] <= 1
+        assert 1 << 20 < line["peak_memory_bytes"] < 1 << 40
+        assert "flop_utilisation" not in line  # of a CPU nothing is known
     assert list((config.out / "tensorboard").iterdir())
     assert json.loads((config.out / "run.json").read_text())["config"]["alpha"] == 0.9
     assert json.loads((config.out / "summary.json").read_text()) == summary

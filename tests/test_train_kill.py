@@ -124,6 +124,8 @@ def test_a_killed_run_ends_like_one_that_was_never_killed(
     found = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     steps = {kind: [line["step"] for line in found if line["kind"] == kind] for kind in KINDS}
     assert steps == {"train": list(range(1, 161)), "validation": [30, 60, 90, 120, 150, 160]}
+    timed = [json.loads(line) for line in (killed / "speed.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timed] == list(range(1, 161))
     assert not list(killed.rglob("*.tmp"))
 
 

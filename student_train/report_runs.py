@@ -1,0 +1,145 @@
+"""Runs as a report sees them: settings, summary and figures, read from their folders as they are.
+
+A run may be going on while it is read: it has no summary then, and its last line may be half
+written, which is left out. A whole line that cannot be read is an error, not a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.errors import InputError
+from student_train.report_series import Series
+from student_train.run_folder import RunFolder
+
+_NOT_FIGURES = ("step", "kind", "tokens")
+# Of one run; with many of them the page would grow, so they share about six times as many.
+_MOST_POINTS = 400
+_MOST_POINTS_TOGETHER = 2400
+_LEAST_POINTS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What is known of one run; `series` by kind and figure, such as "train/loss".
+
+    `settings` are those of run.json, nested; `written_at` is when the last step was, seconds since
+    1970, None before the first.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    summary: Mapping[str, Any] | None
+    series: Mapping[str, Series]
+    step: int
+    tokens: float
+    written_at: float | None
+
+    def last(self, figure: str) -> float | None:
+        """The newest value of a figure, None without one."""
+        found = self.series.get(figure)
+        return None if found is None else found.last
+
+    def mean(self, figure: str) -> float | None:
+        """The mean over all steps, None without one."""
+        found = self.series.get(figure)
+        return None if found is None else found.mean
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """The runs in these folders, in this order. InputError for what is no run, or there twice."""
+    places = [path.resolve() for path in paths]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise InputError(f"{paths[number]}: given twice")
+    most = max(_LEAST_POINTS, min(_MOST_POINTS, _MOST_POINTS_TOGETHER // len(paths)))
+    return [
+        _read_run(path, name, most)
+        for path, name in zip(paths, _shortest_names(places), strict=True)
+    ]
+
+
+def _read_run(path: Path, name: str, most: int) -> RunRecord:
+    folder = RunFolder(path)
+    settings = folder.settings()
+    summary = folder.summary()
+    series: dict[str, Series] = {}
+    step, tokens = 0, 0.0
+    for file in (folder.metrics, folder.speed):
+        at = 0.0
+        for line in _lines(file):
+            if line["kind"] != "validation":  # whose tokens are those of the validation split
+                at = line["tokens"]
+            _add(series, line, at, most)
+            step, tokens = max(step, line["step"]), max(tokens, at)
+    has_metrics = folder.metrics.is_file() and step > 0
+    return RunRecord(
+        name=name,
+        settings=settings,
+        summary=summary,
+        series=series,
+        step=step,
+        tokens=tokens,
+        written_at=folder.metrics.stat().st_mtime if has_metrics else None,
+    )
+
+
+def _add(series: dict[str, Series], line: Mapping[str, Any], at: float, most: int) -> None:
+    """Add the figures of a line, at so many tokens, to their series."""
+    for figure, value in line.items():
+        if figure in _NOT_FIGURES or not _is_number(value) or (figure == "kd" and not value):
+            continue  # kd is not computed where alpha is 0, and written as 0
+        key = f"{line['kind']}/{figure}"
+        if key not in series:
+            series[key] = Series(most)
+        series[key].add(at, value)
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file; none if there is no file, as of a run that has just begun."""
+    if not file.is_file():
+        return
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.endswith(b"\n"):
+                    yield _parse(line, f"{file}:{number}")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _parse(text: bytes, place: str) -> dict[str, Any]:
+    try:
+        line: dict[str, Any] = json.loads(text)
+        sound = isinstance(line["step"], int) and isinstance(line["kind"], str)
+        if sound and (line["kind"] == "validation" or _is_number(line["tokens"])):
+            return line
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise InputError(
+        f"{place}: not a line of figures (step, kind, tokens); the same train-student command"
+        " writes it again if it is of an unfinished run"
+    )
+
+
+def _is_number(value: object) -> bool:
+    """A number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shortest_names(places: Sequence[Path]) -> list[str]:
+    """The ends of the paths, as many folders of each as tell it from the others."""
+    names = []
+    for place in places:
+        others = [other.parts for other in places if other != place]
+        length = 1
+        while any(other[-length:] == place.parts[-length:] for other in others):
+            length += 1
+        names.append(os.path.join(*place.parts[-length:]))
+    return names
