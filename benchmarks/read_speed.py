@@ -62,7 +62,7 @@ def read_batches(dataset: Dataset) -> float:
     """Make padded tensors of all sequences; seconds."""
     started = time.perf_counter()
     batches = sequential_batches(
-        dataset.split("train"), batch_sequences=BATCH_SEQUENCES, columns=TARGET_COLUMNS
+        dataset.split("train"), batch_lines=BATCH_SEQUENCES, columns=TARGET_COLUMNS
     )
     for _ in batches:
         pass
@@ -107,9 +107,9 @@ def _shuffled(split: Split, dataset: Dataset) -> Generator[Batch]:
     return training_batches(
         split,
         Order(num_sequences=split.num_sequences, layout=Layout.of(dataset.identity), seed=0),
-        first_step=0,
-        step_sequences=BATCH_SEQUENCES,
-        micro_batch_sequences=BATCH_SEQUENCES,
+        start=0,
+        step_lines=BATCH_SEQUENCES,
+        micro_batch_lines=BATCH_SEQUENCES,
         columns=TARGET_COLUMNS,
     )
 

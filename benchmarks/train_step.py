@@ -118,9 +118,9 @@ def make_student(
     batches = training_batches(
         split,
         Order(num_sequences=split.num_sequences, layout=Layout.of(identity), seed=0),
-        first_step=0,
-        step_sequences=batch_sequences,
-        micro_batch_sequences=batch_sequences,
+        start=0,
+        step_lines=batch_sequences,
+        micro_batch_lines=batch_sequences,
         columns=TARGET_COLUMNS if variant == "kd" else TOKEN_COLUMNS,
     )
     objective = Objective(kind="kld", alpha=0.5 if variant == "kd" else 0.0, temperature=1.0)

@@ -2,6 +2,9 @@
 
 Letters: B sequences, L positions of the longest of them, K kept entries at most.
 
+A line of a batch is one sequence, or, of a dataset of separate documents, as many as fit
+(`packing.py`): each with the positions from 0 on, so that attention stops at the joints.
+
 Inputs are `tokens[:-1]` and labels `tokens[1:]`: the row holds the shift already, position t of
 `ids` is the teacher's distribution over `labels[t]`, and nothing shifts again. Rows are padded at
 their end, where causal attention keeps padding from everything that counts.
@@ -13,7 +16,7 @@ size of the dataset. Columns that nobody asked for are not read from disk.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -29,7 +32,8 @@ from shards.row_group import RowGroup, require
 from shards.schema import ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
 from student_train.decode_ahead import decode_ahead
 from student_train.loss import IGNORE_INDEX
-from student_train.order import GROUPS_PER_WINDOW, Order
+from student_train.order import GROUPS_PER_WINDOW, Order, Window
+from student_train.packing import after, pack
 
 TOKEN_COLUMNS = (TOKENS, LOSS_MASK)
 TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
@@ -39,6 +43,8 @@ TAIL_COLUMNS = (*TARGET_COLUMNS, TAIL_LOGMASS)
 _ROW_GROUPS_AHEAD = GROUPS_PER_WINDOW
 
 _Place = tuple[RowGroup, int]  # a row group and a row of it
+_Line = Sequence[_Place]
+_Spot = tuple[int, RowGroup, int]  # where a row begins among all positions of a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +53,15 @@ class Batch:
 
     labels are -100 where padded or where `loss_mask` is false; num_valid counts the others.
     logprobs and tail_logmass [B, L] float32 are padded with -inf, ids with any of the shard; None
-    if not read, tail_logmass also if the dataset has none.
+    if not read, tail_logmass also if the dataset has none. position_ids [B, L] int64 begin again
+    with every packed sequence; None: each line is one. num_sequences are those of all lines.
     """
 
     input_ids: Tensor
     labels: Tensor
     num_valid: int
+    num_sequences: int
+    position_ids: Tensor | None = None
     ids: Tensor | None = None
     logprobs: Tensor | None = None
     tail_logmass: Tensor | None = None
@@ -67,109 +76,142 @@ class Batch:
         return replace(self, **moved)
 
 
+def packed_length(identity: Mapping[str, Any]) -> int | None:
+    """Positions of a line into which sequences of the dataset are packed; None: they are not."""
+    return None if identity["documents"]["joined"] else int(identity["sequence_length"])
+
+
 def training_batches(
     split: Split,
     order: Order,
     *,
-    first_step: int,
-    step_sequences: int,
-    micro_batch_sequences: int,
+    start: int,
+    step_lines: int,
+    micro_batch_lines: int,
     columns: Sequence[str],
 ) -> Generator[Batch]:
-    """Micro batches without end, from the optimizer step `first_step` on.
+    """Micro batches without end, after the first `start` sequences: those of whole steps.
 
-    A step's sequences are cut into micro batches of which the last may be smaller; none spans two
+    A step's lines are cut into micro batches of which the last may be smaller; none spans two
     steps. Closing the iterator ends what is decoded ahead.
     """
-    rows = _rows_in_order(split, order, first_step * step_sequences, columns)
-    with closing(rows):
+    lines = _lines_in_order(split, order, start, columns)
+    packed = packed_length(split.identity) is not None
+    with closing(lines):
         while True:
-            left = step_sequences
+            left = step_lines
             while left:
-                size = min(left, micro_batch_sequences)
-                yield make_batch(list(islice(rows, size)))
+                size = min(left, micro_batch_lines)
+                yield make_batch(list(islice(lines, size)), packed=packed)
                 left -= size
 
 
 def sequential_batches(
-    split: Split, *, batch_sequences: int, columns: Sequence[str]
+    split: Split, *, batch_lines: int, columns: Sequence[str]
 ) -> Iterator[Batch]:
-    """All sequences once, in their own order. Closing the iterator ends what is decoded ahead."""
+    """All sequences once, in their own order unless they are packed.
+
+    Closing the iterator ends what is decoded ahead.
+    """
+    length = packed_length(split.identity)
     numbers = range(split.num_row_groups)
     with closing(decode_ahead(split, numbers, columns, _ROW_GROUPS_AHEAD)) as row_groups:
-        rows = _rows(row_groups)
-        while batch := _next_batch(rows, batch_sequences):
+        lines = _lines(row_groups, length)
+        while batch := _next_batch(lines, batch_lines, length is not None):
             yield batch
 
 
-def make_batch(places: Sequence[_Place]) -> Batch:
-    """Pad rows of row groups to one batch, with the columns that were read."""
-    num_positions = [_num_positions(group, r) for group, r in places]
-    shape = (len(places), max(num_positions))
-    input_ids = np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORE_INDEX, np.int64)
-    for b, ((group, r), length) in enumerate(zip(places, num_positions, strict=True)):
+def make_batch(lines: Sequence[_Line], *, packed: bool) -> Batch:
+    """Pad lines of rows to one batch, with the columns that were read."""
+    widths = [sum(_num_positions(group, r) for group, r in line) for line in lines]
+    shape = (len(lines), max(widths))
+    spots = list(_spots(lines, shape[1]))
+    size = shape[0] * shape[1]
+    input_ids = np.zeros(size, np.int64)
+    labels = np.full(size, IGNORE_INDEX, np.int64)
+    for spot, group, r in spots:
+        length = _num_positions(group, r)
         first = require(TOKENS, group.token_offsets)[r]
         tokens = require(TOKENS, group.tokens)[first : first + length + 1]
-        input_ids[b, :length] = tokens[:-1]
-        labels[b, :length] = tokens[1:]
+        input_ids[spot : spot + length] = tokens[:-1]
+        labels[spot : spot + length] = tokens[1:]
         if group.loss_mask is not None:
             counts = group.loss_mask[_positions(group, r)]
-            labels[b, :length][~counts] = IGNORE_INDEX
-    num_valid = int(np.count_nonzero(labels != IGNORE_INDEX))
-    ids, logprobs = _entries(places, shape[1])
+            labels[spot : spot + length][~counts] = IGNORE_INDEX
+    ids, logprobs = _entries(spots, shape)
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
-        num_valid=num_valid,
+        input_ids=torch.from_numpy(input_ids.reshape(shape)),
+        labels=torch.from_numpy(labels.reshape(shape)),
+        num_valid=int(np.count_nonzero(labels != IGNORE_INDEX)),
+        num_sequences=len(spots),
+        position_ids=_position_ids(lines, shape) if packed else None,
         ids=ids,
         logprobs=logprobs,
-        tail_logmass=_tail_logmass(places, shape),
+        tail_logmass=_tail_logmass(spots, shape),
     )
 
 
+def _spots(lines: Sequence[_Line], width: int) -> Iterator[_Spot]:
+    """Where the rows of all lines are in the flat batch."""
+    for b, line in enumerate(lines):
+        spot = b * width
+        for group, r in line:
+            yield spot, group, r
+            spot += _num_positions(group, r)
+
+
+def _position_ids(lines: Sequence[_Line], shape: tuple[int, int]) -> Tensor:
+    """Positions from 0 on for every row of a line, and for the padding after them."""
+    position_ids = np.empty(shape, np.int64)
+    for b, line in enumerate(lines):
+        lengths = [_num_positions(group, r) for group, r in line]
+        parts = [*lengths, shape[1] - sum(lengths)]
+        position_ids[b] = np.concatenate([np.arange(length) for length in parts])
+    return torch.from_numpy(position_ids)
+
+
 def _entries(
-    places: Sequence[_Place], num_positions: int
+    spots: Sequence[_Spot], shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """The kept entries, padded to the largest number at any position; None if not read."""
-    if places[0][0].ids is None:
+    if spots[0][1].ids is None:
         return None, None
     runs = [
         Run(
-            b * num_positions,
+            spot,
             require("ids", group.entry_offsets)[positions.start : positions.stop + 1],
             require("ids", group.ids),
             require("logprobs", group.logprobs),
         )
-        for b, group, positions in _runs(places, num_positions)
+        for spot, group, positions in _runs(spots)
     ]
-    padded = pad_entries(runs, len(places) * num_positions)
-    shape = (len(places), num_positions, padded[0].shape[1])
-    return torch.from_numpy(padded[0].reshape(shape)), torch.from_numpy(padded[1].reshape(shape))
+    ids, logprobs = pad_entries(runs, shape[0] * shape[1])
+    return torch.from_numpy(ids.reshape(*shape, -1)), torch.from_numpy(logprobs.reshape(*shape, -1))
 
 
-def _runs(places: Sequence[_Place], num_positions: int) -> Iterator[tuple[int, RowGroup, slice]]:
-    """(index, row group, positions) of places, as one for rows that follow each other unpadded."""
+def _runs(spots: Sequence[_Spot]) -> Iterator[tuple[int, RowGroup, slice]]:
+    """(spot, row group, positions), as one for rows that follow each other here and there."""
     first = 0
-    for b, (group, r) in enumerate(places):
-        last = b + 1 == len(places)
-        if not last and _num_positions(group, r) == num_positions:
-            next_group, next_r = places[b + 1]
-            if next_group is group and next_r == r + 1:
+    for number, (spot, group, r) in enumerate(spots):
+        if number + 1 < len(spots):
+            next_spot, next_group, next_r = spots[number + 1]
+            adjacent = next_spot == spot + _num_positions(group, r)
+            if adjacent and next_group is group and next_r == r + 1:
                 continue
-        start = _positions(*places[first]).start
-        yield first, group, slice(start, _positions(group, r).stop)
-        first = b + 1
+        first_spot, _, first_r = spots[first]
+        start = _positions(group, first_r).start
+        yield first_spot, group, slice(start, _positions(group, r).stop)
+        first = number + 1
 
 
-def _tail_logmass(places: Sequence[_Place], shape: tuple[int, int]) -> Tensor | None:
-    if places[0][0].tail_logmass is None:
+def _tail_logmass(spots: Sequence[_Spot], shape: tuple[int, int]) -> Tensor | None:
+    if spots[0][1].tail_logmass is None:
         return None
-    tails = np.full(shape, -np.inf, np.float32)
-    for b, (group, r) in enumerate(places):
+    tails = np.full(shape[0] * shape[1], -np.inf, np.float32)
+    for spot, group, r in spots:
         row = require(TAIL_LOGMASS, group.tail_logmass)[_positions(group, r)]
-        tails[b, : len(row)] = row
-    return torch.from_numpy(tails)
+        tails[spot : spot + len(row)] = row
+    return torch.from_numpy(tails.reshape(shape))
 
 
 def _positions(group: RowGroup, r: int) -> slice:
@@ -182,27 +224,50 @@ def _num_positions(group: RowGroup, r: int) -> int:
     return int(offsets[r + 1] - offsets[r])
 
 
-def _next_batch(rows: Iterator[_Place], size: int) -> Batch | None:
-    """The next rows as a batch, None after the last; keeps no row group alive."""
-    places = list(islice(rows, size))
-    return make_batch(places) if places else None
+def _next_batch(lines: Iterator[_Line], size: int, packed: bool) -> Batch | None:
+    """The next lines as a batch, None after the last; keeps no row group alive."""
+    found = list(islice(lines, size))
+    return make_batch(found, packed=packed) if found else None
 
 
-def _rows(groups: Iterable[RowGroup]) -> Iterator[_Place]:
+def _lines(groups: Iterable[RowGroup], length: int | None) -> Iterator[_Line]:
+    """All rows of row groups: each a line, or packed into lines of this length."""
     for group in groups:
-        for r in range(group.num_rows):
-            yield group, r
+        if length is None:
+            packed = [[r] for r in range(group.num_rows)]
+        else:
+            packed = pack(np.diff(require(TOKENS, group.position_offsets)), length)
+        for line in packed:
+            yield [(group, r) for r in line]
         del group  # its memory is used again for one that is decoded next
 
 
-def _rows_in_order(
+def _lines_in_order(
     split: Split, order: Order, start: int, columns: Sequence[str]
-) -> Generator[_Place]:
-    """Rows without end."""
+) -> Generator[_Line]:
+    """Lines without end, after the first `start` sequences."""
+    length = packed_length(split.identity)
     numbers = (g for window in order.windows(start) for g in window.row_groups)
     with closing(decode_ahead(split, numbers, columns, _ROW_GROUPS_AHEAD)) as row_groups:
         for window in order.windows(start):
             groups = list(islice(row_groups, len(window.row_groups)))
-            for member, offset in window.picks.tolist():
-                yield groups[member], offset
+            for line in _lines_of(window, groups, length):
+                yield [(groups[member], offset) for member, offset in line]
             del groups  # before the next window is taken, not after
+
+
+def _lines_of(
+    window: Window, groups: Sequence[RowGroup], length: int | None
+) -> Iterator[list[list[int]]]:
+    """The window's lines in the order of training, each a list of picks.
+
+    Packed lines come in an order of their own: as they are packed, full ones would come first.
+    """
+    if length is None:
+        yield from ([pick] for pick in window.picks[window.skip :].tolist())
+        return
+    lengths = [np.diff(require(TOKENS, group.position_offsets)) for group in groups]
+    packed = pack(np.array([lengths[member][r] for member, r in window.picks.tolist()]), length)
+    shuffled = [packed[line] for line in window.shuffled(len(packed)).tolist()]
+    for line in after(shuffled, window.skip):
+        yield window.picks[line].tolist()

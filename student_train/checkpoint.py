@@ -2,10 +2,11 @@
 
     checkpoints/step-00000100/model.safetensors   float32 weights, tied ones once
                               optimizer.pt        AdamW's moments
-                              progress.json       step, tokens, last evaluation
+                              progress.json       step, tokens, sequences, last evaluation
 
-The data's position, the learning rate and the random numbers of a step are functions of its number
-(`order.py`, `schedules.py`, `train.py`), so nothing of them is stored. The newest checkpoint is
+Learning rate and random numbers of a step are functions of its number, the order of the data one of
+the number of sequences that came before (`schedules.py`, `train.py`, `order.py`), so nothing of
+them is stored. The newest checkpoint is
 complete before an older one is removed, and a kill at any moment leaves one to go on from.
 """
 
@@ -33,10 +34,11 @@ _PROGRESS = "progress.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Optimizer steps done, labelled positions trained on, and the last evaluation's figures."""
+    """Optimizer steps done, labelled positions and sequences trained on, the last evaluation."""
 
     step: int
     tokens: int
+    sequences: int
     evaluation: dict[str, float] | None = None
 
 

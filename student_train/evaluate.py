@@ -63,12 +63,13 @@ def evaluate(
     sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    batches = sequential_batches(split, batch_sequences=batch_sequences, columns=TAIL_COLUMNS)
+    batches = sequential_batches(split, batch_lines=batch_sequences, columns=TAIL_COLUMNS)
     with torch.no_grad(), ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead:
         for batch in ahead:
+            batch = batch.to(device)
             with autocast:
-                hidden = hidden_states(model, batch.input_ids.to(device))
-            sums += _batch_sums(hidden, head_weight(model), batch.to(device), method)
+                hidden = hidden_states(model, batch.input_ids, batch.position_ids)
+            sums += _batch_sums(hidden, head_weight(model), batch, method)
     model.train(was_training)
     nll, kl_kept, kl_bound, weighted, num_agreed, num_known = sums.tolist()
     figures = {

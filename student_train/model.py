@@ -86,9 +86,17 @@ def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
     return model
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """input_ids [B, L] -> what the head sees, [B, L, D]."""
-    states: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """input_ids [B, L] -> what the head sees, [B, L, D].
+
+    position_ids [B, L] begin again with every packed sequence; None: a line is one sequence.
+    """
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    states: Tensor = model.base_model(
+        input_ids=input_ids, use_cache=False, **positions
+    ).last_hidden_state
     return states
 
 

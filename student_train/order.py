@@ -27,10 +27,20 @@ GROUPS_PER_WINDOW = 4
 
 @dataclass(frozen=True)
 class Window:
-    """Row groups to hold, and picks [N, 2] int64 in order: (index into them, offset in it)."""
+    """Row groups to hold, and picks [N, 2] int64 in order: (index into them, offset in it).
+
+    The first `skip` of the picks are not part of the stream that was asked for; key [3] determines
+    what else is decided about the window.
+    """
 
     row_groups: tuple[int, ...]
     picks: Int64Array
+    skip: int
+    key: tuple[int, int, int]
+
+    def shuffled(self, length: int) -> npt.NDArray[np.intp]:
+        """A permutation of 0 to length - 1 that belongs to this window."""
+        return _permutation(length, *self.key, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +52,7 @@ class Order:
     seed: int
 
     def windows(self, start: int) -> Iterator[Window]:
-        """The stream from its position `start` on: whole windows, but for what `start` cuts off."""
+        """The stream from its position `start` on, which may lie within the first window."""
         epoch, skip = divmod(start, self.num_sequences)
         while True:
             yield from self._epoch(epoch, skip)
@@ -58,7 +68,7 @@ class Order:
             members = groups[window * GROUPS_PER_WINDOW :][:GROUPS_PER_WINDOW]
             picks = _picks(sizes[members])
             picks = picks[_permutation(len(picks), self.seed, epoch, window)]
-            yield Window(tuple(members.tolist()), picks[skip:])
+            yield Window(tuple(members.tolist()), picks, skip, (self.seed, epoch, window))
             skip = 0
 
     def _row_group_sizes(self) -> Int64Array:

@@ -29,6 +29,7 @@ class StepResult:
     """Means over the labelled positions of one step, nats, and the gradient's norm unclipped."""
 
     num_tokens: int
+    num_sequences: int
     loss: float
     lm: float
     kd: float
@@ -68,13 +69,14 @@ def optimizer_step(
     """
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(3, device=head_weight(model).device)
-    num_tokens = 0
+    num_tokens = num_sequences = 0
     for batch in micro_batches:
         with autocast:
             loss = loss_of(model, batch.to(sums.device))
         loss.total.backward()  # type: ignore[no-untyped-call]
         sums += torch.stack(loss).detach()
         num_tokens += batch.num_valid
+        num_sequences += batch.num_sequences
     scale = 1 / max(1, num_tokens)
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -83,7 +85,12 @@ def optimizer_step(
     optimizer.step()
     loss_mean, lm, kd = (sums * scale).tolist()
     return StepResult(
-        num_tokens=num_tokens, loss=loss_mean, lm=lm, kd=kd, gradient_norm=norm.item()
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        loss=loss_mean,
+        lm=lm,
+        kd=kd,
+        gradient_norm=norm.item(),
     )
 
 
@@ -97,5 +104,5 @@ def batch_loss(model: PreTrainedModel, batch: Batch, *, objective: Objective) ->
             batch.logprobs.flatten(0, 1),
             None if tail is None else tail.flatten(),
         )
-    hidden = hidden_states(model, batch.input_ids).flatten(0, 1)
+    hidden = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)
     return distillation_loss(hidden, head_weight(model), batch.labels.flatten(), targets, objective)

@@ -33,6 +33,7 @@ from student_train.batches import (
     TARGET_COLUMNS,
     TOKEN_COLUMNS,
     Batch,
+    packed_length,
     training_batches,
 )
 from student_train.checkpoint import Progress
@@ -43,6 +44,7 @@ from student_train.flops import peak_tokens_per_s
 from student_train.metrics import Metrics
 from student_train.model import default_learning_rate, export, make_student, num_parameters
 from student_train.order import Order
+from student_train.packed_attention import block_at_joints
 from student_train.prepare import VALIDATION, check_objective, find_evaluation_dataset, plan_steps
 from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
@@ -85,7 +87,10 @@ def run(config: TrainConfig) -> dict[str, Json]:
         logger.info("%s: finished before, nothing to do", config.out)
         return summary
     split = dataset.split(_TRAIN)
-    model = make_student(config.student, dataset, config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_student(config.student, dataset, config.seed).to(device)
+    if packed_length(dataset.identity) is not None:
+        block_at_joints(config.student, model)
     with folder_lock(folder.path, "train-student"):
         folder.start(description)
         training = _Training(config, dataset, split, evaluation_dataset, model, folder)
@@ -113,7 +118,7 @@ class _Training:
         self._split = split
         self._evaluation_dataset = evaluation_dataset
         self._folder = folder
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = model.device
         self._autocast = autocast_for(config.dtype, self._device)
         self._objective = Objective(
             kind=config.loss,
@@ -124,10 +129,10 @@ class _Training:
             student_temperature=config.student_temperature,
             adaptive_temperature=config.adaptive_temperature,
         )
-        self._model = model.to(self._device).train()
+        self._model = model.train()
         self._optimizer = make_optimizer(model, config)
         found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
-        self._progress = found or Progress(step=0, tokens=0)
+        self._progress = found or Progress(step=0, tokens=0, sequences=0)
         self._saved_step = self._progress.step
         self._speed: dict[str, Json] = {}
 
@@ -229,8 +234,12 @@ class _Training:
                 f"{self._folder.path}: step {step}: loss {result.loss}, gradient norm"
                 f" {result.gradient_norm}; the run diverged, a lower --learning-rate may help"
             )
-        tokens = self._progress.tokens + result.num_tokens
-        self._progress = replace(self._progress, step=step, tokens=tokens)
+        self._progress = replace(
+            self._progress,
+            step=step,
+            tokens=self._progress.tokens + result.num_tokens,
+            sequences=self._progress.sequences + result.num_sequences,
+        )
         return result
 
     def _save(self, metrics: Metrics) -> None:
@@ -273,9 +282,9 @@ class _Training:
                 layout=Layout.of(self._dataset.identity),
                 seed=self._config.seed,
             ),
-            first_step=self._progress.step,
-            step_sequences=step_sequences,
-            micro_batch_sequences=self._config.micro_batch_sequences,
+            start=self._progress.sequences,
+            step_lines=step_sequences,
+            micro_batch_lines=self._config.micro_batch_sequences,
             columns=self._columns(),
         )
 

@@ -45,9 +45,9 @@ def batches(dataset: Dataset, first_step: int = 0, columns: object = None) -> It
     return training_batches(
         split,
         order,
-        first_step=first_step,
-        step_sequences=STEP_SEQUENCES,
-        micro_batch_sequences=2,
+        start=first_step * STEP_SEQUENCES,
+        step_lines=STEP_SEQUENCES,
+        micro_batch_lines=2,
         columns=TARGET_COLUMNS if columns is None else columns,  # type: ignore[arg-type]
     )
 
@@ -74,7 +74,7 @@ def assert_holds(batch: Batch, b: int, row: Row) -> None:
 def test_batches_hold_the_rows_in_their_order_without_a_second_shift(dataset: Dataset) -> None:
     rows = list(dataset.split("validation").rows())
     found = list(
-        sequential_batches(dataset.split("validation"), batch_sequences=2, columns=TAIL_COLUMNS)
+        sequential_batches(dataset.split("validation"), batch_lines=2, columns=TAIL_COLUMNS)
     )
     assert [len(batch.labels) for batch in found] == [2, 2, 1]
     for number, row in enumerate(rows):

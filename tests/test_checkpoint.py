@@ -41,7 +41,7 @@ def trained(seed: int = 0) -> tuple[LlamaForCausalLM, torch.optim.AdamW]:
 
 def test_a_checkpoint_restores_weights_moments_and_progress_exactly(tmp_path: Path) -> None:
     model, optimizer = trained()
-    progress = Progress(step=3, tokens=100, evaluation={"cross_entropy": 0.1})
+    progress = Progress(step=3, tokens=100, sequences=7, evaluation={"cross_entropy": 0.1})
     checkpoint.save(tmp_path, model, optimizer, progress)
     other, other_optimizer = trained(seed=1)
     assert checkpoint.load_newest(tmp_path, other, other_optimizer) == progress
@@ -61,27 +61,27 @@ def test_without_a_checkpoint_nothing_changes(tmp_path: Path) -> None:
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (9, 10, 100):
-        checkpoint.save(tmp_path, model, optimizer, Progress(step=step, tokens=step))
+        checkpoint.save(tmp_path, model, optimizer, Progress(step=step, tokens=step, sequences=7))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
     found = checkpoint.load_newest(tmp_path, model, optimizer)
-    assert found == Progress(step=100, tokens=100)
+    assert found == Progress(step=100, tokens=100, sequences=7)
 
 
 def test_what_was_killed_while_it_was_written_is_ignored_and_removed(tmp_path: Path) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1))
+    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=7))
     half = tmp_path / ".step-00000002.0123456789abcdef.tmp"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     found = checkpoint.load_newest(tmp_path, model, optimizer)
-    assert found == Progress(step=1, tokens=1)
+    assert found == Progress(step=1, tokens=1, sequences=7)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "progress.json"])
 def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1))
+    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=7))
     file = tmp_path / "step-00000001" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(RunError, match="step-00000001"):

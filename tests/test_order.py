@@ -24,7 +24,7 @@ def stream(order: Order, start: int, count: int) -> list[int]:
 
     def sequences():  # type: ignore[no-untyped-def]
         for window in order.windows(start):
-            for member, offset in window.picks.tolist():
+            for member, offset in window.picks[window.skip :].tolist():
                 group = order.layout.row_group_range(window.row_groups[member], order.num_sequences)
                 yield group[offset]
 

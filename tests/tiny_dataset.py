@@ -115,9 +115,12 @@ def make_dataset(
     sequences_per_row_group: int = 3,
     masked: bool = False,
     sampled: bool = False,
+    separate: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a complete dataset of SEQUENCE_LENGTH positions a sequence; the last of each is short.
+
+    Those of separate documents have any number of positions from 1 on.
 
     The layout leaves short row groups at the end of every shard. Returns `path`.
     """
@@ -130,7 +133,7 @@ def make_dataset(
         "documents": {
             "bos": False,
             "eos_token_id": EOS_TOKEN_ID,
-            "joined": True,
+            "joined": not separate,
             "held_out": 0.1,
         },
         "sequence_length": SEQUENCE_LENGTH,
@@ -142,12 +145,13 @@ def make_dataset(
         },
     }
     sizes = {"train": train, "validation": validation}
+    lengths = {split: _lengths(size, separate) for split, size in sizes.items()}
     splits = {
-        split: SplitSize(sequences=size, positions=max(0, size * SEQUENCE_LENGTH - 5))
+        split: SplitSize(sequences=size, positions=sum(lengths[split]))
         for split, size in sizes.items()
     }
     manifest = create_or_continue(path, identity, splits, {"engine": "bigram"})
-    for split, size in sizes.items():
+    for split in sizes:
         for shard, sequences in missing_shards(path, manifest, split):
             with ShardWriter(
                 path / split,
@@ -159,7 +163,7 @@ def make_dataset(
                 rows = [
                     make_row(
                         sequence,
-                        SEQUENCE_LENGTH + 1 - (5 if sequence == size - 1 else 0),
+                        lengths[split][sequence] + 1,
                         seed=seed,
                         split=split,
                         masked=masked,
@@ -171,6 +175,15 @@ def make_dataset(
                     writer.write_rows(rows[first : first + sequences_per_row_group])
                 writer.publish()
     return path
+
+
+def _lengths(num_sequences: int, separate: bool) -> list[int]:
+    """Labelled positions of every sequence of a split."""
+    if separate:
+        random = np.random.default_rng(num_sequences)
+        drawn: list[int] = random.integers(1, SEQUENCE_LENGTH + 1, num_sequences).tolist()
+        return drawn
+    return ([SEQUENCE_LENGTH] * num_sequences + [SEQUENCE_LENGTH - 5])[-num_sequences:]
 
 
 def _rounded(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

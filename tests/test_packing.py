@@ -1,0 +1,233 @@
+"""Separate documents in common lines: which ones, and that a student reads each as if alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from shards.dataset import Dataset
+from shards.errors import InputError
+from shards.layout import Layout
+from student_train.batches import TAIL_COLUMNS, Batch, sequential_batches, training_batches
+from student_train.distillation import Objective
+from student_train.model import head_weight, hidden_states
+from student_train.order import Order
+from student_train.packed_attention import block_at_joints
+from student_train.packing import after, pack
+from student_train.step import batch_loss
+from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset
+
+STEP_LINES = 3
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=4),
+    "gpt2": GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+@given(lengths=st.lists(st.integers(1, 16), max_size=60))
+def test_every_sequence_is_in_one_line_and_no_two_lines_would_fit_into_one(
+    lengths: list[int],
+) -> None:
+    lines = pack(np.array(lengths, np.int64), 16)
+    assert sorted(index for line in lines for index in line) == list(range(len(lengths)))
+    sizes = sorted(sum(lengths[index] for index in line) for line in lines)
+    assert all(0 < size <= 16 for size in sizes)
+    assert len(sizes) < 2 or sizes[0] + sizes[1] > 16
+
+
+def test_lines_are_entered_only_where_one_begins() -> None:
+    lines = [[3, 1], [0], [2, 4, 5]]
+    assert [len(after(lines, number)) for number in (0, 2, 3, 6)] == [3, 2, 1, 0]
+    for number in (1, 4, 7):
+        with pytest.raises(ValueError, match="packed in another way"):
+            after(lines, number)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["all count", "masked"])
+def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("datasets") / "separate"
+    return Dataset.open(make_dataset(folder, train=40, masked=request.param, separate=True))
+
+
+def packed_batches(dataset: Dataset, start: int = 0) -> list[Batch]:
+    """Ten steps, of two micro batches each."""
+    split = dataset.split("train")
+    order = Order(num_sequences=split.num_sequences, layout=Layout.of(dataset.identity), seed=1)
+    batches = training_batches(
+        split,
+        order,
+        start=start,
+        step_lines=STEP_LINES,
+        micro_batch_lines=2,
+        columns=TAIL_COLUMNS,
+    )
+    return list(islice(batches, 20))
+
+
+def pieces(batch: Batch) -> list[tuple[torch.Tensor, ...]]:
+    """The sequences of a batch without padding: tokens, labels, ids, logprobs, tail_logmass."""
+    assert batch.position_ids is not None
+    assert batch.ids is not None
+    assert batch.logprobs is not None
+    assert batch.tail_logmass is not None
+    found = []
+    for b, positions in enumerate(batch.position_ids):
+        joints = [*np.flatnonzero(positions == 0).tolist(), len(positions)]
+        for first, last in pairwise(joints):
+            part = (b, slice(first, last))
+            assert positions[first:last].tolist() == list(range(last - first))
+            if torch.isfinite(batch.tail_logmass[part]).any():  # else padding
+                columns = (batch.input_ids, batch.labels, batch.ids, batch.logprobs)
+                found.append((*(c[part] for c in columns), batch.tail_logmass[part]))
+    return found
+
+
+def test_an_epoch_of_packed_lines_holds_every_row_exactly_once_unshifted(dataset: Dataset) -> None:
+    rows = {row.tokens[:-1].tobytes(): row for row in dataset.split("train").rows()}
+    left = Counter(row.tokens[:-1].tobytes() for row in dataset.split("train").rows())
+    for batch in packed_batches(dataset):
+        assert batch.input_ids.shape[1] <= SEQUENCE_LENGTH
+        found = pieces(batch)
+        assert len(found) == batch.num_sequences
+        for tokens, labels, ids, logprobs, tails in found[: left.total()]:
+            key = tokens.numpy().astype(np.int32).tobytes()
+            left[key] -= 1
+            row = rows[key]
+            counted = True if row.loss_mask is None else row.loss_mask
+            np.testing.assert_array_equal(labels, np.where(counted, row.tokens[1:], -100))
+            np.testing.assert_array_equal(tails, row.tail_logmass)
+            kept = torch.isfinite(logprobs)
+            np.testing.assert_array_equal(kept.sum(1), row.counts)
+            np.testing.assert_array_equal(ids[kept], row.ids)
+            np.testing.assert_array_equal(logprobs[kept], row.logprobs)
+        if not left.total():
+            break
+    assert set(left.values()) == {0}
+
+
+def test_a_step_is_entered_by_the_number_of_sequences_before_it(dataset: Dataset) -> None:
+    whole = packed_batches(dataset)
+    consumed = 0
+    for step in range(8):
+        for found, expected in zip(packed_batches(dataset, consumed), whole[2 * step :],
+                                   strict=False):  # fmt: skip
+            assert torch.equal(found.input_ids, expected.input_ids)
+            assert torch.equal(found.position_ids, expected.position_ids)  # type: ignore[arg-type]
+            assert torch.equal(found.logprobs, expected.logprobs)  # type: ignore[arg-type]
+        consumed += sum(batch.num_sequences for batch in whole[2 * step : 2 * step + 2])
+
+
+def test_an_evaluation_sees_every_row_once(dataset: Dataset) -> None:
+    split = dataset.split("train")
+    batches = list(sequential_batches(split, batch_lines=2, columns=TAIL_COLUMNS))
+    assert sum(batch.num_sequences for batch in batches) == split.num_sequences
+    assert sum(batch.num_valid for batch in batches) == sum(s.tokens for s in split.sidecars())
+
+
+def make_model(config: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # attention that makes a difference
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(
+    family: str, dataset: Dataset
+) -> None:
+    model = make_model(CONFIGS[family])
+    block_at_joints("it", model)
+    batch = next(batch for batch in packed_batches(dataset) if batch.num_sequences > 3)
+    objective = Objective(kind="kld", alpha=0.5, temperature=1.0)
+    together = batch_loss(model, batch, objective=objective).total
+    together.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    packed = hidden_states(model, batch.input_ids, batch.position_ids) @ head_weight(model).T
+    assert batch.position_ids is not None
+    alone = torch.zeros((), dtype=torch.float64)
+    for b, positions in enumerate(batch.position_ids):
+        joints = [*np.flatnonzero(positions == 0).tolist(), len(positions)]
+        for first, last in pairwise(joints):
+            part = (slice(b, b + 1), slice(first, last))
+            single = Batch(
+                input_ids=batch.input_ids[part],
+                labels=batch.labels[part],
+                num_valid=0,
+                num_sequences=1,
+                ids=None if batch.ids is None else batch.ids[part],
+                logprobs=None if batch.logprobs is None else batch.logprobs[part],
+            )
+            logits = hidden_states(model, single.input_ids) @ head_weight(model).T
+            torch.testing.assert_close(packed[part], logits)
+            loss = batch_loss(model, single, objective=objective).total
+            loss.backward()
+            alone += loss.detach()
+    torch.testing.assert_close(together.detach(), alone)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_student_that_carries_a_state_over_joints_is_refused() -> None:
+    model = make_model(
+        MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(InputError, match=r"--student it: Mamba.* packed sequences"):
+        block_at_joints("it", model)
+
+
+def test_a_student_whose_mask_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(CONFIGS["llama"])
+    forward = model.base_model.forward
+
+    def running(input_ids: torch.Tensor, use_cache: bool, position_ids: object = None) -> object:
+        mask = torch.ones_like(input_ids)  # a mask of its own switches the look at joints off
+        return forward(
+            input_ids=input_ids,
+            use_cache=use_cache,
+            position_ids=position_ids,
+            attention_mask=mask,
+        )
+
+    monkeypatch.setattr(model.base_model, "forward", running)
+    with pytest.raises(InputError, match="one changes what it computes for the next"):
+        block_at_joints("it", model)
+
+
+def test_the_datasets_of_this_file_are_packed_at_all(tmp_path: Path) -> None:
+    joined = Dataset.open(make_dataset(tmp_path / "joined", train=40))
+    batch = packed_batches(joined)[0]
+    assert batch.position_ids is None
+    assert batch.num_sequences == len(batch.labels)
