@@ -197,6 +197,35 @@ def test_a_run_that_stops_after_any_checkpoint_goes_on_as_if_it_had_not(
     assert (out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
 
 
+def test_a_student_learns_from_packed_documents_and_resumes_among_them(
+    student: str, tmp_path: Path
+) -> None:
+    shards = make_dataset(
+        tmp_path / "separate",
+        train=1000,
+        validation=50,
+        sequences_per_shard=1000,
+        sequences_per_row_group=100,
+        separate=True,
+    )
+    whole = make_config(shards, student, tmp_path / "whole", tokens=24_000, save_every=90,
+                        **LEARNING)  # fmt: skip
+    summary = run(whole)
+    first, last = (lines(whole.out, "validation")[i] for i in (0, -1))
+    assert last["cross_entropy"] < first["cross_entropy"] - 0.2
+    assert last["kl_bound"] < first["kl_bound"] - 0.2
+    assert last["tokens"] == Dataset.open(shards).split("validation").num_positions
+    assert 0.97 * 24_000 < summary["tokens"] <= 24_064  # lines are full, or nearly so
+    out = tmp_path / "resumed"
+    shutil.copytree(whole.out, out)
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-00000094")  # the one of step 90 is left
+    run(replace(whole, out=out))
+    assert_same_weights(out, whole.out)
+    assert (out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+
+
 def test_a_finished_run_is_left_as_it_is(shards: Path, student: str, tmp_path: Path) -> None:
     config = make_config(shards, student, tmp_path / "out")
     summary = run(config)
