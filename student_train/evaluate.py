@@ -5,7 +5,11 @@ softmax at temperature 1, p the kept probabilities, or weights, as they were sto
 `docs/evaluation.md` defines the figures:
 
 - cross_entropy: mean of -log q(label), nats; perplexity: its exponential
-- teacher_cross_entropy: the same of the teacher, from the exact sums in the sidecars
+- bits_per_byte: the sum of -log2 q(label), divided by the bytes of text of the labels; where the
+  tokenizer tells them
+- calibration_error: of the most likely token, its probability against how often it is the label, in
+  15 bins of probability (the expected calibration error of Guo et al. 2017, arXiv 1706.04599)
+- teacher_cross_entropy: the cross-entropy of the teacher, from the exact sums in the sidecars
 - kl_kept: KL(w || q), w = p renormalised over the kept entries; of truncating keep methods
 - kl_bound: KL between both distributions after all that was not kept became one entry. By the
   log-sum inequality merging entries never raises a KL, so it is a lower bound of the full one. Of
@@ -40,6 +44,7 @@ from student_train.read_ahead import ReadAhead
 _BLOCK_BYTES = 32 << 20
 _READ_AHEAD_BATCHES = 2
 _NUM_SUMS = 6
+_NUM_BINS = 15
 
 
 def evaluate(
@@ -49,8 +54,11 @@ def evaluate(
     batch_sequences: int,
     device: torch.device,
     autocast: AbstractContextManager[object],
+    bytes_of_tokens: Tensor | None = None,
 ) -> dict[str, float]:
     """The figures above over a whole split, and `tokens`; leaves the model's mode as it was.
+
+    bytes_of_tokens [V] int64 is that of `token_bytes.py`.
 
     `autocast` surrounds the model without its head, whose logits are float32 always. InputError if
     none of the split's positions counts.
@@ -61,23 +69,33 @@ def evaluate(
     if not num_tokens:
         raise InputError(f"{split.path}: none of its positions counts, nothing can be evaluated")
     sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
+    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64)
+    num_bytes = 0
     was_training = model.training
     model.eval()
     batches = sequential_batches(split, batch_lines=batch_sequences, columns=TAIL_COLUMNS)
     with torch.no_grad(), ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead:
         for batch in ahead:
+            if bytes_of_tokens is not None:
+                counted = batch.labels[batch.labels != IGNORE_INDEX]
+                num_bytes += int(bytes_of_tokens[counted].sum())
             batch = batch.to(device)
             with autocast:
                 hidden = hidden_states(model, batch.input_ids, batch.position_ids)
-            sums += _batch_sums(hidden, head_weight(model), batch, method)
+            found = _batch_sums(hidden, head_weight(model), batch, method)
+            sums += found[0]
+            bins += found[1]
     model.train(was_training)
     nll, kl_kept, kl_bound, weighted, num_agreed, num_known = sums.tolist()
     figures = {
         "tokens": num_tokens,
         "cross_entropy": nll / num_tokens,
         "perplexity": math.exp(nll / num_tokens),
+        "calibration_error": (bins[1] - bins[2]).abs().sum().item() / num_tokens,
         "teacher_cross_entropy": sum(sidecar.teacher_nll for sidecar in sidecars) / num_tokens,
     }
+    if num_bytes:
+        figures["bits_per_byte"] = nll / math.log(2) / num_bytes
     if not method.is_sampled:
         figures |= {"kl_kept": kl_kept / num_tokens, "kl_bound": kl_bound / num_tokens}
     elif method.temperature == 1:
@@ -90,8 +108,10 @@ def evaluate(
     return figures
 
 
-def _batch_sums(hidden: Tensor, weight: Tensor, batch: Batch, method: KeepMethod) -> Tensor:
-    """Sums over the labelled positions of a batch, block by block; see `position_sums`."""
+def _batch_sums(
+    hidden: Tensor, weight: Tensor, batch: Batch, method: KeepMethod
+) -> tuple[Tensor, Tensor]:
+    """`position_sums` and `calibration_bins` of a batch's labelled positions, block by block."""
     assert batch.ids is not None
     assert batch.logprobs is not None
     labels = batch.labels.flatten()
@@ -101,16 +121,32 @@ def _batch_sums(hidden: Tensor, weight: Tensor, batch: Batch, method: KeepMethod
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     exact_above = -math.inf if method.exact_above is None else method.exact_above
     sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
+    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64)
     for block in split_evenly(rows, len(weight), _BLOCK_BYTES, torch.float32):
+        logits = hidden[block].float() @ weight.float().T
+        bins += calibration_bins(logits, labels[block]).cpu()
         sums += position_sums(
-            hidden[block].float() @ weight.float().T,
+            logits,
             labels[block],
             ids[block].long(),
             logprobs[block],
             None if tails is None else tails[block],
             exact_above,
         ).cpu()
-    return sums
+    return sums, bins
+
+
+def calibration_bins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per bin of the largest probability: number, its sum, hits; float64 [3, bins].
+
+    logits [R, V] float32, labels [R].
+    """
+    largest, found = logits.max(1)
+    probability = (largest - logits.logsumexp(1)).exp().double()
+    index = (probability * _NUM_BINS).long().clamp_(max=_NUM_BINS - 1)
+    values = torch.stack([torch.ones_like(probability), probability, (found == labels).double()])
+    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=logits.device)
+    return bins.index_add_(1, index, values)
 
 
 def position_sums(

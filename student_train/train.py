@@ -59,6 +59,7 @@ from student_train.step import (
     optimizer_step,
 )
 from student_train.stop import StopRequest
+from student_train.token_bytes import token_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,9 @@ class _Training:
         found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
         self._progress = found or Progress(step=0, tokens=0, sequences=0)
         self._saved_step = self._progress.step
+        self._bytes_of_tokens = token_bytes(
+            dataset.path / "tokenizer" / "tokenizer.json", dataset.identity["vocab_size"]
+        )
         self._speed: dict[str, Json] = {}
 
     def train(self, step_sequences: int, num_steps: int) -> None:
@@ -270,6 +274,7 @@ class _Training:
             batch_sequences=self._config.micro_batch_sequences,
             device=self._device,
             autocast=self._autocast,
+            bytes_of_tokens=self._bytes_of_tokens,
         )
         metrics.write(self._progress.step, VALIDATION, figures)
         self._progress = replace(self._progress, evaluation=figures)

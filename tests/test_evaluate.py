@@ -39,6 +39,7 @@ def reference(model: LlamaForCausalLM, rows: list[Row]) -> dict[str, float]:
     """The definitions of docs/evaluation.md, one position at a time."""
     nll = teacher_nll = kl_kept = kl_bound = agreed = 0.0
     tokens = 0
+    bins: dict[int, list[tuple[float, bool]]] = {}
     for row in rows:
         with torch.no_grad():
             inputs = torch.tensor(row.tokens[:-1].tolist())[None]
@@ -60,7 +61,14 @@ def reference(model: LlamaForCausalLM, rows: list[Row]) -> dict[str, float]:
             rest = np.delete(q[t], ids).sum()
             kl_bound += (p * np.log(p / q[t, ids])).sum() + tail * math.log(tail / rest)
             agreed += q[t].argmax() == ids[0]
+            confidence = float(q[t].max())
+            hit = bool(q[t].argmax() == row.tokens[t + 1])
+            bins.setdefault(min(14, int(confidence * 15)), []).append((confidence, hit))
+    gaps = [
+        abs(np.mean(found, 0)[0] - np.mean(found, 0)[1]) * len(found) for found in bins.values()
+    ]
     return {
+        "calibration_error": float(sum(gaps)) / tokens,
         "tokens": tokens,
         "cross_entropy": nll / tokens,
         "perplexity": math.exp(nll / tokens),
@@ -229,3 +237,22 @@ def test_without_a_tail_there_is_no_bound() -> None:
     sums = position_sums(torch.randn(1, 7), torch.zeros(1, dtype=torch.int64), ids, logprobs, None)
     assert sums[2] == 0
     assert sums[1] > 0
+
+
+def test_bits_per_byte_are_of_the_bytes_of_the_labels(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    dataset = Dataset.open(make_dataset(tmp_path / "dataset", validation=9, masked=True))
+    split = dataset.split("validation")
+    table = torch.arange(VOCAB_SIZE)
+    found = evaluate(
+        model,
+        split,
+        batch_sequences=4,
+        device=CPU,
+        autocast=nullcontext(),
+        bytes_of_tokens=table,
+    )
+    labels = np.concatenate([row.tokens[1:][row.loss_mask] for row in split.rows()])
+    bits = found["cross_entropy"] * found["tokens"] / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits / labels.sum())

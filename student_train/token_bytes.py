@@ -1,0 +1,56 @@
+"""How many bytes of text a token stands for, for bits per byte.
+
+Known of tokenizers that say it of each token by itself: byte-level ones (GPT-2, Llama 3, Qwen,
+SmolLM), whose tokens are written with one character per byte, and those of SentencePiece's kind
+with byte fallback (Llama 2, Gemma), where U+2581 is a space and <0x0A> a byte. Special tokens stand
+for no text. Of others, which drop or add spaces around words, it is not known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE = "\u2581"
+
+
+def token_bytes(tokenizer_file: Path, vocab_size: int) -> Tensor | None:
+    """[V] int64: bytes of every token of a tokenizer.json; None where that is not known."""
+    try:
+        content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+        kinds = set(_types(content.get("decoder")))
+        vocab = content["model"]["vocab"]
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    pairs = vocab.items() if isinstance(vocab, dict) else [(t[0], i) for i, t in enumerate(vocab)]
+    if "ByteLevel" in kinds:
+        sizes = {index: len(token) for token, index in pairs}
+    elif "ByteFallback" in kinds:
+        sizes = {
+            index: 1 if _BYTE.fullmatch(token) else len(token.replace(_SPACE, " ").encode())
+            for token, index in pairs
+        }
+    else:
+        return None
+    for added in content.get("added_tokens") or []:
+        sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+    table = torch.zeros(vocab_size, dtype=torch.int64)
+    for index, size in sizes.items():
+        if index < vocab_size:
+            table[index] = size
+    return table
+
+
+def _types(decoder: Any) -> Iterator[str]:
+    """The kinds of a decoder and of those it is made of."""
+    if decoder:
+        yield decoder["type"]
+        for part in decoder.get("decoders", ()):
+            yield from _types(part)
