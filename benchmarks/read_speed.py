@@ -36,7 +36,7 @@ from pathlib import Path
 import click
 import pyarrow as pa
 import pyarrow.parquet as pq
-from synthetic_shards import make_shards
+from synthetic_shards import MEAN_ENTRIES, make_shards
 
 from shards.dataset import Dataset, Split
 from shards.layout import Layout
@@ -176,9 +176,12 @@ def measure_memory(folder: Path, sequence_length: int) -> dict[str, object]:
 @click.command()
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--row-groups", default=32, show_default=True, help="Of 128k tokens, for speed.")
+@click.option("--entries", default=MEAN_ENTRIES, show_default=True, help="Mean per position.")
 @click.option("--rounds", default=15, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
-def main(sequence_length: int, row_groups: int, rounds: int, json_file: Path | None) -> None:
+def main(
+    sequence_length: int, row_groups: int, entries: int, rounds: int, json_file: Path | None
+) -> None:
     """Print speeds, their ratio, and peaks of memory."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -187,6 +190,7 @@ def main(sequence_length: int, row_groups: int, rounds: int, json_file: Path | N
             num_sequences=row_groups * (128 << 10) // sequence_length,
             sequence_length=sequence_length,
             vocab_size=VOCAB_SIZE,
+            entries=entries,
         )
         result: dict[str, object] = {
             "command": sys.argv,

@@ -1,8 +1,9 @@
 """A dataset of realistic shape without a teacher, for the benchmarks that read shards.
 
 The number of kept entries follows what top-0.95-100 keeps of SmolLM2-135M on text: a third of the
-positions reach 100, the others have a few; about 54 on average. Ids are Zipf-like,
-log-probabilities fall like a power of the rank and are rounded to 1/16 nat.
+positions reach 100, the others have a few; about 54 on average. Other averages have the same shape,
+with `scale` times as many. Ids are Zipf-like, log-probabilities fall like a power of the rank and
+are rounded to 1/16 nat.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from shards.rows import Row
 from shards.writer import ShardWriter
 
 TOP_P, TOP_K = 0.95, 100
+MEAN_ENTRIES = 54
 LOGPROB_STEP = 1 / 16
 
 
@@ -28,9 +30,11 @@ def make_shards(
     sequence_length: int,
     vocab_size: int,
     row_group_tokens: int = 128 << 10,
+    entries: float = MEAN_ENTRIES,
     seed: int = 0,
 ) -> Dataset:
     """Write a complete dataset of one split in shards of 4 row groups."""
+    scale = entries / MEAN_ENTRIES
     per_row_group = max(1, row_group_tokens // sequence_length)
     identity: dict[str, Json] = {
         "format_version": 1,
@@ -43,7 +47,7 @@ def make_shards(
         "keep": {
             "method": "top-p-k",
             "top_p": TOP_P,
-            "top_k": TOP_K,
+            "top_k": round(scale * TOP_K),
             "logprob_step": LOGPROB_STEP,
         },
         "seed": seed,
@@ -64,22 +68,25 @@ def make_shards(
         ) as writer:
             for first in range(sequences.start, sequences.stop, per_row_group):
                 group = range(first, min(first + per_row_group, sequences.stop))
-                writer.write_rows([_row(s, sequence_length, vocab_size, seed) for s in group])
+                writer.write_rows(
+                    [_row(s, sequence_length, vocab_size, scale, seed) for s in group]
+                )
             writer.publish()
     return Dataset.open(path)
 
 
-def _row(sequence: int, length: int, vocab_size: int, seed: int) -> Row:
+def _row(sequence: int, length: int, vocab_size: int, scale: float, seed: int) -> Row:
     random = np.random.default_rng([seed, sequence])
-    few = np.minimum(TOP_K, random.geometric(1 / 30, length))
-    counts = np.where(random.random(length) < 0.35, TOP_K, few)
-    rank = np.arange(TOP_K)
+    top_k = round(scale * TOP_K)
+    few = np.minimum(top_k, random.geometric(1 / (30 * scale), length))
+    counts = np.where(random.random(length) < 0.35, top_k, few)
+    rank = np.arange(top_k)
     # A flat distribution is one that needs many entries for the same mass.
-    slope = 0.5 + 4 * np.exp(-counts / 20)
+    slope = 0.5 + 4 * np.exp(-counts / (20 * scale))
     weights = (rank + 1.0) ** -slope[:, None] * (rank < counts[:, None])
     kept = TOP_P * weights / weights.sum(1, keepdims=True)
     inside = rank < counts[:, None]
-    ids = (_zipf(random, (length, TOP_K), vocab_size) + 97 * rank) % vocab_size
+    ids = (_zipf(random, (length, top_k), vocab_size) + 97 * rank) % vocab_size
     return Row(
         sequence=sequence,
         tokens=_zipf(random, (length + 1,), vocab_size).astype(np.int32),

@@ -1,26 +1,32 @@
 """What distillation costs a training step: whole steps, data from disk, side by side.
 
-    python benchmarks/train_step.py [--json FILE]
+    python benchmarks/train_step.py [--vocab-size V] [--json FILE]
 
-Three students of the same shape take turns, in another order every round, each with its own data:
+Students of the same shape take turns, in another order every round, each with its own data:
 
 - torch: labels only, torch's chunked F.linear_cross_entropy, with the fastest of some chunk sizes
 - lm:    labels only (alpha 0), the loss of student_train; ids and logprobs are not read
-- kd:    labels and the teacher's kept entries (alpha 0.5)
+- kd12:  labels and the teacher's kept entries (alpha 0.5), 12 per position on average
+- kd54:  the same with 54
+- dense: the same targets as kd54, scattered into a tensor [T, V] beside all logits, by autograd
 
 A step is reading, forward, backward, clipping and AdamW. Ratios are medians over rounds, each of
-two steps of one round, so that a machine that slows down for a while slows down both.
+two steps of one round, so that a machine that slows down for a while slows down both. Data wait is
+the part of a step spent waiting for its batch. Peak memory is that of a fresh process per student
+over a few steps (on a GPU, of its tensors), with everything that Python and torch have loaded.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,10 +47,28 @@ from student_train.model import head_weight, hidden_states
 from student_train.order import Order
 from student_train.presets import PRESETS
 from student_train.read_ahead import ReadAhead
+from student_train.speed import StepClock
 from student_train.step import autocast_for, batch_loss, make_optimizer, optimizer_step
 
 CHUNK_ROWS = (256, 512, 1024)
-VARIANTS = ("torch", "lm", "kd")
+ENTRIES = {"torch": 12, "lm": 12, "kd12": 12, "kd54": 54, "dense": 54}
+ALPHA = 0.5
+MEMORY_STEPS = 3
+RATIOS = (
+    ("kd12 / lm", "kd12", "lm", "want <= 1.03"),
+    ("kd54 / lm", "kd54", "lm", "want <= 1.03"),
+    ("lm / torch", "lm", "torch", "want <= 1.03"),
+    ("dense / kd54", "dense", "kd54", ""),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all students have in common."""
+
+    preset: str
+    batch_sequences: int
+    dtype: str
 
 
 def torch_loss(model: PreTrainedModel, batch: Batch, *, chunk_rows: int) -> Loss:
@@ -70,65 +94,70 @@ def torch_loss(model: PreTrainedModel, batch: Batch, *, chunk_rows: int) -> Loss
     return Loss(total, total, torch.zeros_like(total))
 
 
+def dense_loss(model: PreTrainedModel, batch: Batch) -> Loss:
+    """LM and KD as they are written down first: all logits and all targets at once."""
+    assert batch.ids is not None
+    assert batch.logprobs is not None
+    hidden = hidden_states(model, batch.input_ids).flatten(0, 1)
+    logs = torch.log_softmax((hidden @ head_weight(model).T).float(), 1)
+    target = torch.zeros_like(logs).scatter_add_(
+        1, batch.ids.flatten(0, 1).long(), torch.softmax(batch.logprobs.flatten(0, 1), 1)
+    )
+    lm = F.nll_loss(logs, batch.labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+    kd = F.kl_div(logs, target, reduction="sum")
+    return Loss((1 - ALPHA) * lm + ALPHA * kd, lm.detach(), kd.detach())
+
+
 class Student:
-    """One of the students that take turns."""
+    """One of the students that take turns, with its own model, optimizer and read-ahead thread."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        batches: Iterator[Batch],
-        loss_of: Callable[[PreTrainedModel, Batch], Loss],
-        config: TrainConfig,
-    ) -> None:
-        self.model = model
-        self.batches = batches
-        self.loss_of = loss_of
-        self.optimizer = make_optimizer(model, config)
-        self.autocast = autocast_for(config.dtype, next(model.parameters()).device)
+    def __init__(self, dataset: Dataset, shape: Shape, variant: str, stack: ExitStack) -> None:
+        identity = dataset.identity
+        torch.manual_seed(0)
+        config = PRESETS[shape.preset].config_json(
+            identity["vocab_size"], identity["sequence_length"], 0
+        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        split = dataset.split("train")
+        reads_entries = variant in ("kd12", "kd54", "dense")
+        batches = training_batches(
+            split,
+            Order(num_sequences=split.num_sequences, layout=Layout.of(identity), seed=0),
+            start=0,
+            step_lines=shape.batch_sequences,
+            micro_batch_lines=shape.batch_sequences,
+            columns=TARGET_COLUMNS if reads_entries else TOKEN_COLUMNS,
+        )
+        options = TrainConfig(
+            shards=dataset.path, student=shape.preset, out=Path(), tokens=1, dtype=shape.dtype
+        )
+        self.model = LlamaForCausalLM(LlamaConfig(**config)).to(device)
+        self.batches: Iterator[Batch] = stack.enter_context(ReadAhead(batches, 2))
+        self.loss_of = _loss_of(variant)
+        self.optimizer = make_optimizer(self.model, options)
+        self.autocast = autocast_for(shape.dtype, device)
+        self.clock = StepClock(device, None)
 
-    def step(self) -> float:
-        """Seconds of one step."""
-        started = time.perf_counter()
-        optimizer_step(
+    def step(self) -> dict[str, float]:
+        """Figures of one step, `seconds` and `data_wait` among them."""
+        result = optimizer_step(
             self.model,
             self.optimizer,
-            islice(self.batches, 1),
+            self.clock.waiting(islice(self.batches, 1)),
             self.loss_of,
             gradient_clip=1.0,
             autocast=self.autocast,
         )
-        return time.perf_counter() - started
+        return self.clock.step_done(result.num_tokens)
 
 
-def make_student(
-    dataset: Dataset,
-    preset: str,
-    batch_sequences: int,
-    dtype: str,
-    variant: str,
-    stack: ExitStack,
-) -> Student:
-    """A student with its own model, optimizer and read-ahead thread."""
-    identity = dataset.identity
-    torch.manual_seed(0)
-    shape = PRESETS[preset].config_json(identity["vocab_size"], identity["sequence_length"], 0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = LlamaForCausalLM(LlamaConfig(**shape)).to(device)
-    split = dataset.split("train")
-    batches = training_batches(
-        split,
-        Order(num_sequences=split.num_sequences, layout=Layout.of(identity), seed=0),
-        start=0,
-        step_lines=batch_sequences,
-        micro_batch_lines=batch_sequences,
-        columns=TARGET_COLUMNS if variant == "kd" else TOKEN_COLUMNS,
-    )
-    objective = Objective(kind="kld", alpha=0.5 if variant == "kd" else 0.0, temperature=1.0)
-    loss_of: Callable[[PreTrainedModel, Batch], Loss] = partial(batch_loss, objective=objective)
+def _loss_of(variant: str) -> Callable[[PreTrainedModel, Batch], Loss]:
     if variant == "torch":
-        loss_of = partial(torch_loss, chunk_rows=CHUNK_ROWS[0])
-    config = TrainConfig(shards=dataset.path, student=preset, out=Path(), tokens=1, dtype=dtype)
-    return Student(model, stack.enter_context(ReadAhead(batches, 2)), loss_of, config)
+        return partial(torch_loss, chunk_rows=CHUNK_ROWS[0])
+    if variant == "dense":
+        return dense_loss
+    alpha = 0.0 if variant == "lm" else ALPHA
+    return partial(batch_loss, objective=Objective(kind="kld", alpha=alpha, temperature=1.0))
 
 
 def choose_chunk_rows(student: Student) -> int:
@@ -136,10 +165,51 @@ def choose_chunk_rows(student: Student) -> int:
     seconds = {}
     for rows in CHUNK_ROWS:
         student.loss_of = partial(torch_loss, chunk_rows=rows)
-        seconds[rows] = min(student.step(), student.step())
+        seconds[rows] = min(student.step()["seconds"], student.step()["seconds"])
     best = min(seconds, key=lambda rows: seconds[rows])
     student.loss_of = partial(torch_loss, chunk_rows=best)
     return best
+
+
+def peak_memory(path: Path, shape: Shape, variant: str, chunk_rows: int) -> float:
+    """Bytes over a few steps; to be called in a fresh process."""
+    with ExitStack() as stack:
+        student = Student(Dataset.open(path), shape, variant, stack)
+        if variant == "torch":
+            student.loss_of = partial(torch_loss, chunk_rows=chunk_rows)
+        figures = [student.step() for _ in range(MEMORY_STEPS)][-1]
+    return figures.get("peak_cuda_memory_bytes", figures["peak_memory_bytes"])
+
+
+def take_turns(
+    datasets: dict[str, Dataset], shape: Shape, rounds: int
+) -> tuple[dict[str, list[dict[str, float]]], int]:
+    """Figures of every step of every student, and torch's fastest chunk size."""
+    names = list(datasets)
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    chunk_rows = CHUNK_ROWS[0]
+    with ExitStack() as stack:
+        students = {name: Student(data, shape, name, stack) for name, data in datasets.items()}
+        if "torch" in students:
+            chunk_rows = choose_chunk_rows(students["torch"])
+        for student in students.values():
+            student.step()
+        for number in range(rounds):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                figures[name].append(students[name].step())
+    return figures, chunk_rows
+
+
+def measure_memory(datasets: dict[str, Dataset], shape: Shape, chunk_rows: int) -> dict[str, float]:
+    """The peak of every student, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for name, dataset in datasets.items():
+        with ProcessPoolExecutor(1, mp_context=context) as fresh:
+            task = fresh.submit(peak_memory, dataset.path, shape, name, chunk_rows)
+            peaks[name] = task.result()
+    return peaks
 
 
 @click.command()
@@ -149,6 +219,8 @@ def choose_chunk_rows(student: Student) -> int:
 @click.option("--batch-sequences", default=4, show_default=True, help="Sequences of a step.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--rounds", default=15, show_default=True)
+@click.option("--variant", "variants", multiple=True, type=click.Choice(list(ENTRIES)),
+              help="Default: all. Repeatable.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(
     preset: str,
@@ -157,58 +229,69 @@ def main(
     batch_sequences: int,
     dtype: str,
     rounds: int,
+    variants: tuple[str, ...],
     json_file: Path | None,
 ) -> None:
-    """Print seconds per step and ratios."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        dataset = make_shards(
-            Path(folder) / "shards",
-            num_sequences=max(64, 8 * batch_sequences),
-            sequence_length=sequence_length,
-            vocab_size=vocab_size,
-        )
-        students = {
-            variant: make_student(dataset, preset, batch_sequences, dtype, variant, stack)
-            for variant in VARIANTS
+    """Print seconds per step, data wait, peak memory and ratios."""
+    shape = Shape(preset, batch_sequences, dtype)
+    names = [name for name in ENTRIES if not variants or name in variants]
+    with tempfile.TemporaryDirectory() as folder:
+        datasets = {
+            entries: make_shards(
+                Path(folder) / str(entries),
+                num_sequences=max(64, 8 * batch_sequences),
+                sequence_length=sequence_length,
+                vocab_size=vocab_size,
+                entries=entries,
+            )
+            for entries in {ENTRIES[name] for name in names}
         }
-        chunk_rows = choose_chunk_rows(students["torch"])
-        seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        for student in students.values():
-            student.step()
-        for number in range(rounds):
-            turn = number % len(VARIANTS)
-            for variant in VARIANTS[turn:] + VARIANTS[:turn]:
-                seconds[variant].append(students[variant].step())
-    report(seconds, batch_sequences * sequence_length, chunk_rows, dtype, json_file)
-
-
-def report(
-    seconds: dict[str, list[float]],
-    step_tokens: int,
-    chunk_rows: int,
-    dtype: str,
-    json_file: Path | None,
-) -> None:
-    """Print the table, and write it."""
-    result: dict[str, object] = {
+        students_of = {name: datasets[ENTRIES[name]] for name in names}
+        figures, chunk_rows = take_turns(students_of, shape, rounds)
+        peaks = measure_memory(students_of, shape, chunk_rows)
+    about = {
         "command": sys.argv,
         "torch_version": torch.__version__,
         "threads": torch.get_num_threads(),
-        "dtype": dtype,
-        "step_tokens": step_tokens,
+        "step_tokens": batch_sequences * sequence_length,
         "torch_chunk_rows": chunk_rows,
     }
-    click.echo(f"{'':8}{'s/step':>10}{'tokens/s':>12}")
-    for variant, values in seconds.items():
-        median = statistics.median(values)
-        click.echo(f"{variant:8}{median:10.3f}{step_tokens / median:12,.0f}")
-        result[variant] = {"seconds": median, "tokens_per_s": step_tokens / median}
-    for name, above, below in (("kd / lm", "kd", "lm"), ("lm / torch", "lm", "torch")):
+    report(figures, peaks, about, json_file)
+
+
+def report(
+    figures: dict[str, list[dict[str, float]]],
+    peaks: dict[str, float],
+    about: dict[str, object],
+    json_file: Path | None,
+) -> None:
+    """Print the tables, and write them."""
+    result: dict[str, object] = dict(about)
+    seconds = {name: [step["seconds"] for step in steps] for name, steps in figures.items()}
+    click.echo(f"{'':8}{'s/step':>10}{'tokens/s':>12}{'data wait':>12}{'peak MiB':>12}")
+    for name, steps in figures.items():
+        median = statistics.median(seconds[name])
+        speed = statistics.median(step["tokens_per_s"] for step in steps)
+        wait = statistics.median(step["data_wait"] for step in steps)
+        mebibytes = peaks[name] / 2**20
+        click.echo(f"{name:8}{median:10.3f}{speed:12,.0f}{100 * wait:10.2f} %{mebibytes:12,.0f}")
+        result[name] = {
+            "seconds": median,
+            "tokens_per_s": speed,
+            "data_wait": wait,
+            "peak_bytes": peaks[name],
+        }
+    for name, above, below, wanted in RATIOS:
+        if above not in seconds or below not in seconds:
+            continue
         ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        ratio = statistics.median(ratios)
-        click.echo(f"{name:12}{ratio:.3f}   (middle half {low:.3f} to {high:.3f}, want <= 1.05)")
-        result[name] = {"ratio": ratio, "quartiles": [low, high]}
+        ratio, memory = statistics.median(ratios), peaks[above] / peaks[below]
+        click.echo(
+            f"{name:12}{ratio:7.3f}   (middle half {low:.3f} to {high:.3f}; memory {memory:.3f})"
+            f"   {wanted}"
+        )
+        result[name] = {"ratio": ratio, "quartiles": [low, high], "memory": memory}
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 

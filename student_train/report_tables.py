@@ -205,6 +205,8 @@ _FIGURES: Sequence[tuple[str, Callable[[RunRecord], str | None]]] = (
     ("beside embedding and head", _summary("parameters_beside_embedding", count)),
     ("validation cross-entropy, nats", _last("validation/cross_entropy", _fixed(4))),
     ("validation perplexity", _last("validation/perplexity", "{:,.4g}".format)),
+    ("bits per byte", _last("validation/bits_per_byte", _fixed(4))),
+    ("calibration error", _last("validation/calibration_error", _fixed(4))),
     ("the teacher's cross-entropy, nats", _last("validation/teacher_cross_entropy", _fixed(4))),
     ("KL to the kept entries, nats", _last("validation/kl_kept", _fixed(4))),
     ("KL to the teacher, lower bound, nats", _last("validation/kl_bound", _fixed(4))),
