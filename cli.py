@@ -19,7 +19,7 @@ from shards.errors import InputError, LogitshardsError
 _FOLDER = click.Path(path_type=Path)
 
 
-class Command(click.Command):
+class _Command(click.Command):
     """A command whose errors are one line: exit code 2 for what was given, 1 for a failed run."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -39,7 +39,7 @@ class Command(click.Command):
             ctx.exit(130)
 
 
-class CommandWithOthers(Command):
+class _CommandWithOthers(_Command):
     """A command that its options call, `NAME --option ...`, and that others hang on, `NAME OTHER`.
 
     A click.Group would ask for the options of NAME before OTHER.
@@ -75,7 +75,7 @@ class CommandWithOthers(Command):
             )
 
 
-debug = click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+_debug = click.option("--debug", is_flag=True, help="Show a traceback with an error.")
 
 
 def _load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -108,7 +108,7 @@ def _load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None)
 
 
 # What is on the command line wins over the file.
-config_file = click.option(
+_config_file = click.option(
     "--config",
     type=click.Path(path_type=Path),
     is_eager=True,
@@ -131,8 +131,8 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     return arguments
 
 
-@click.command(cls=Command)
-@config_file
+@click.command(cls=_Command)
+@_config_file
 @click.option("--teacher", required=True, help="Model folder, or a name on the Hugging Face hub.")
 @click.option("--teacher-revision", help="Revision of a hub model.")
 @click.option(
@@ -256,7 +256,7 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     type=float,
     help="With --plan: tokens of a corpus, such as 1e12, of which --corpus is a sample.",
 )
-@debug
+@_debug
 def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     """Run a teacher over a corpus and write its compressed next-token distributions.
 
@@ -289,7 +289,7 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     )
 
 
-@click.command("report", cls=Command)
+@click.command("report", cls=_Command)
 @click.argument("runs", type=_FOLDER, nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--out",
@@ -298,7 +298,7 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     show_default=True,
     help="The page, a single file; one that is there is replaced.",
 )
-@debug
+@_debug
 def report(runs: tuple[Path, ...], out: Path) -> None:
     """Show how runs went, finished or not, on one page.
 
@@ -310,8 +310,8 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     click.echo(f"{out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
 
 
-@click.command(cls=CommandWithOthers, others=[report])
-@config_file
+@click.command(cls=_CommandWithOthers, others=[report])
+@_config_file
 @click.option("--shards", type=_FOLDER, required=True, help="Folder of a dataset of dump-logits.")
 @click.option("--student", required=True, help="Preset (demo, 330M, 670M, 1.9B, 3.8B, 6.8B), "
               "Hugging Face config.json, or model folder to continue training.")  # fmt: skip
@@ -422,7 +422,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights and order.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
-@debug
+@_debug
 def train_student(**options: Any) -> None:
     """Train a student against a dataset of shards.
 
@@ -441,13 +441,13 @@ def train_student(**options: Any) -> None:
         click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-@click.command(cls=Command)
+@click.command(cls=_Command)
 @click.argument("path", type=_FOLDER)
 @click.option("--row", type=int, help="Show this sequence, position by position.")
 @click.option("--split", default="train", show_default=True, help="The split that --row is of.")
 @click.option("--verify", is_flag=True, help="Read and check everything; exit code 1 if not sound.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@debug
+@_debug
 def inspect_shards(path: Path, row: int | None, split: str, verify: bool, as_json: bool) -> None:
     """Show what a dataset, or one shard of it, holds."""
     from shards import inspect
