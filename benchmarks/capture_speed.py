@@ -64,6 +64,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     from teacher_dump import vllm_engine, vllm_logprobs_engine, vllm_pooler
     from teacher_dump.collector import ShardCollector, ShardPlan, make_row
     from teacher_dump.config import DumpConfig
+    from teacher_dump.engine_options import EngineOptions
     from teacher_dump.engines import start_engine
     from teacher_dump.keep import make_keep
     from teacher_dump.teacher import find_teacher, load_tokenizer, tokenizer_identity
@@ -82,18 +83,15 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
 
         vllm_pooler.TeacherPooler.score = largest
         vllm_engine.unpack = lambda packed, keep: packed
-    engine: Any = start_engine(
-        name,
+    options = EngineOptions(
         teacher_folder=teacher,
         architecture=find_teacher(str(teacher), None).architecture,
         dtype="bfloat16",
         head_dtype="float32",
         sequence_length=length,
         keep=keep,
-        seed=0,
-        engine_args={},
-        trust_remote_code=False,
     )
+    engine: Any = start_engine(name, options)
     frontend = _ThreadTime()
     engine._submit = frontend.of(engine._submit)
     vllm_engine.unpack = frontend.of(vllm_engine.unpack)

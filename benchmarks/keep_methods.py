@@ -33,11 +33,16 @@ from shards.schema import ENTRY_COLUMNS  # noqa: E402
 from shards.writer import ShardWriter  # noqa: E402
 from teacher_dump.collector import make_row  # noqa: E402
 from teacher_dump.config import DumpConfig  # noqa: E402
+from teacher_dump.engine_options import EngineOptions  # noqa: E402
 from teacher_dump.keep import Keep, make_keep  # noqa: E402
 from teacher_dump.packing import Selected, unpack  # noqa: E402
 from teacher_dump.random_keys import position_keys, sequence_key  # noqa: E402
 from teacher_dump.selection import make_selector, select_in_blocks  # noqa: E402
-from teacher_dump.teacher import load_tokenizer, tokenizer_identity  # noqa: E402
+from teacher_dump.teacher import (  # noqa: E402
+    find_teacher,
+    load_tokenizer,
+    tokenizer_identity,
+)
 from teacher_dump.transformers_engine import TransformersEngine  # noqa: E402
 
 BLOCK_ROWS = 64
@@ -115,7 +120,14 @@ def measure(teacher: Path, corpus: Path, num_sequences: int, length: int) -> lis
     vocab_size = tokenizer_identity(load_tokenizer(teacher))["vocab_size"]
     keep = make_keep(DumpConfig(teacher="", corpus=(Path(),), out=Path()), vocab_size)
     engine = TransformersEngine(
-        teacher_folder=teacher, dtype="bfloat16", head_dtype="float32", keep=keep, seed=0
+        EngineOptions(
+            teacher_folder=teacher,
+            architecture=find_teacher(str(teacher), None).architecture,
+            dtype="bfloat16",
+            head_dtype="float32",
+            sequence_length=length,
+            keep=keep,
+        )
     )
     sequences = read_sequences(corpus, teacher, num_sequences, length)
     with tempfile.TemporaryDirectory() as folder:

@@ -27,12 +27,7 @@ from teacher_dump.collector import make_row
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import CorpusFile, read_sample
 from teacher_dump.prepare import Prepared, prepare
-from teacher_dump.sequences import (
-    JoinedSequences,
-    SeparateSequences,
-    SplitSequences,
-    TokenSequence,
-)
+from teacher_dump.sequences import SplitSequences, TokenSequence, cut
 from teacher_dump.token_builder import encode, make_encoder
 
 SAMPLED_FILES = 32
@@ -56,8 +51,8 @@ class Sample:
 
     def sequences(self, config: DumpConfig) -> SplitSequences:
         """The sample cut as the corpus would be."""
-        kind = JoinedSequences if config.joined else SeparateSequences
-        return kind(
+        return cut(
+            joined=config.joined,
             split="train",
             tokens=self.tokens,
             document_starts=self.document_starts,

@@ -10,6 +10,7 @@ from typing import Any
 from shards.errors import InputError
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import CorpusFile, list_files
+from teacher_dump.engine_options import EngineOptions
 from teacher_dump.engines import TeacherEngine, check_engine, start_engine
 from teacher_dump.identity import head_dtype
 from teacher_dump.keep import Keep, Threshold, make_keep
@@ -29,10 +30,9 @@ class Prepared:
     rules: TokenisingRules
     keep: Keep
 
-    def start_engine(self, config: DumpConfig) -> TeacherEngine:
-        """Load the teacher; InputError for an engine that does not take it."""
-        return start_engine(
-            config.engine,
+    def engine_options(self, config: DumpConfig) -> EngineOptions:
+        """What the engine is asked for."""
+        return EngineOptions(
             teacher_folder=self.teacher.folder,
             architecture=self.teacher.architecture,
             dtype=config.resolved_dtype,
@@ -44,17 +44,13 @@ class Prepared:
             trust_remote_code=config.trust_remote_code,
         )
 
+    def start_engine(self, config: DumpConfig) -> TeacherEngine:
+        """Load the teacher; InputError for an engine that does not take it."""
+        return start_engine(config.engine, self.engine_options(config))
+
     def check_engine(self, config: DumpConfig) -> None:
         """InputError for a teacher that the engine surely does not take; starts nothing."""
-        check_engine(
-            config.engine,
-            teacher_folder=self.teacher.folder,
-            architecture=self.teacher.architecture,
-            sequence_length=config.sequence_length,
-            keep=self.keep,
-            engine_args=config.engine_arg,
-            trust_remote_code=config.trust_remote_code,
-        )
+        check_engine(config.engine, self.engine_options(config))
 
 
 def prepare(config: DumpConfig) -> Prepared:

@@ -175,3 +175,8 @@ class SeparateSequences(SplitSequences):
         if first + count >= len(self._document_starts):
             bounds = np.append(bounds, len(self._tokens))
         return bounds
+
+
+def cut(*, joined: bool, **options: Any) -> SplitSequences:
+    """The sequences of a split, `joined` or of separate documents; options of `SplitSequences`."""
+    return (JoinedSequences if joined else SeparateSequences)(**options)

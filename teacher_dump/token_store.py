@@ -24,7 +24,7 @@ from shards.identity import Json, differences
 from shards.sealed import unseal
 from teacher_dump.corpus import CorpusFile, file_sha256
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.sequences import JoinedSequences, SeparateSequences, SplitSequences
+from teacher_dump.sequences import SplitSequences, cut
 
 SPLITS = ("train", "validation")
 STORE_NAME, PROGRESS_NAME = "store.json", "progress.json"
@@ -50,8 +50,8 @@ class TokenStore:
             column.name: _map(column.path(self.folder, split), column.dtype, sizes[column.counts])
             for column in columns_of(self._dtype, self._has_mask)
         }
-        kind = JoinedSequences if joined else SeparateSequences
-        return kind(
+        return cut(
+            joined=joined,
             split=split,
             tokens=columns["tokens"],
             document_starts=columns["documents"],

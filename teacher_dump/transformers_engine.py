@@ -16,8 +16,8 @@ import torch
 from shards.errors import InputError
 from shards.rows import Int32Array
 from teacher_dump.architectures import CAUSAL_SUFFIXES
+from teacher_dump.engine_options import EngineOptions
 from teacher_dump.head import WideHead
-from teacher_dump.keep import Keep
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key
 from teacher_dump.selection import make_selector, select_in_blocks
@@ -64,38 +64,30 @@ def _not_loaded(folder: Path, error: Exception) -> InputError:
 class TransformersEngine:
     """A Hugging Face causal LM, unmodified but for the dtype of its head."""
 
-    def __init__(
-        self,
-        *,
-        teacher_folder: Path,
-        dtype: str,
-        head_dtype: str,
-        keep: Keep,
-        seed: int,
-        trust_remote_code: bool = False,
-    ) -> None:
-        model_class, config = find_model_class(teacher_folder, trust_remote_code=trust_remote_code)
+    def __init__(self, options: EngineOptions) -> None:
+        folder, trusted = options.teacher_folder, options.trust_remote_code
+        model_class, config = find_model_class(folder, trust_remote_code=trusted)
         try:
             model: Any = model_class.from_pretrained(
-                teacher_folder,
+                folder,
                 config=config,
-                dtype=getattr(torch, dtype),
+                dtype=getattr(torch, options.dtype),
                 attn_implementation=_attention(config),
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trusted,
             )
         except Exception as error:
-            raise _not_loaded(teacher_folder, error) from error
-        if head_dtype not in ("model", dtype):
+            raise _not_loaded(folder, error) from error
+        if options.head_dtype not in ("model", options.dtype):
             head = model.get_output_embeddings()
             if head is None:
                 raise InputError(f"transformers finds no LM head in {type(model).__name__}")
             bias = getattr(head, "bias", None)
-            model.set_output_embeddings(WideHead(head.weight, bias, getattr(torch, head_dtype)))
+            wide = getattr(torch, options.head_dtype)
+            model.set_output_embeddings(WideHead(head.weight, bias, wide))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
-        self._keep = keep
-        self._seed = seed
-        self._select = make_selector(keep)
+        self._keep, self._seed = options.keep, options.seed
+        self._select = make_selector(options.keep)
 
     @torch.inference_mode()
     def logits(self, tokens: Int32Array) -> torch.Tensor:

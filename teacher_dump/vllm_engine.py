@@ -5,14 +5,14 @@ The pooler selects on the device, so that a position costs the frontend next to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from shards.errors import InputError, RunError
 from teacher_dump import vllm_logprobs_engine
+from teacher_dump.engine_options import EngineOptions
 from teacher_dump.keep import Keep, TopPK
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import sequence_key
@@ -28,30 +28,21 @@ from teacher_dump.vllm_start import (
 from teacher_dump.vllm_stream import VllmStream
 
 
-def check(
-    teacher_folder: Path,
-    *,
-    architecture: str,
-    sequence_length: int,
-    keep: Keep,
-    engine_args: Mapping[str, object],
-    trust_remote_code: bool,
-) -> None:
+def check(options: EngineOptions) -> None:
     """InputError for what the engine will not take, as far as that can be told without a start."""
-    check_arguments(engine_args)
+    check_arguments(options.engine_args)
     prepare_environment()
     found, numbers = installed_version("vllm")
     if numbers != SUPPORTED_VLLM:
         raise InputError(
             f"--engine vllm needs vLLM {'.'.join(map(str, SUPPORTED_VLLM))}.x, found {found}: "
-            f"install the pinned version (make setup), or use {_fallbacks(keep)}"
+            f"install the pinned version (make setup), or use {_fallbacks(options.keep)}"
         )
-    reason = _refusal(architecture)
+    reason = _refusal(options.architecture)
     if reason is None:
         return
-    asked = (teacher_folder, architecture, sequence_length, engine_args, trust_remote_code)
     fallback = "transformers"
-    if isinstance(keep, TopPK) and vllm_logprobs_engine.refusal(*asked) is None:
+    if isinstance(options.keep, TopPK) and vllm_logprobs_engine.refusal(options) is None:
         fallback = vllm_logprobs_engine.NAME
     raise InputError(f"vLLM {found} {reason}: use --engine {fallback}")
 
@@ -78,51 +69,28 @@ def _fallbacks(keep: Keep) -> str:
 class VllmEngine:
     """A vLLM engine whose model is the teacher's architecture wrapped by `vllm_plugin`."""
 
-    def __init__(
-        self,
-        *,
-        teacher_folder: Path,
-        architecture: str,
-        dtype: str,
-        head_dtype: str,
-        sequence_length: int,
-        keep: Keep,
-        seed: int,
-        engine_args: Mapping[str, object],
-        trust_remote_code: bool,
-    ) -> None:
-        check(
-            teacher_folder,
-            architecture=architecture,
-            sequence_length=sequence_length,
-            keep=keep,
-            engine_args=engine_args,
-            trust_remote_code=trust_remote_code,
-        )
+    def __init__(self, options: EngineOptions) -> None:
+        check(options)
         from vllm import PoolingParams
 
         from teacher_dump import vllm_plugin
         from teacher_dump.vllm_pooler import CONFIG_KEY, LABELS_KEY, RANDOM_KEY
 
-        self._keep = keep
-        self._seed = seed
+        keep = self._keep = options.keep
+        self._seed = options.seed
         self._labels_key, self._random_key = LABELS_KEY, RANDOM_KEY
         self._pooling_params = PoolingParams
         llm = start(
+            options,
             {
-                "model": str(teacher_folder),
                 "runner": "pooling",
-                "dtype": dtype,
-                "max_model_len": sequence_length,
-                "model_class_overrides": vllm_plugin.overrides(architecture),
-                "trust_remote_code": trust_remote_code,
-                "hf_overrides": {"head_dtype": head_dtype},
+                "max_model_len": options.sequence_length,
+                "model_class_overrides": vllm_plugin.overrides(options.architecture),
                 "additional_config": {CONFIG_KEY: keep.to_plain()},
-                **engine_args,
             },
             fallback=_fallbacks(keep),
         )
-        self._stream = VllmStream(llm, sequence_length)
+        self._stream = VllmStream(llm, options.sequence_length)
 
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,8 @@ import numpy as np
 from shards.errors import InputError, RunError
 from shards.rows import Float32Array, Int32Array
 from teacher_dump.architectures import names_no_head
-from teacher_dump.keep import Keep, TopPK
+from teacher_dump.engine_options import EngineOptions
+from teacher_dump.keep import TopPK
 from teacher_dump.packing import Selected
 from teacher_dump.sequences import TokenSequence
 from teacher_dump.top_logprobs import num_known, select_from_largest
@@ -41,16 +41,9 @@ from teacher_dump.vllm_stream import VllmStream
 NAME = "vllm-logprobs"
 
 
-def check(
-    teacher_folder: Path,
-    *,
-    architecture: str,
-    sequence_length: int,
-    engine_args: Mapping[str, object],
-    trust_remote_code: bool,
-) -> None:
+def check(options: EngineOptions) -> None:
     """InputError for what the engine will not take, as far as that can be told without a start."""
-    check_arguments(engine_args)
+    check_arguments(options.engine_args)
     prepare_environment()
     found, numbers = installed_version(NAME)
     if numbers < SUPPORTED_VLLM:
@@ -58,35 +51,32 @@ def check(
             f"--engine {NAME} needs vLLM {'.'.join(map(str, SUPPORTED_VLLM))} or newer, found "
             f"{found}: install it (make setup), or use --engine transformers"
         )
-    reason = refusal(teacher_folder, architecture, sequence_length, engine_args, trust_remote_code)
+    reason = refusal(options)
     if reason is not None:
-        raise InputError(f"vLLM {found}, {architecture}: {reason}: use --engine transformers")
+        raise InputError(
+            f"vLLM {found}, {options.architecture}: {reason}: use --engine transformers"
+        )
 
 
-def refusal(
-    teacher_folder: Path,
-    architecture: str,
-    sequence_length: int,
-    engine_args: Mapping[str, object],
-    trust_remote_code: bool,
-) -> str | None:
+def refusal(options: EngineOptions) -> str | None:
     """Why vLLM does not generate with a teacher, as its configuration tells; None if it does."""
     from vllm import ModelRegistry
     from vllm.engine.arg_utils import EngineArgs
 
+    architecture, sequence_length = options.architecture, options.sequence_length
     if names_no_head(architecture):
         return "no LM head, by its name"
-    asked = engine_args.get("model_impl", "auto")
+    asked = options.engine_args.get("model_impl", "auto")
     try:
         if architecture in ModelRegistry.models:
             ModelRegistry.models[architecture].inspect_model_cls()  # says what its import raises
         model = EngineArgs(
-            model=str(teacher_folder),
+            model=str(options.teacher_folder),
             runner="generate",
             max_model_len=sequence_length,
             skip_tokenizer_init=True,
             language_model_only=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             model_impl=asked,
         ).create_model_config()
         unknown = model.using_transformers_backend() and architecture not in ModelRegistry.models
@@ -135,46 +125,26 @@ def _room_for_one_more() -> Iterator[None]:
 class VllmLogprobsEngine:
     """A vLLM engine with the stock model, asked for the largest log-probabilities."""
 
-    def __init__(
-        self,
-        *,
-        teacher_folder: Path,
-        architecture: str,
-        dtype: str,
-        head_dtype: str,
-        sequence_length: int,
-        keep: Keep,
-        engine_args: Mapping[str, object],
-        trust_remote_code: bool,
-    ) -> None:
-        check(
-            teacher_folder,
-            architecture=architecture,
-            sequence_length=sequence_length,
-            engine_args=engine_args,
-            trust_remote_code=trust_remote_code,
-        )
+    def __init__(self, options: EngineOptions) -> None:
+        check(options)
+        keep = options.keep
         assert isinstance(keep, TopPK)  # the configuration refuses the others for this engine
         self._keep = keep
         with _room_for_one_more():
             llm = start(
+                options,
                 {
-                    "model": str(teacher_folder),
                     "runner": "generate",
-                    "dtype": dtype,
-                    "max_model_len": sequence_length + 1,
+                    "max_model_len": options.sequence_length + 1,
                     "max_logprobs": num_known(keep),
                     "logprobs_mode": "raw_logprobs",
-                    "trust_remote_code": trust_remote_code,
-                    "hf_overrides": {"head_dtype": head_dtype},
                     "worker_extension_cls": "teacher_dump.vllm_vocabulary.VocabularyLimit",
-                    **engine_args,
                 },
                 fallback="--engine transformers",
             )
         if llm.llm_engine.model_config.get_vocab_size() > keep.vocab_size:
             llm.collective_rpc("limit_vocabulary", args=(keep.vocab_size,))
-        self._stream = VllmStream(llm, sequence_length)
+        self._stream = VllmStream(llm, options.sequence_length)
 
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""

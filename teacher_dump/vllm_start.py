@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shards.errors import InputError
+from teacher_dump.engine_options import EngineOptions
 
 SUPPORTED_VLLM = (0, 32)
 _OWNED = ("model", "runner", "enable_prefix_caching", "skip_tokenizer_init", "dtype",
@@ -57,8 +58,11 @@ def installed_version(engine: str) -> tuple[str, tuple[int, ...]]:
     return found, numbers
 
 
-def start(arguments: Mapping[str, object], fallback: str) -> Any:
-    """An `LLM`; what it refuses is the user's model or arguments, as one line naming `fallback`."""
+def start(options: EngineOptions, arguments: Mapping[str, object], fallback: str) -> Any:
+    """An `LLM` of the options and an engine's own arguments; the user's win over vLLM's defaults.
+
+    InputError for a model or arguments that it refuses: one line, naming `fallback`.
+    """
     import torch
     from vllm import LLM
 
@@ -66,11 +70,16 @@ def start(arguments: Mapping[str, object], fallback: str) -> Any:
     try:
         return LLM(
             **{
+                "model": str(options.teacher_folder),
+                "dtype": options.dtype,
+                "trust_remote_code": options.trust_remote_code,
+                "hf_overrides": {"head_dtype": options.head_dtype},
                 "enable_prefix_caching": False,
                 "skip_tokenizer_init": True,
                 "language_model_only": True,
                 **default,
                 **arguments,
+                **options.engine_args,
             }
         )
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:

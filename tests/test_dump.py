@@ -16,6 +16,7 @@ import pytest
 
 from shards import inspect
 from shards.rows import Row
+from teacher_dump.engine_options import EngineOptions
 from teacher_dump.keep import TopPK
 from teacher_dump.sequences import TokenSequence
 from teacher_dump.teacher import load_tokenizer
@@ -316,7 +317,14 @@ def test_a_head_that_keeps_the_models_dtype_runs_under_transformers(
     tokens = np.arange(1, 9, dtype=np.int32)
     sequence = TokenSequence(split="train", number=0, tokens=tokens, segments=tokens * 0)
     engine = TransformersEngine(
-        teacher_folder=tiny_teacher, dtype="bfloat16", head_dtype="model", keep=keep, seed=0
+        EngineOptions(
+            teacher_folder=tiny_teacher,
+            architecture="LlamaForCausalLM",
+            dtype="bfloat16",
+            head_dtype="model",
+            sequence_length=len(tokens),
+            keep=keep,
+        )
     )
     ((_, selected),) = engine.score([sequence])
     exact = dense_logprobs(tiny_teacher, tokens, TOKENIZER_LENGTH)

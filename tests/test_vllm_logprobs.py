@@ -166,11 +166,15 @@ def test_a_length_at_which_one_place_more_changes_the_positions_is_refused(
     (teacher / "config.json").write_text(json.dumps(config), encoding="utf-8")
     check = (
         "import sys\nfrom pathlib import Path\n"
+        "from teacher_dump.engine_options import EngineOptions\n"
+        "from teacher_dump.keep import TopPK\n"
         "from teacher_dump.vllm_logprobs_engine import check\n"
+        "keep = TopPK(top_p=0.9, top_k=9, logprob_step=0.5, vocab_size=99)\n"
         "for length in (47, 48, 49):\n"
         "    try:\n"
-        "        check(Path(sys.argv[1]), architecture='Phi3ForCausalLM', sequence_length=length,\n"
-        "              engine_args={}, trust_remote_code=False)\n"
+        "        check(EngineOptions(teacher_folder=Path(sys.argv[1]),\n"
+        "              architecture='Phi3ForCausalLM', dtype='float32', head_dtype='float32',\n"
+        "              sequence_length=length, keep=keep))\n"
         "        print(length, 'taken')\n"
         "    except Exception as error:\n"
         "        print(length, error)\n"
