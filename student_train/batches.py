@@ -95,14 +95,14 @@ def training_batches(
     A step's lines are cut into micro batches of which the last may be smaller; none spans two
     steps. Closing the iterator ends what is decoded ahead.
     """
-    lines = _lines_in_order(split, order, start, columns)
-    packed = packed_length(split.identity) is not None
+    length = packed_length(split.identity)
+    lines = _lines_in_order(split, order, start, columns, length)
     with closing(lines):
         while True:
             left = step_lines
             while left:
                 size = min(left, micro_batch_lines)
-                yield make_batch(list(islice(lines, size)), packed=packed)
+                yield make_batch(list(islice(lines, size)), packed=length is not None)
                 left -= size
 
 
@@ -243,10 +243,9 @@ def _lines(groups: Iterable[RowGroup], length: int | None) -> Iterator[_Line]:
 
 
 def _lines_in_order(
-    split: Split, order: Order, start: int, columns: Sequence[str]
+    split: Split, order: Order, start: int, columns: Sequence[str], length: int | None
 ) -> Generator[_Line]:
     """Lines without end, after the first `start` sequences."""
-    length = packed_length(split.identity)
     numbers = (g for window in order.windows(start) for g in window.row_groups)
     with closing(decode_ahead(split, numbers, columns, _ROW_GROUPS_AHEAD)) as row_groups:
         for window in order.windows(start):

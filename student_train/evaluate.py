@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from transformers import PreTrainedModel
 from shards.dataset import Split
 from shards.errors import InputError
 from shards.keep_method import KeepMethod
+from shards.row_group import Totals
 from student_train.batches import TAIL_COLUMNS, Batch, sequential_batches
 from student_train.loss import IGNORE_INDEX, split_evenly
 from student_train.model import head_weight, hidden_states
@@ -58,14 +60,12 @@ def evaluate(
 ) -> dict[str, float]:
     """The figures above over a whole split, and `tokens`; leaves the model's mode as it was.
 
-    bytes_of_tokens [V] int64 is that of `token_bytes.py`.
-
-    `autocast` surrounds the model without its head, whose logits are float32 always. InputError if
-    none of the split's positions counts.
+    bytes_of_tokens [V] int64 is that of `token_bytes.py`. `autocast` surrounds the model without
+    its head, whose logits are float32 always. InputError if none of the split's positions counts.
     """
     method = KeepMethod.of(split.identity)
-    sidecars = list(split.sidecars())
-    num_tokens = sum(sidecar.tokens for sidecar in sidecars)
+    totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
+    num_tokens = totals.tokens
     if not num_tokens:
         raise InputError(f"{split.path}: none of its positions counts, nothing can be evaluated")
     sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
@@ -92,17 +92,14 @@ def evaluate(
         "cross_entropy": nll / num_tokens,
         "perplexity": math.exp(nll / num_tokens),
         "calibration_error": (bins[1] - bins[2]).abs().sum().item() / num_tokens,
-        "teacher_cross_entropy": sum(sidecar.teacher_nll for sidecar in sidecars) / num_tokens,
+        "teacher_cross_entropy": totals.teacher_nll / num_tokens,
     }
     if num_bytes:
         figures["bits_per_byte"] = nll / math.log(2) / num_bytes
     if not method.is_sampled:
         figures |= {"kl_kept": kl_kept / num_tokens, "kl_bound": kl_bound / num_tokens}
-    elif method.temperature == 1:
-        entropies = [sidecar.teacher_entropy for sidecar in sidecars]
-        entropy = sum(value for value in entropies if value is not None)
-        if None not in entropies:  # without them the figure is not known
-            figures["kl_unbiased"] = (weighted - entropy) / num_tokens
+    elif method.temperature == 1 and totals.teacher_entropy is not None:
+        figures["kl_unbiased"] = (weighted - totals.teacher_entropy) / num_tokens
     if method.exact_above is not None:
         figures["top1_agreement"] = num_agreed / max(1, num_known)
     return figures
@@ -124,9 +121,11 @@ def _batch_sums(
     bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64)
     for block in split_evenly(rows, len(weight), _BLOCK_BYTES, torch.float32):
         logits = hidden[block].float() @ weight.float().T
-        bins += calibration_bins(logits, labels[block]).cpu()
+        prediction = predict(logits)
+        bins += calibration_bins(prediction, labels[block]).cpu()
         sums += position_sums(
             logits,
+            prediction,
             labels[block],
             ids[block].long(),
             logprobs[block],
@@ -136,21 +135,35 @@ def _batch_sums(
     return sums, bins
 
 
-def calibration_bins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per bin of the largest probability: number, its sum, hits; float64 [3, bins].
+class Prediction(NamedTuple):
+    """Of logits [R, V]: logsumexp [R, 1], the most likely token [R] and its probability [R]."""
 
-    logits [R, V] float32, labels [R].
-    """
-    largest, found = logits.max(1)
-    probability = (largest - logits.logsumexp(1)).exp().double()
+    logsumexp: Tensor
+    token: Tensor
+    probability: Tensor
+
+
+def predict(logits: Tensor) -> Prediction:
+    """What all figures of a position begin with."""
+    logsumexp = logits.logsumexp(1, keepdim=True)
+    largest, token = logits.max(1)
+    return Prediction(logsumexp, token, (largest - logsumexp[:, 0]).exp())
+
+
+def calibration_bins(prediction: Prediction, labels: Tensor) -> Tensor:
+    """Per bin of the largest probability: number, its sum, hits; float64 [3, bins]."""
+    probability = prediction.probability.double()
     index = (probability * _NUM_BINS).long().clamp_(max=_NUM_BINS - 1)
-    values = torch.stack([torch.ones_like(probability), probability, (found == labels).double()])
-    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=logits.device)
+    values = torch.stack(
+        [torch.ones_like(probability), probability, (prediction.token == labels).double()]
+    )
+    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=labels.device)
     return bins.index_add_(1, index, values)
 
 
 def position_sums(
     logits: Tensor,
+    prediction: Prediction,
     labels: Tensor,
     ids: Tensor,
     logprobs: Tensor,
@@ -162,19 +175,20 @@ def position_sums(
     They are: nll, kl_kept, kl_bound, sum of p * -log q, and of the positions where the teacher's
     most likely token is known those where the student agrees, and all.
 
-    logits [R, V] float32, overwritten; labels [R], ids [R, K] int64, logprobs [R, K] padded with
-    -inf, tail_logmass [R]: None gives a kl_bound of 0. `exact_above` is that of `KeepMethod`.
-    Positions of which nothing was kept add nothing to any sum but the first.
+    logits [R, V] float32, overwritten, and what `predict` says of them; labels [R], ids [R, K]
+    int64, logprobs [R, K] padded with -inf, tail_logmass [R]: None gives a kl_bound of 0.
+    `exact_above` is that of `KeepMethod`. Positions of which nothing was kept add nothing to any
+    sum but the first.
     """
     kept = logprobs > float("-inf")
     with_entries = kept.any(1)
-    logsumexp = logits.logsumexp(1, keepdim=True)
+    logsumexp = prediction.logsumexp
     nll = logsumexp - logits.gather(1, labels[:, None])
     student = logits.gather(1, ids) - logsumexp
     agreed = known = with_entries
     if ids.shape[1]:  # entries are largest first
         known = logprobs[:, 0] > exact_above
-        agreed = known & (logits.argmax(1) == ids[:, 0])
+        agreed = known & (prediction.token == ids[:, 0])
     teacher = logprobs.double()
     weighted = torch.where(kept, teacher.exp() * -student.double(), 0.0).sum(1)
     kl_kept = _kl(teacher, student)

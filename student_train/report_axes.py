@@ -8,6 +8,7 @@ from statistics import median
 
 Point = tuple[float, float, float, float]  # x, y, and the lowest and highest y merged in it
 
+GIB = 1 << 30
 _STEPS = (1, 2, 2.5, 5, 10)
 # Of the tokens, at the beginning: where a loss falls from where it starts at random.
 _BEGINNING = 0.05

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 from student_train.report_axes import (
+    GIB,
     Point,
     count,
     decimals_of,
@@ -27,7 +28,6 @@ WIDTH, HEIGHT = 400, 232
 LEFT, RIGHT, TOP, BOTTOM = 50, 386, 10, 192
 _MOST_TICKS = 6
 _FEW_POINTS = 24  # with a dot each
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class _Plot:
 
 def draw(chart: Chart, series: Sequence[Mapping[str, Series]], end_tokens: float) -> str:
     """A figure of the series of all runs up to `end_tokens`; "" if no run has any."""
-    scale = 1 / _GIB if chart.form == "GiB" else 1.0
+    scale = 1 / GIB if chart.form == "GiB" else 1.0
     curves = [
         _curve(number, found[chart.key], scale)
         for number, found in enumerate(series)

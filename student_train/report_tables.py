@@ -10,13 +10,12 @@ from html import escape
 from typing import Any
 
 from shards.progress_line import duration
-from student_train.report_axes import count
+from student_train.report_axes import GIB, count
 from student_train.report_runs import RunRecord
 
 _ABSENT = "\N{EN DASH}"
 # A path of its own does not make a run another one.
 _NOT_COMPARED = ("out",)
-_GIB = 1 << 30
 
 
 def figures_table(runs: Sequence[RunRecord]) -> str:
@@ -192,7 +191,7 @@ def _percent(value: float) -> str:
 
 
 def _gib(value: float) -> str:
-    return f"{value / _GIB:.2f} GiB"
+    return f"{value / GIB:.2f} GiB"
 
 
 _FIGURES: Sequence[tuple[str, Callable[[RunRecord], str | None]]] = (

@@ -17,12 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shards.dataset import Dataset
+
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"
 
 
-def token_bytes(tokenizer_file: Path, vocab_size: int) -> Tensor | None:
-    """[V] int64: bytes of every token of a tokenizer.json; None where that is not known."""
+def token_bytes(dataset: Dataset) -> Tensor | None:
+    """[V] int64: bytes of every token of a dataset's tokenizer; None where that is not known."""
+    return bytes_by_id(
+        dataset.path / "tokenizer" / "tokenizer.json", dataset.identity["vocab_size"]
+    )
+
+
+def bytes_by_id(tokenizer_file: Path, vocab_size: int) -> Tensor | None:
+    """The same of a tokenizer.json with V ids."""
     try:
         content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
         kinds = set(_types(content.get("decoder")))

@@ -49,7 +49,7 @@ from student_train.prepare import VALIDATION, check_objective, find_evaluation_d
 from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder, describe_run, publish_folder
-from student_train.schedules import Alpha, learning_rate
+from student_train.schedules import Alpha, LearningRate, learning_rate
 from student_train.speed import StepClock
 from student_train.step import (
     StepResult,
@@ -135,8 +135,8 @@ class _Training:
         found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
         self._progress = found or Progress(step=0, tokens=0, sequences=0)
         self._saved_step = self._progress.step
-        self._bytes_of_tokens = token_bytes(
-            dataset.path / "tokenizer" / "tokenizer.json", dataset.identity["vocab_size"]
+        self._bytes_of_tokens = (
+            None if evaluation_dataset is None else token_bytes(evaluation_dataset)
         )
         self._speed: dict[str, Json] = {}
 
@@ -144,21 +144,7 @@ class _Training:
         """All steps that are left, with their evaluations and checkpoints."""
         config, done = self._config, self._progress.step
         self._log_start(step_sequences, num_steps)
-        rates = learning_rate(
-            config.lr_schedule,
-            peak=config.learning_rate or 0.0,
-            num_steps=num_steps,
-            warmup_fraction=config.warmup_fraction,
-            decay_fraction=config.decay_fraction,
-            floor=config.min_learning_rate_ratio,
-        )
-        alphas = Alpha(
-            kind=config.alpha_schedule,
-            peak=config.alpha,
-            num_steps=num_steps,
-            warmup_fraction=config.warmup_fraction,
-            decay_fraction=config.decay_fraction,
-        )
+        rates, alphas = self._schedules(num_steps)
         step_batches = -(-step_sequences // config.micro_batch_sequences)
         batches = self._batches(step_sequences)
         length = self._dataset.identity["sequence_length"]
@@ -204,6 +190,25 @@ class _Training:
                 display.pause(time.monotonic() - paused)
         display.clear()
         self._speed = {"seconds": display.seconds, "tokens_per_s": display.tokens_per_s}
+
+    def _schedules(self, num_steps: int) -> tuple[LearningRate, Alpha]:
+        config = self._config
+        rates = learning_rate(
+            config.lr_schedule,
+            peak=config.learning_rate or 0.0,
+            num_steps=num_steps,
+            warmup_fraction=config.warmup_fraction,
+            decay_fraction=config.decay_fraction,
+            floor=config.min_learning_rate_ratio,
+        )
+        alphas = Alpha(
+            kind=config.alpha_schedule,
+            peak=config.alpha,
+            num_steps=num_steps,
+            warmup_fraction=config.warmup_fraction,
+            decay_fraction=config.decay_fraction,
+        )
+        return rates, alphas
 
     def summary(self) -> dict[str, Json]:
         """What came out, flat: where it lies, its size, figures of the last evaluation, speed."""

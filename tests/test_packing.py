@@ -92,6 +92,11 @@ def packed_batches(dataset: Dataset, start: int = 0) -> list[Batch]:
     return list(islice(batches, 20))
 
 
+def spans(positions: torch.Tensor) -> list[tuple[int, int]]:
+    """Where each sequence of a line begins and ends."""
+    return list(pairwise([*np.flatnonzero(positions == 0).tolist(), len(positions)]))
+
+
 def pieces(batch: Batch) -> list[tuple[torch.Tensor, ...]]:
     """The sequences of a batch without padding: tokens, labels, ids, logprobs, tail_logmass."""
     assert batch.position_ids is not None
@@ -100,8 +105,7 @@ def pieces(batch: Batch) -> list[tuple[torch.Tensor, ...]]:
     assert batch.tail_logmass is not None
     found = []
     for b, positions in enumerate(batch.position_ids):
-        joints = [*np.flatnonzero(positions == 0).tolist(), len(positions)]
-        for first, last in pairwise(joints):
+        for first, last in spans(positions):
             part = (b, slice(first, last))
             assert positions[first:last].tolist() == list(range(last - first))
             if torch.isfinite(batch.tail_logmass[part]).any():  # else padding
@@ -178,8 +182,7 @@ def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(
     assert batch.position_ids is not None
     alone = torch.zeros((), dtype=torch.float64)
     for b, positions in enumerate(batch.position_ids):
-        joints = [*np.flatnonzero(positions == 0).tolist(), len(positions)]
-        for first, last in pairwise(joints):
+        for first, last in spans(positions):
             part = (slice(b, b + 1), slice(first, last))
             single = Batch(
                 input_ids=batch.input_ids[part],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from student_train.token_bytes import token_bytes
+from student_train.token_bytes import bytes_by_id
 from tests.tiny_dataset import VOCAB_SIZE, make_tokenizer
 
 TEXTS = ["Grüße, a\tb\n 日本 x\U0001f600  y", "plain words and plain words", "naïve — “quoted”"]
@@ -45,7 +45,7 @@ def test_the_bytes_of_a_text_are_those_of_its_tokens(make: object, tmp_path: Pat
     tokenizer: Tokenizer = make()  # type: ignore[operator]
     tokenizer.add_tokens([AddedToken("w0rd", special=False)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    table = token_bytes(tmp_path / "tokenizer.json", tokenizer.get_vocab_size())
+    table = bytes_by_id(tmp_path / "tokenizer.json", tokenizer.get_vocab_size())
     assert table is not None
     for text in [*TEXTS, "a w0rd"]:
         ids = tokenizer.encode(text).ids
@@ -56,5 +56,5 @@ def test_the_bytes_of_a_text_are_those_of_its_tokens(make: object, tmp_path: Pat
 
 def test_bytes_that_a_tokenizer_does_not_tell_are_not_made_up(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
-    assert token_bytes(tmp_path / "tokenizer.json", VOCAB_SIZE) is None
-    assert token_bytes(tmp_path / "nothing.json", VOCAB_SIZE) is None
+    assert bytes_by_id(tmp_path / "tokenizer.json", VOCAB_SIZE) is None
+    assert bytes_by_id(tmp_path / "nothing.json", VOCAB_SIZE) is None

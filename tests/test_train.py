@@ -28,13 +28,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("datasets") / "tiny", train=60, validation=20)
 
 
+MANY: dict[str, Any] = {
+    "train": 1000,
+    "validation": 50,
+    "sequences_per_shard": 1000,
+    "sequences_per_row_group": 100,
+}
+
+
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Enough to learn the teacher's table from, and not by heart."""
     folder = tmp_path_factory.mktemp("datasets") / "many"
-    return make_dataset(
-        folder, train=1000, validation=50, sequences_per_shard=1000, sequences_per_row_group=100
-    )
+    return make_dataset(folder, **MANY)
 
 
 @pytest.fixture(scope="module")
@@ -200,14 +206,7 @@ def test_a_run_that_stops_after_any_checkpoint_goes_on_as_if_it_had_not(
 def test_a_student_learns_from_packed_documents_and_resumes_among_them(
     student: str, tmp_path: Path
 ) -> None:
-    shards = make_dataset(
-        tmp_path / "separate",
-        train=1000,
-        validation=50,
-        sequences_per_shard=1000,
-        sequences_per_row_group=100,
-        separate=True,
-    )
+    shards = make_dataset(tmp_path / "separate", **MANY, separate=True)
     whole = make_config(shards, student, tmp_path / "whole", tokens=24_000, save_every=90,
                         **LEARNING)  # fmt: skip
     summary = run(whole)

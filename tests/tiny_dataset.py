@@ -124,26 +124,12 @@ def make_dataset(
 
     The layout leaves short row groups at the end of every shard. Returns `path`.
     """
-    identity: dict[str, Json] = {
-        "format_version": 1,
-        "teacher": {"config_sha256": "", "weights_sha256": "bigram", "dtype": "float64"},
-        "tokenizer_sha256": make_tokenizer(path / "tokenizer"),
-        "vocab_size": VOCAB_SIZE,
-        "tokens_sha256": str(seed),
-        "documents": {
-            "bos": False,
-            "eos_token_id": EOS_TOKEN_ID,
-            "joined": not separate,
-            "held_out": 0.1,
-        },
-        "sequence_length": SEQUENCE_LENGTH,
-        "keep": THRESHOLD if sampled else TOP_P_K,
-        "seed": seed,
-        "layout": {
-            "sequences_per_shard": sequences_per_shard,
-            "sequences_per_row_group": sequences_per_row_group,
-        },
+    layout = {
+        "sequences_per_shard": sequences_per_shard,
+        "sequences_per_row_group": sequences_per_row_group,
     }
+    keep = THRESHOLD if sampled else TOP_P_K
+    identity = _identity(path, layout, keep, joined=not separate, seed=seed)
     sizes = {"train": train, "validation": validation}
     lengths = {split: _lengths(size, separate) for split, size in sizes.items()}
     splits = {
@@ -175,6 +161,28 @@ def make_dataset(
                     writer.write_rows(rows[first : first + sequences_per_row_group])
                 writer.publish()
     return path
+
+
+def _identity(
+    path: Path, layout: dict[str, int], keep: dict[str, Json], *, joined: bool, seed: int
+) -> dict[str, Json]:
+    return {
+        "format_version": 1,
+        "teacher": {"config_sha256": "", "weights_sha256": "bigram", "dtype": "float64"},
+        "tokenizer_sha256": make_tokenizer(path / "tokenizer"),
+        "vocab_size": VOCAB_SIZE,
+        "tokens_sha256": str(seed),
+        "documents": {
+            "bos": False,
+            "eos_token_id": EOS_TOKEN_ID,
+            "joined": joined,
+            "held_out": 0.1,
+        },
+        "sequence_length": SEQUENCE_LENGTH,
+        "keep": keep,
+        "seed": seed,
+        "layout": layout,
+    }
 
 
 def _lengths(num_sequences: int, separate: bool) -> list[int]:
