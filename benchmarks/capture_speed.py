@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     """What the project runs on vLLM; for the limit its engine with another pooler."""
     import torch
 
+    from shards.layout import Layout
     from teacher_dump import vllm_engine, vllm_logprobs_engine, vllm_pooler
     from teacher_dump.collector import ShardCollector, ShardPlan, make_row
     from teacher_dump.config import DumpConfig
@@ -108,19 +110,20 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     def run_pass(sequences: list[Any]) -> float:
         frontend.seconds = 0.0
         # what is left to encode when the engine is done is the last row group, as in a real run
-        group = max(1, len(sequences) // 8)
-        layout = {"sequences_per_shard": len(sequences), "sequences_per_row_group": group}
+        layout = Layout(
+            sequences_per_shard=len(sequences),
+            sequences_per_row_group=max(1, len(sequences) // 8),
+        )
         plan = ShardPlan(split="train", shard=0, sequences=range(len(sequences)))
         with ShardCollector(
             out / f"round-{next(rounds)}",
             [plan],
             identity={
                 "vocab_size": keep.vocab_size,
-                "layout": layout,
+                "layout": asdict(layout),
                 "teacher_entropy": config.has_entropy,
             },
-            sequences_per_shard=len(sequences),
-            sequences_per_row_group=group,
+            layout=layout,
             on_shard=lambda sidecar: None,
         ) as collector:
             add = frontend.of(collector.add)
