@@ -90,18 +90,19 @@ def _load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None)
     if not isinstance(content, dict):
         raise click.BadParameter(f"{path}: expected option names and values")
     known = {
-        option.lstrip("-"): parameter.name
+        option.lstrip("-"): parameter
         for parameter in ctx.command.params
         for option in parameter.opts
     }
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
-        name = known.get(str(key).replace("_", "-"))
-        if name is None or name in ("config", "debug", "help"):
+        parameter = known.get(str(key).replace("_", "-"))
+        name = "" if parameter is None else parameter.name or ""
+        if parameter is None or name in ("config", "debug", "help"):
             raise click.BadParameter(f"{path}: unknown option {key!r}")
         if name == "engine_arg" and isinstance(value, Mapping):
             value = [f"{argument}={json.dumps(setting)}" for argument, setting in value.items()]
-        elif name in ("corpus", "corpus_weight") and not isinstance(value, list):
+        elif parameter.multiple and not isinstance(value, list):
             value = [value]
         values[name] = value
     ctx.default_map = {**(ctx.default_map or {}), **values}
@@ -116,6 +117,22 @@ _config_file = click.option(
     callback=_load_config_file,
     help="YAML file of options by their names; options given here win.",
 )
+
+
+class _Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers with commas between them, or a list in a YAML file."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """A tuple of them, which is what it stays."""
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            return tuple(map(float, parts if isinstance(parts, list | tuple) else [parts]))
+        except (TypeError, ValueError):
+            self.fail(f"{value!r}: expected numbers with commas between them, such as 0.7,0.3")
 
 
 def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
@@ -312,7 +329,20 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 
 @click.command(cls=_CommandWithOthers, others=[report])
 @_config_file
-@click.option("--shards", type=_FOLDER, required=True, help="Folder of a dataset of dump-logits.")
+@click.option(
+    "--shards",
+    type=_FOLDER,
+    multiple=True,
+    required=True,
+    help="Folder of a dataset of dump-logits. Repeatable.",
+)
+@click.option(
+    "--weights",
+    type=_Numbers(),
+    default=(),
+    show_default="by size",
+    help="Share of the sequences that each of --shards gives, such as 0.7,0.3.",
+)
 @click.option("--student", required=True, help="Preset (demo, 330M, 670M, 1.9B, 3.8B, 6.8B), "
               "Hugging Face config.json, or model folder to continue training.")  # fmt: skip
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the run.")
@@ -418,7 +448,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 @click.option(
     "--eval-shards",
     type=_FOLDER,
-    help="Dataset whose validation split is used; default: that of --shards.",
+    help="Dataset whose validation split is used; default: that of the first --shards.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights and order.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
@@ -438,7 +468,9 @@ def train_student(**options: Any) -> None:
 
     summary = run(config)
     for name, value in summary.items():
-        click.echo(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+        parts = value if isinstance(value, list) else [value]
+        texts = (f"{part:.6g}" if isinstance(part, float) else f"{part}" for part in parts)
+        click.echo(f"{name}: {', '.join(texts)}")
 
 
 @click.command(cls=_Command)

@@ -30,7 +30,7 @@ import time
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 import click
@@ -39,9 +39,9 @@ import pyarrow.parquet as pq
 from synthetic_shards import MEAN_ENTRIES, make_shards
 
 from shards.dataset import Dataset, Split
-from shards.layout import Layout
 from student_train.batches import TARGET_COLUMNS, Batch, sequential_batches, training_batches
-from student_train.order import GROUPS_PER_WINDOW, Order
+from student_train.lines import Source
+from student_train.order import GROUPS_PER_WINDOW
 
 VOCAB_SIZE = 49_152
 BATCH_SEQUENCES = 8
@@ -76,7 +76,7 @@ def read_shuffled(dataset: Dataset) -> float:
     """
     split = dataset.split("train")
     window = GROUPS_PER_WINDOW * len(split.row_group_range(0)) // BATCH_SEQUENCES
-    with closing(_shuffled(split, dataset)) as batches:
+    with closing(_shuffled(split)) as batches:
         next(islice(batches, window - 1, window))
         started = time.perf_counter()
         for _ in islice(batches, split.num_sequences // BATCH_SEQUENCES):
@@ -99,15 +99,14 @@ def peak_of(path: Path) -> int:
     """The highest RssAnon over an epoch of training, bytes; to be called in a fresh process."""
     dataset = Dataset.open(path)
     split = dataset.split("train")
-    epoch = islice(_shuffled(split, dataset), split.num_sequences // BATCH_SEQUENCES)
+    epoch = islice(_shuffled(split), split.num_sequences // BATCH_SEQUENCES)
     return max(anonymous_bytes() for _ in epoch)
 
 
-def _shuffled(split: Split, dataset: Dataset) -> Generator[Batch]:
+def _shuffled(split: Split) -> Generator[Batch]:
     return training_batches(
-        split,
-        Order(num_sequences=split.num_sequences, layout=Layout.of(dataset.identity), seed=0),
-        start=0,
+        [Source.of(split, seed=0)],
+        repeat(0),
         step_lines=BATCH_SEQUENCES,
         micro_batch_lines=BATCH_SEQUENCES,
         columns=TARGET_COLUMNS,

@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 import click
@@ -38,13 +38,12 @@ from synthetic_shards import make_shards
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from shards.dataset import Dataset
-from shards.layout import Layout
 from student_train.batches import TARGET_COLUMNS, TOKEN_COLUMNS, Batch, training_batches
 from student_train.config import TrainConfig
 from student_train.distillation import Objective
+from student_train.lines import Source
 from student_train.loss import IGNORE_INDEX, Loss
 from student_train.model import head_weight, hidden_states
-from student_train.order import Order
 from student_train.presets import PRESETS
 from student_train.read_ahead import ReadAhead
 from student_train.speed import StepClock
@@ -118,18 +117,16 @@ class Student:
             identity["vocab_size"], identity["sequence_length"], 0
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        split = dataset.split("train")
         reads_entries = variant in ("kd12", "kd54", "dense")
         batches = training_batches(
-            split,
-            Order(num_sequences=split.num_sequences, layout=Layout.of(identity), seed=0),
-            start=0,
+            [Source.of(dataset.split("train"), seed=0)],
+            repeat(0),
             step_lines=shape.batch_sequences,
             micro_batch_lines=shape.batch_sequences,
             columns=TARGET_COLUMNS if reads_entries else TOKEN_COLUMNS,
         )
         options = TrainConfig(
-            shards=dataset.path, student=shape.preset, out=Path(), tokens=1, dtype=shape.dtype
+            shards=[dataset.path], student=shape.preset, out=Path(), tokens=1, dtype=shape.dtype
         )
         self.model = LlamaForCausalLM(LlamaConfig(**config)).to(device)
         self.batches: Iterator[Batch] = stack.enter_context(ReadAhead(batches, 2))

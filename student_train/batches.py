@@ -2,22 +2,21 @@
 
 Letters: B sequences, L positions of the longest of them, K kept entries at most.
 
-A line of a batch is one sequence, or, of a dataset of separate documents, as many as fit
-(`packing.py`): each with the positions from 0 on, so that attention stops at the joints.
+A line of a batch (`lines.py`) is one sequence or several, each with the positions from 0 on, so
+that attention stops at the joints.
 
 Inputs are `tokens[:-1]` and labels `tokens[1:]`: the row holds the shift already, position t of
 `ids` is the teacher's distribution over `labels[t]`, and nothing shifts again. Rows are padded at
 their end, where causal attention keeps padding from everything that counts.
 
-A row group's columns are views of what Arrow decoded; the only copy is into the batch. Memory is
-the order's window of row groups, as many that are decoded ahead, and the batch itself, whatever the
-size of the dataset. Columns that nobody asked for are not read from disk.
+A row group's columns are views of what Arrow decoded; the only copy is into the batch. Columns that
+nobody asked for are not read from disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any, Self
@@ -30,20 +29,13 @@ from shards.dataset import Split
 from shards.padding import Run, pad_entries
 from shards.row_group import RowGroup, require
 from shards.schema import ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
-from student_train.decode_ahead import decode_ahead
+from student_train.lines import Line, Source, all_lines, lines_in_order, packed_length
 from student_train.loss import IGNORE_INDEX
-from student_train.order import GROUPS_PER_WINDOW, Order, Window
-from student_train.packing import after, pack
 
 TOKEN_COLUMNS = (TOKENS, LOSS_MASK)
 TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
 TAIL_COLUMNS = (*TARGET_COLUMNS, TAIL_LOGMASS)
 
-# While a window is padded, the next one is decoded.
-_ROW_GROUPS_AHEAD = GROUPS_PER_WINDOW
-
-_Place = tuple[RowGroup, int]  # a row group and a row of it
-_Line = Sequence[_Place]
 _Spot = tuple[int, RowGroup, int]  # where a row begins among all positions of a batch
 
 
@@ -54,13 +46,14 @@ class Batch:
     labels are -100 where padded or where `loss_mask` is false; num_valid counts the others.
     logprobs and tail_logmass [B, L] float32 are padded with -inf, ids with any of the shard; None
     if not read, tail_logmass also if the dataset has none. position_ids [B, L] int64 begin again
-    with every packed sequence; None: each line is one. num_sequences are those of all lines.
+    with every packed sequence; None: each line is one. num_sequences are those of all lines, by the
+    dataset that they are of.
     """
 
     input_ids: Tensor
     labels: Tensor
     num_valid: int
-    num_sequences: int
+    num_sequences: tuple[int, ...]
     position_ids: Tensor | None = None
     ids: Tensor | None = None
     logprobs: Tensor | None = None
@@ -76,33 +69,28 @@ class Batch:
         return replace(self, **moved)
 
 
-def packed_length(identity: Mapping[str, Any]) -> int | None:
-    """Positions of a line into which sequences of the dataset are packed; None: they are not."""
-    return None if identity["documents"]["joined"] else int(identity["sequence_length"])
-
-
 def training_batches(
-    split: Split,
-    order: Order,
+    sources: Sequence[Source],
+    choices: Iterator[int],
     *,
-    start: int,
     step_lines: int,
     micro_batch_lines: int,
     columns: Sequence[str],
 ) -> Generator[Batch]:
-    """Micro batches without end, after the first `start` sequences: those of whole steps.
+    """Micro batches without end, those of whole steps.
 
-    A step's lines are cut into micro batches of which the last may be smaller; none spans two
-    steps. Closing the iterator ends what is decoded ahead.
+    `choices` says of every line which source it is of. A step's lines are cut into micro batches of
+    which the last may be smaller; none spans two steps. Closing the iterator ends what is decoded
+    ahead.
     """
-    length = packed_length(split.identity)
-    lines = _lines_in_order(split, order, start, columns, length)
-    with closing(lines):
+    packed = any(packed_length(source.split.identity) is not None for source in sources)
+    with ExitStack() as stack:
+        lines = [stack.enter_context(closing(lines_in_order(s, columns))) for s in sources]
         while True:
             left = step_lines
             while left:
                 size = min(left, micro_batch_lines)
-                yield make_batch(list(islice(lines, size)), packed=length is not None)
+                yield _mixed_batch(lines, list(islice(choices, size)), packed)
                 left -= size
 
 
@@ -113,15 +101,13 @@ def sequential_batches(
 
     Closing the iterator ends what is decoded ahead.
     """
-    length = packed_length(split.identity)
-    numbers = range(split.num_row_groups)
-    with closing(decode_ahead(split, numbers, columns, _ROW_GROUPS_AHEAD)) as row_groups:
-        lines = _lines(row_groups, length)
-        while batch := _next_batch(lines, batch_lines, length is not None):
+    packed = packed_length(split.identity) is not None
+    with closing(all_lines(split, columns)) as lines:
+        while batch := _next_batch(lines, batch_lines, packed):
             yield batch
 
 
-def make_batch(lines: Sequence[_Line], *, packed: bool) -> Batch:
+def make_batch(lines: Sequence[Line], *, packed: bool) -> Batch:
     """Pad lines of rows to one batch, with the columns that were read."""
     widths = [sum(_num_positions(group, r) for group, r in line) for line in lines]
     shape = (len(lines), max(widths))
@@ -143,7 +129,7 @@ def make_batch(lines: Sequence[_Line], *, packed: bool) -> Batch:
         input_ids=torch.from_numpy(input_ids.reshape(shape)),
         labels=torch.from_numpy(labels.reshape(shape)),
         num_valid=int(np.count_nonzero(labels != IGNORE_INDEX)),
-        num_sequences=len(spots),
+        num_sequences=(len(spots),),
         position_ids=_position_ids(lines, shape) if packed else None,
         ids=ids,
         logprobs=logprobs,
@@ -151,7 +137,7 @@ def make_batch(lines: Sequence[_Line], *, packed: bool) -> Batch:
     )
 
 
-def _spots(lines: Sequence[_Line], width: int) -> Iterator[_Spot]:
+def _spots(lines: Sequence[Line], width: int) -> Iterator[_Spot]:
     """Where the rows of all lines are in the flat batch."""
     for b, line in enumerate(lines):
         spot = b * width
@@ -160,7 +146,7 @@ def _spots(lines: Sequence[_Line], width: int) -> Iterator[_Spot]:
             spot += _num_positions(group, r)
 
 
-def _position_ids(lines: Sequence[_Line], shape: tuple[int, int]) -> Tensor:
+def _position_ids(lines: Sequence[Line], shape: tuple[int, int]) -> Tensor:
     """Positions from 0 on for every row of a line, and for the padding after them."""
     position_ids = np.empty(shape, np.int64)
     for b, line in enumerate(lines):
@@ -224,49 +210,16 @@ def _num_positions(group: RowGroup, r: int) -> int:
     return int(offsets[r + 1] - offsets[r])
 
 
-def _next_batch(lines: Iterator[_Line], size: int, packed: bool) -> Batch | None:
+def _next_batch(lines: Iterator[Line], size: int, packed: bool) -> Batch | None:
     """The next lines as a batch, None after the last; keeps no row group alive."""
     found = list(islice(lines, size))
     return make_batch(found, packed=packed) if found else None
 
 
-def _lines(groups: Iterable[RowGroup], length: int | None) -> Iterator[_Line]:
-    """All rows of row groups: each a line, or packed into lines of this length."""
-    for group in groups:
-        if length is None:
-            packed = [[r] for r in range(group.num_rows)]
-        else:
-            packed = pack(np.diff(require(TOKENS, group.position_offsets)), length)
-        for line in packed:
-            yield [(group, r) for r in line]
-        del group  # its memory is used again for one that is decoded next
-
-
-def _lines_in_order(
-    split: Split, order: Order, start: int, columns: Sequence[str], length: int | None
-) -> Generator[_Line]:
-    """Lines without end, after the first `start` sequences."""
-    numbers = (g for window in order.windows(start) for g in window.row_groups)
-    with closing(decode_ahead(split, numbers, columns, _ROW_GROUPS_AHEAD)) as row_groups:
-        for window in order.windows(start):
-            groups = list(islice(row_groups, len(window.row_groups)))
-            for line in _lines_of(window, groups, length):
-                yield [(groups[member], offset) for member, offset in line]
-            del groups  # before the next window is taken, not after
-
-
-def _lines_of(
-    window: Window, groups: Sequence[RowGroup], length: int | None
-) -> Iterator[list[list[int]]]:
-    """The window's lines in the order of training, each a list of picks.
-
-    Packed lines come in an order of their own: as they are packed, full ones would come first.
-    """
-    if length is None:
-        yield from ([pick] for pick in window.picks[window.skip :].tolist())
-        return
-    lengths = [np.diff(require(TOKENS, group.position_offsets)) for group in groups]
-    packed = pack(np.array([lengths[member][r] for member, r in window.picks.tolist()]), length)
-    shuffled = [packed[line] for line in window.shuffled(len(packed)).tolist()]
-    for line in after(shuffled, window.skip):
-        yield window.picks[line].tolist()
+def _mixed_batch(sources: Sequence[Iterator[Line]], chosen: Sequence[int], packed: bool) -> Batch:
+    """The next line of every chosen source; keeps no row group alive."""
+    found = [next(sources[number]) for number in chosen]
+    num_sequences = [0] * len(sources)
+    for number, line in zip(chosen, found, strict=True):
+        num_sequences[number] += len(line)
+    return replace(make_batch(found, packed=packed), num_sequences=tuple(num_sequences))

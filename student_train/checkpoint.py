@@ -4,15 +4,16 @@
                               optimizer.pt        AdamW's moments
                               progress.json       step, tokens, sequences, last evaluation
 
-Learning rate and random numbers of a step are functions of its number, the order of the data one of
-the number of sequences that came before (`schedules.py`, `train.py`, `order.py`), so nothing of
-them is stored. The newest checkpoint is
-complete before an older one is removed, and a kill at any moment leaves one to go on from.
+Learning rate, random numbers and the datasets of a step are functions of its number, the order of a
+dataset one of the number of its sequences that came before (`schedules.py`, `train.py`,
+`mixture.py`, `order.py`), so nothing of them is stored. The newest checkpoint is complete before an
+older one is removed, and a kill at any moment leaves one to go on from.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,11 +35,14 @@ _PROGRESS = "progress.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Optimizer steps done, labelled positions and sequences trained on, the last evaluation."""
+    """Optimizer steps done, labelled positions trained on, the last evaluation.
+
+    `sequences` are those trained on, of every dataset.
+    """
 
     step: int
     tokens: int
-    sequences: int
+    sequences: Sequence[int]
     evaluation: dict[str, float] | None = None
 
 

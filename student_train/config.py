@@ -7,8 +7,10 @@ is plain JSON once paths are text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from shards.errors import InputError
 from shards.identity import Json
@@ -22,13 +24,16 @@ class TrainConfig:
     `student` is a preset, a Hugging Face config.json or a model folder. `tokens` and `batch_tokens`
     count labelled positions; more `tokens` than the dataset has are further epochs. A learning rate
     of None is the preset's own. `save_every` and `eval_every` are optimizer steps, None: only at
-    the end. `eval_shards` None evaluates on the validation split of `shards`.
+    the end. `shards` are datasets of one tokenizer, `weights` the share of the sequences that each
+    of them gives, at any scale; none: by size. `eval_shards` None evaluates on the validation split
+    of the first of `shards`.
     """
 
-    shards: Path
+    shards: Sequence[Path]
     student: str
     out: Path
     tokens: int
+    weights: Sequence[float] = ()
     loss: str = "kld"
     tail: str = "renormalize"
     alpha: float = 0.9
@@ -56,6 +61,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_numbers()
+        self._check_weights()
         _check_bucket(self)
         _check_temperatures(self)
 
@@ -110,6 +116,17 @@ class TrainConfig:
                 _require(count >= 1, option, count, "at least 1")
         _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "a number from 0 to 2^63 - 1")
 
+    def _check_weights(self) -> None:
+        if not self.shards:
+            raise InputError("--shards: expected at least one dataset")
+        if self.weights and len(self.weights) != len(self.shards):
+            raise InputError(
+                f"--weights: {len(self.weights)} of them for {len(self.shards)} --shards; expected"
+                " one for each, in their order, or none"
+            )
+        for weight in self.weights:
+            _require(0 < weight < float("inf"), "--weights", weight, "values above 0")
+
     @property
     def reads_entries(self) -> bool:
         """Whether training needs the teacher's kept entries: not for plain language modelling."""
@@ -122,10 +139,13 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Json]:
         """All fields as plain JSON, paths as text."""
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self).items()
-        }
+        return {name: _to_json(value) for name, value in asdict(self).items()}
+
+
+def _to_json(value: Any) -> Json:
+    if isinstance(value, tuple | list):
+        return [_to_json(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _check_bucket(config: TrainConfig) -> None:

@@ -81,7 +81,7 @@ def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
             f"--student {student}: expected a preset ({names}), a config.json or a model folder;"
             " there is no such file or folder"
         )
-    _check_sizes(student, model, dataset)
+    check_sizes(student, model, dataset)
     _check_head(student, model)
     return model
 
@@ -178,7 +178,7 @@ def _check_tokenizer(folder: Path, dataset: Dataset) -> None:
         )
 
 
-def _check_sizes(student: str, model: PreTrainedModel, dataset: Dataset) -> None:
+def check_sizes(student: str, model: PreTrainedModel, dataset: Dataset) -> None:
     if model.get_output_embeddings() is None:
         raise InputError(f"--student {student}: {type(model).__name__} has no head")
     num_rows = len(head_weight(model))

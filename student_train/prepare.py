@@ -1,10 +1,11 @@
-"""What must fit together before a run begins: options, dataset, and what it is evaluated on."""
+"""What must fit together before a run begins: options, datasets, and what it is evaluated on."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
-from shards.dataset import Dataset
+from shards.dataset import Dataset, Split
 from shards.errors import IdentityMismatchError, InputError
 from shards.keep_method import KeepMethod
 from student_train.config import TrainConfig
@@ -12,6 +13,38 @@ from student_train.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 VALIDATION = "validation"
+
+
+def open_datasets(config: TrainConfig) -> list[Dataset]:
+    """The datasets that are trained on. InputError or IdentityMismatchError if they do not mix."""
+    datasets = [Dataset.open(path) for path in config.shards]
+    first = datasets[0]
+    for number, other in enumerate(datasets[1:], start=1):
+        if any(other.path.samefile(before.path) for before in datasets[:number]):
+            raise InputError(f"--shards {other.path}: given twice; --weights says how much of it")
+        _check_tokenizers("--shards", other, first)
+        length, expected = (d.identity["sequence_length"] for d in (other, first))
+        if length != expected:
+            raise InputError(
+                f"--shards {other.path}: has sequences of {length} tokens, {first.path} of"
+                f" {expected}; expected the same --sequence-length"
+            )
+        methods = [KeepMethod.of(dataset.identity) for dataset in (other, first)]
+        if config.alpha and methods[0].is_sampled != methods[1].is_sampled:
+            raise InputError(
+                f"--shards {other.path}: its entries (--keep {methods[0].name}) are used in another"
+                f" way than those of {first.path} (--keep {methods[1].name}): probabilities and"
+                " sampled weights do not mix"
+            )
+    for dataset in datasets:
+        check_objective(config, dataset)
+    return datasets
+
+
+def shares(config: TrainConfig, splits: Sequence[Split]) -> list[float]:
+    """The part of a batch's lines that each dataset gives, together 1."""
+    weights = config.weights or [split.num_positions for split in splits]
+    return [weight / sum(weights) for weight in weights]
 
 
 def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
@@ -25,7 +58,7 @@ def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
     if not step_sequences:
         raise InputError(
             f"--batch-tokens {config.batch_tokens}: expected at least one sequence of"
-            f" {config.shards}, {length} labelled positions"
+            f" {dataset.path}, {length} labelled positions"
         )
     step_tokens = step_sequences * length
     if step_tokens != config.batch_tokens:
@@ -70,13 +103,18 @@ def check_objective(config: TrainConfig, dataset: Dataset) -> None:
 def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | None:
     """The dataset whose validation split is used; None, and said so, if it has none."""
     found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
-    expected, other = dataset.identity["tokenizer_sha256"], found.identity["tokenizer_sha256"]
-    if expected != other:
-        raise IdentityMismatchError(
-            f"--eval-shards {found.path}: has another tokenizer ({other[:12]}) than"
-            f" {dataset.path} ({expected[:12]})"
-        )
+    _check_tokenizers("--eval-shards", found, dataset)
     if VALIDATION not in found.split_names:
         logger.info("%s: no validation split, so nothing is evaluated", found.path)
         return None
     return found
+
+
+def _check_tokenizers(option: str, found: Dataset, dataset: Dataset) -> None:
+    """IdentityMismatchError unless both have the same tokenizer."""
+    expected, other = dataset.identity["tokenizer_sha256"], found.identity["tokenizer_sha256"]
+    if expected != other:
+        raise IdentityMismatchError(
+            f"{option} {found.path}: has another tokenizer ({other[:12]}) than"
+            f" {dataset.path} ({expected[:12]})"
+        )

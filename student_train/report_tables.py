@@ -125,10 +125,12 @@ def _option(run: RunRecord, name: str) -> Any:
 
 
 def _summary(name: str, form: Callable[[float], str]) -> Callable[[RunRecord], str | None]:
-    """A number of the summary."""
+    """A number of the summary, or one for each of several datasets."""
 
     def text(run: RunRecord) -> str | None:
         value = (run.summary or {}).get(name)
+        if isinstance(value, list):
+            return ", ".join(map(form, value))
         return form(value) if isinstance(value, int | float) else None
 
     return text

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,17 @@ class RunFolder:
 
 
 def describe_run(
-    config: TrainConfig, dataset: Dataset, evaluation_dataset: Dataset | None
+    config: TrainConfig, datasets: Sequence[Dataset], evaluation_dataset: Dataset | None
 ) -> dict[str, Json]:
-    """Everything that a run's result depends on, and the paths that were given."""
+    """Everything that a run's result depends on, and the paths that were given.
+
+    The first dataset is `dataset`, the others are `dataset_2` and so on.
+    """
+    others = enumerate(datasets[1:], start=2)
     return {
         "config": config.to_json(),
-        "dataset": _describe_dataset(dataset),
+        "dataset": _describe_dataset(datasets[0]),
+        **{f"dataset_{number}": _describe_dataset(other) for number, other in others},
         "evaluation_dataset": None
         if evaluation_dataset is None
         else _describe_dataset(evaluation_dataset),

@@ -26,10 +26,13 @@ from student_train.model import head_weight, hidden_states
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Means over the labelled positions of one step, nats, and the gradient's norm unclipped."""
+    """Means over the labelled positions of one step, nats, and the gradient's norm unclipped.
+
+    num_sequences are those trained on, by the dataset that they are of.
+    """
 
     num_tokens: int
-    num_sequences: int
+    num_sequences: tuple[int, ...]
     loss: float
     lm: float
     kd: float
@@ -69,14 +72,15 @@ def optimizer_step(
     """
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(3, device=head_weight(model).device)
-    num_tokens = num_sequences = 0
+    num_tokens = 0
+    num_sequences: list[tuple[int, ...]] = []
     for batch in micro_batches:
         with autocast:
             loss = loss_of(model, batch.to(sums.device))
         loss.total.backward()  # type: ignore[no-untyped-call]
         sums += torch.stack(loss).detach()
         num_tokens += batch.num_valid
-        num_sequences += batch.num_sequences
+        num_sequences.append(batch.num_sequences)
     scale = 1 / max(1, num_tokens)
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -86,7 +90,7 @@ def optimizer_step(
     loss_mean, lm, kd = (sums * scale).tolist()
     return StepResult(
         num_tokens=num_tokens,
-        num_sequences=num_sequences,
+        num_sequences=tuple(map(sum, zip(*num_sequences, strict=True))),
         loss=loss_mean,
         lm=lm,
         kd=kd,

@@ -1,4 +1,4 @@
-"""The training run: from a dataset of shards to a student, and on from wherever it was killed.
+"""The training run: from datasets of shards to a student, and on from wherever it was killed.
 
 A step is a function of the weights, AdamW's moments and its number: data order, learning rate and
 random numbers (dropout, in a student that has some) are computed from the number. So a run that
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,14 +26,12 @@ from shards.errors import RunError, ShardError, StoppedError
 from shards.folder_lock import folder_lock
 from shards.identity import Json
 from shards.keep_method import KeepMethod
-from shards.layout import Layout
 from student_train import checkpoint
 from student_train.batches import (
     TAIL_COLUMNS,
     TARGET_COLUMNS,
     TOKEN_COLUMNS,
     Batch,
-    packed_length,
     training_batches,
 )
 from student_train.checkpoint import Progress
@@ -41,11 +39,24 @@ from student_train.config import TrainConfig
 from student_train.distillation import Objective
 from student_train.evaluate import evaluate
 from student_train.flops import peak_tokens_per_s
+from student_train.lines import Source, packed_length
 from student_train.metrics import Metrics
-from student_train.model import default_learning_rate, export, make_student, num_parameters
-from student_train.order import Order
+from student_train.mixture import choices
+from student_train.model import (
+    check_sizes,
+    default_learning_rate,
+    export,
+    make_student,
+    num_parameters,
+)
 from student_train.packed_attention import block_at_joints
-from student_train.prepare import VALIDATION, check_objective, find_evaluation_dataset, plan_steps
+from student_train.prepare import (
+    VALIDATION,
+    find_evaluation_dataset,
+    open_datasets,
+    plan_steps,
+    shares,
+)
 from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder, describe_run, publish_folder
@@ -74,27 +85,30 @@ def run(config: TrainConfig) -> dict[str, Json]:
     is written; RunError for a run that fails.
     """
     disable_progress_bar()
-    dataset = Dataset.open(config.shards)
-    check_objective(config, dataset)
+    datasets = open_datasets(config)
+    dataset = datasets[0]
     evaluation_dataset = find_evaluation_dataset(config, dataset)
     rate = config.learning_rate or default_learning_rate(config.student)
     config = replace(config, learning_rate=rate)
+    splits = [other.split(_TRAIN) for other in datasets]
     step_sequences, num_steps = plan_steps(config, dataset)
     folder = RunFolder(config.out)
-    description = describe_run(config, dataset, evaluation_dataset)
+    description = describe_run(config, datasets, evaluation_dataset)
     folder.check(description)
     summary = folder.summary()
     if summary is not None:
         logger.info("%s: finished before, nothing to do", config.out)
         return summary
-    split = dataset.split(_TRAIN)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_student(config.student, dataset, config.seed).to(device)
-    if packed_length(dataset.identity) is not None:
+    read = datasets if evaluation_dataset is None else [*datasets, evaluation_dataset]
+    for other in read[1:]:
+        check_sizes(config.student, model, other)
+    if any(packed_length(other.identity) is not None for other in read):
         block_at_joints(config.student, model)
     with folder_lock(folder.path, "train-student"):
         folder.start(description)
-        training = _Training(config, dataset, split, evaluation_dataset, model, folder)
+        training = _Training(config, splits, evaluation_dataset, model, folder)
         training.train(step_sequences, num_steps)
         publish_folder(folder.model, lambda path: export(model, dataset, path))
         summary = training.summary()
@@ -108,15 +122,15 @@ class _Training:
     def __init__(
         self,
         config: TrainConfig,
-        dataset: Dataset,
-        split: Split,
+        splits: Sequence[Split],
         evaluation_dataset: Dataset | None,
         model: PreTrainedModel,
         folder: RunFolder,
     ) -> None:
         self._config = config
-        self._dataset = dataset
-        self._split = split
+        self._splits = splits
+        self._shares = shares(config, splits)
+        self._length = splits[0].identity["sequence_length"]
         self._evaluation_dataset = evaluation_dataset
         self._folder = folder
         self._device = model.device
@@ -125,7 +139,7 @@ class _Training:
             kind=config.loss,
             alpha=config.alpha,
             temperature=config.temperature,
-            sampled=KeepMethod.of(dataset.identity).is_sampled,
+            sampled=KeepMethod.of(splits[0].identity).is_sampled,
             bucket=config.tail == "bucket",
             student_temperature=config.student_temperature,
             adaptive_temperature=config.adaptive_temperature,
@@ -133,7 +147,7 @@ class _Training:
         self._model = model.train()
         self._optimizer = make_optimizer(model, config)
         found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
-        self._progress = found or Progress(step=0, tokens=0, sequences=0)
+        self._progress = found or Progress(step=0, tokens=0, sequences=[0] * len(splits))
         self._saved_step = self._progress.step
         self._bytes_of_tokens = (
             None if evaluation_dataset is None else token_bytes(evaluation_dataset)
@@ -147,8 +161,7 @@ class _Training:
         rates, alphas = self._schedules(num_steps)
         step_batches = -(-step_sequences // config.micro_batch_sequences)
         batches = self._batches(step_sequences)
-        length = self._dataset.identity["sequence_length"]
-        peak = peak_tokens_per_s(self._model, length, config.dtype, self._device)
+        peak = peak_tokens_per_s(self._model, self._length, config.dtype, self._device)
         clock = StepClock(self._device, peak)
         display = TrainProgress(done, num_steps, peak)
         with (
@@ -213,6 +226,10 @@ class _Training:
     def summary(self) -> dict[str, Json]:
         """What came out, flat: where it lies, its size, figures of the last evaluation, speed."""
         total, beside = num_parameters(self._model)
+        epochs = [
+            done / split.num_sequences
+            for done, split in zip(self._progress.sequences, self._splits, strict=True)
+        ]
         evaluation = self._progress.evaluation or {}
         return {
             "model": str(self._folder.model),
@@ -220,7 +237,7 @@ class _Training:
             "parameters_beside_embedding": beside,
             "steps": self._progress.step,
             "tokens": self._progress.tokens,
-            "epochs": self._progress.tokens / self._split.num_positions,
+            "epochs": epochs[0] if len(epochs) == 1 else epochs,
             **{f"{VALIDATION}_{name}": value for name, value in evaluation.items()},
             **self._speed,
         }
@@ -247,7 +264,12 @@ class _Training:
             self._progress,
             step=step,
             tokens=self._progress.tokens + result.num_tokens,
-            sequences=self._progress.sequences + result.num_sequences,
+            sequences=[
+                before + found
+                for before, found in zip(
+                    self._progress.sequences, result.num_sequences, strict=True
+                )
+            ],
         )
         return result
 
@@ -285,14 +307,13 @@ class _Training:
         self._progress = replace(self._progress, evaluation=figures)
 
     def _batches(self, step_sequences: int) -> Iterator[Batch]:
+        seed, first_line = self._config.seed, self._progress.step * step_sequences
         return training_batches(
-            self._split,
-            Order(
-                num_sequences=self._split.num_sequences,
-                layout=Layout.of(self._dataset.identity),
-                seed=self._config.seed,
-            ),
-            start=self._progress.sequences,
+            [
+                Source.of(split, seed=seed, start=start)
+                for split, start in zip(self._splits, self._progress.sequences, strict=True)
+            ],
+            choices(self._shares, seed=seed, first_line=first_line),
             step_lines=step_sequences,
             micro_batch_lines=self._config.micro_batch_sequences,
             columns=self._columns(),
@@ -313,6 +334,15 @@ class _Training:
             num_steps,
             step_sequences,
         )
+        if len(self._splits) > 1:
+            positions = num_steps * step_sequences * self._length
+            for split, share in zip(self._splits, self._shares, strict=True):
+                logger.info(
+                    "%s: %.1f %% of the sequences, %.2f epochs",
+                    split.path,
+                    100 * share,
+                    share * positions / split.num_positions,
+                )
         if self._progress.step:
             logger.info("continuing after step %d", self._progress.step)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 
 from shards.dataset import Dataset
 from shards.errors import ShardCorruptError
-from shards.layout import Layout
 from shards.rows import Row
 from shards.writer import shard_name
 from student_train.batches import (
@@ -26,7 +25,7 @@ from student_train.batches import (
     training_batches,
 )
 from student_train.decode_ahead import decode_ahead
-from student_train.order import Order
+from student_train.lines import Source
 from student_train.read_ahead import ReadAhead
 from tests.tiny_dataset import VOCAB_SIZE, make_dataset
 
@@ -40,12 +39,10 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def batches(dataset: Dataset, first_step: int = 0, columns: object = None) -> Iterator[Batch]:
-    split = dataset.split("train")
-    order = Order(num_sequences=split.num_sequences, layout=Layout.of(dataset.identity), seed=1)
+    start = first_step * STEP_SEQUENCES
     return training_batches(
-        split,
-        order,
-        start=first_step * STEP_SEQUENCES,
+        [Source.of(dataset.split("train"), seed=1, start=start)],
+        repeat(0),
         step_lines=STEP_SEQUENCES,
         micro_batch_lines=2,
         columns=TARGET_COLUMNS if columns is None else columns,  # type: ignore[arg-type]

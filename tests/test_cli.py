@@ -53,6 +53,7 @@ def _dump(*options: str) -> tuple[int, str]:
         (["--student-temperature", "2", "--tail", "bucket"], "--tail bucket: what was not kept"),
         (["--adaptive-temperature", "ada"], "--adaptive-temperature ada: expected normkd, wttm,"),
         (["--adaptive-temperature", "wttm"], "need a --temperature above 1, not 1.0"),
+        (["--weights", "0.7,0.3"], "--weights: 2 of them for 1 --shards; expected one for each"),
     ],
 )
 def test_bad_options_of_training_end_in_one_line(
@@ -63,6 +64,27 @@ def test_bad_options_of_training_end_in_one_line(
     assert result.exit_code == 2
     assert says in result.output
     assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"), [("weights: [3, 0]", (3, 0)), ("weights: 2,0.5", (2, 0.5))]
+)
+def test_several_datasets_may_be_in_a_configuration_file(
+    text: str, weights: tuple[float, ...], tmp_path: Path
+) -> None:
+    options = tmp_path / "options.yaml"
+    options.write_text(f"shards: [one, other]\n{text}\nstudent: demo\n", encoding="utf-8")
+    command = ["--config", str(options), "--out", "out", "--tokens", "1"]
+    context = cli.train_student.make_context("train-student", list(command))
+    assert context.params["shards"] == (Path("one"), Path("other"))
+    assert context.params["weights"] == weights
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    command = ["--shards", "one", "--student", "demo", "--out", "out", "--tokens", "1"]
+    result = CliRunner().invoke(cli.train_student, [*command, "--weights", "much,little"])
+    assert result.exit_code == 2
+    assert "'much,little': expected numbers with commas between them" in result.output
 
 
 def _options(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +23,10 @@ from transformers import (
 
 from shards.dataset import Dataset
 from shards.errors import InputError
-from shards.layout import Layout
 from student_train.batches import TAIL_COLUMNS, Batch, sequential_batches, training_batches
 from student_train.distillation import Objective
+from student_train.lines import Source
 from student_train.model import head_weight, hidden_states
-from student_train.order import Order
 from student_train.packed_attention import block_at_joints
 from student_train.packing import after, pack
 from student_train.step import batch_loss
@@ -79,12 +78,9 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def packed_batches(dataset: Dataset, start: int = 0) -> list[Batch]:
     """Ten steps, of two micro batches each."""
-    split = dataset.split("train")
-    order = Order(num_sequences=split.num_sequences, layout=Layout.of(dataset.identity), seed=1)
     batches = training_batches(
-        split,
-        order,
-        start=start,
+        [Source.of(dataset.split("train"), seed=1, start=start)],
+        repeat(0),
         step_lines=STEP_LINES,
         micro_batch_lines=2,
         columns=TAIL_COLUMNS,
@@ -120,7 +116,7 @@ def test_an_epoch_of_packed_lines_holds_every_row_exactly_once_unshifted(dataset
     for batch in packed_batches(dataset):
         assert batch.input_ids.shape[1] <= SEQUENCE_LENGTH
         found = pieces(batch)
-        assert len(found) == batch.num_sequences
+        assert (len(found),) == batch.num_sequences
         for tokens, labels, ids, logprobs, tails in found[: left.total()]:
             key = tokens.numpy().astype(np.int32).tobytes()
             left[key] -= 1
@@ -146,13 +142,13 @@ def test_a_step_is_entered_by_the_number_of_sequences_before_it(dataset: Dataset
             assert torch.equal(found.input_ids, expected.input_ids)
             assert torch.equal(found.position_ids, expected.position_ids)  # type: ignore[arg-type]
             assert torch.equal(found.logprobs, expected.logprobs)  # type: ignore[arg-type]
-        consumed += sum(batch.num_sequences for batch in whole[2 * step : 2 * step + 2])
+        consumed += sum(batch.num_sequences[0] for batch in whole[2 * step : 2 * step + 2])
 
 
 def test_an_evaluation_sees_every_row_once(dataset: Dataset) -> None:
     split = dataset.split("train")
     batches = list(sequential_batches(split, batch_lines=2, columns=TAIL_COLUMNS))
-    assert sum(batch.num_sequences for batch in batches) == split.num_sequences
+    assert sum(batch.num_sequences[0] for batch in batches) == split.num_sequences
     assert sum(batch.num_valid for batch in batches) == sum(s.tokens for s in split.sidecars())
 
 
@@ -172,7 +168,7 @@ def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(
 ) -> None:
     model = make_model(CONFIGS[family])
     block_at_joints("it", model)
-    batch = next(batch for batch in packed_batches(dataset) if batch.num_sequences > 3)
+    batch = next(batch for batch in packed_batches(dataset) if batch.num_sequences[0] > 3)
     objective = Objective(kind="kld", alpha=0.5, temperature=1.0)
     together = batch_loss(model, batch, objective=objective).total
     together.backward()
@@ -188,7 +184,7 @@ def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(
                 input_ids=batch.input_ids[part],
                 labels=batch.labels[part],
                 num_valid=0,
-                num_sequences=1,
+                num_sequences=(1,),
                 ids=None if batch.ids is None else batch.ids[part],
                 logprobs=None if batch.logprobs is None else batch.logprobs[part],
             )
@@ -233,4 +229,4 @@ def test_the_datasets_of_this_file_are_packed_at_all(tmp_path: Path) -> None:
     joined = Dataset.open(make_dataset(tmp_path / "joined", train=40))
     batch = packed_batches(joined)[0]
     assert batch.position_ids is None
-    assert batch.num_sequences == len(batch.labels)
+    assert batch.num_sequences == (len(batch.labels),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError, RunError, ShardError
 from student_train.config import TrainConfig
 from student_train.prepare import check_objective
+from student_train.report import write_report
 from student_train.train import run
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset, make_tokenizer
 
@@ -70,7 +72,7 @@ LEARNING: dict[str, Any] = {
 
 def make_config(shards: Path, student: str, out: Path, **changes: Any) -> TrainConfig:
     config = TrainConfig(
-        shards=shards,
+        shards=[shards],
         student=student,
         out=out,
         tokens=6 * STEP_SEQUENCES * SEQUENCE_LENGTH,
@@ -225,6 +227,64 @@ def test_a_student_learns_from_packed_documents_and_resumes_among_them(
     assert (out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
 
 
+def test_several_datasets_are_mixed_by_their_weights_and_resumed(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    other = make_dataset(tmp_path / "separate", train=40, separate=True, seed=5)
+    config = make_config(shards, student, tmp_path / "whole", save_every=1, tokens=10 * 4 * 16)
+    whole = replace(config, shards=[shards, other], weights=[3, 1])
+    summary = run(whole)
+    first, second = summary["epochs"]  # type: ignore[misc]
+    write_report([whole.out], tmp_path / "report.html")
+    assert f"{first:.2f}, {second:.2f}" in (tmp_path / "report.html").read_text()
+    assert first == pytest.approx(30 / 60, abs=2 / 60)
+    assert 10 < 40 * second < 40  # in 10 lines, which hold several each
+    out = tmp_path / "resumed"
+    shutil.copytree(whole.out, out)
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-00000010")
+    run(replace(whole, out=out))
+    assert_same_weights(out, whole.out)
+    assert (out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="dataset_2: nothing here, "):
+        run(replace(whole, shards=[shards], weights=[]))
+    with pytest.raises(InputError, match=r"dataset.*tokens_sha256: \"5\" here, \"0\" there"):
+        run(replace(whole, shards=[other, shards]))
+
+
+def test_without_weights_datasets_are_mixed_by_their_size(
+    shards: Path, student: str, tmp_path: Path
+) -> None:
+    other = make_dataset(tmp_path / "other", train=20, seed=5)
+    config = make_config(shards, student, tmp_path / "out", tokens=80 * SEQUENCE_LENGTH)
+    summary = run(replace(config, shards=[shards, other]))
+    assert summary["epochs"] == pytest.approx([1, 1], abs=0.1)
+
+
+def test_datasets_that_do_not_mix_are_refused(
+    shards: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(shards, student, tmp_path / "out")
+    sampled = make_dataset(tmp_path / "sampled", sampled=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.tiny_dataset.make_tokenizer", partial(make_tokenizer, prefix="other"))
+        foreign = make_dataset(tmp_path / "foreign")
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.tiny_dataset.SEQUENCE_LENGTH", 8)
+        shorter = make_dataset(tmp_path / "shorter")
+    for second, error, match in (
+        (shards, InputError, "given twice"),
+        (sampled, InputError, "--keep threshold.*probabilities and sampled weights do not mix"),
+        (foreign, IdentityMismatchError, "another tokenizer"),
+        (shorter, InputError, "sequences of 8 tokens.* of 16; expected the same --sequence-length"),
+    ):
+        with pytest.raises(error, match=match):
+            run(replace(config, shards=[shards, second]))
+        assert not config.out.exists()
+    run(replace(config, shards=[shards, sampled], alpha=0.0))  # which reads no entries
+
+
 def test_a_finished_run_is_left_as_it_is(shards: Path, student: str, tmp_path: Path) -> None:
     config = make_config(shards, student, tmp_path / "out")
     summary = run(config)
@@ -340,7 +400,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         ({"student": "1.5B"}, InputError, "demo, 330M"),
         ({"student": student, "learning_rate": None}, InputError, "--learning-rate"),
         ({"batch_tokens": SEQUENCE_LENGTH - 1}, InputError, "at least one sequence"),
-        ({"shards": tmp_path / "nothing"}, ShardError, "not a dataset"),
+        ({"shards": [tmp_path / "nothing"]}, ShardError, "not a dataset"),
         ({"eval_shards": tmp_path / "nothing"}, ShardError, "not a dataset"),
         ({"student": str(shards)}, InputError, "no tokenizer"),
     ):

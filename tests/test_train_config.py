@@ -14,7 +14,7 @@ from shards.errors import InputError
 from student_train.config import TrainConfig
 
 GIVEN: dict[str, Any] = {
-    "shards": Path("shards"),
+    "shards": [Path("shards")],
     "student": "demo",
     "out": Path("out"),
     "tokens": 1000,
@@ -66,8 +66,16 @@ def test_a_value_that_cannot_be_meant_is_refused_by_its_option(name: str, value:
 def test_all_settings_are_plain_json() -> None:
     content = TrainConfig(**GIVEN, eval_shards=Path("other")).to_json()
     assert json.loads(json.dumps(content)) == content
-    assert content["shards"] == "shards"
+    assert content["shards"] == ["shards"]
     assert content["eval_shards"] == "other"
+    assert content["weights"] == []
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [1.0, 0.0], [1.0, float("nan")]])
+def test_every_dataset_has_one_weight_above_0(weights: list[float]) -> None:
+    changes = {"shards": [Path("one"), Path("other")], "weights": weights}
+    with pytest.raises(InputError, match=r"--weights.*expected"):
+        TrainConfig(**GIVEN | changes)
 
 
 @pytest.mark.parametrize("name", ["normkd", "wttm", "adakd-sd", "adakd-h"])

@@ -28,7 +28,7 @@ from student_train.train import run
 
 shards, student, out = sys.argv[1:]
 try:
-    run(TrainConfig(shards=Path(shards), student=student, out=Path(out), tokens=160 * 128,
+    run(TrainConfig(shards=[Path(shards)], student=student, out=Path(out), tokens=160 * 128,
         batch_tokens=128, micro_batch_sequences=3, learning_rate=1e-2, dtype="float32",
         save_every=40, eval_every=30))
 except LogitshardsError as error:  # as the command line does it
