@@ -119,20 +119,24 @@ _config_file = click.option(
 )
 
 
-class _Numbers(click.ParamType[tuple[float, ...]]):
-    """Numbers with commas between them, or a list in a YAML file."""
+class _CommaSeparated(click.ParamType[tuple[Any, ...]]):
+    """Values of one type with commas between them, or a list in a YAML file."""
 
-    name = "numbers"
+    name = "list"
+
+    def __init__(self, kind: Callable[[Any], Any], expected: str) -> None:
+        self._kind = kind
+        self._expected = expected
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
+    ) -> tuple[Any, ...]:
         """A tuple of them, which is what it stays."""
         parts = value.split(",") if isinstance(value, str) else value
         try:
-            return tuple(map(float, parts if isinstance(parts, list | tuple) else [parts]))
+            return tuple(map(self._kind, parts if isinstance(parts, list | tuple) else [parts]))
         except (TypeError, ValueError):
-            self.fail(f"{value!r}: expected numbers with commas between them, such as 0.7,0.3")
+            self.fail(f"{value!r}: expected {self._expected}")
 
 
 def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
@@ -338,7 +342,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 )
 @click.option(
     "--weights",
-    type=_Numbers(),
+    type=_CommaSeparated(float, "numbers with commas between them, such as 0.7,0.3"),
     default=(),
     show_default="by size",
     help="Share of the sequences that each of --shards gives, such as 0.7,0.3.",
@@ -449,6 +453,12 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     "--eval-shards",
     type=_FOLDER,
     help="Dataset whose validation split is used; default: that of the first --shards.",
+)
+@click.option(
+    "--eval-tasks",
+    type=_CommaSeparated(str, "names with commas between them, such as arc_easy,my_task.yaml"),
+    default=(),
+    help="Tasks of lm-evaluation-harness to run on the result: names, or YAML files.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights and order.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")

@@ -26,7 +26,7 @@ class TrainConfig:
     of None is the preset's own. `save_every` and `eval_every` are optimizer steps, None: only at
     the end. `shards` are datasets of one tokenizer, `weights` the share of the sequences that each
     of them gives, at any scale; none: by size. `eval_shards` None evaluates on the validation split
-    of the first of `shards`.
+    of the first of `shards`. `eval_tasks` are names or YAML files of lm-evaluation-harness.
     """
 
     shards: Sequence[Path]
@@ -55,6 +55,7 @@ class TrainConfig:
     save_every: int | None = None
     eval_every: int | None = None
     eval_shards: Path | None = None
+    eval_tasks: Sequence[str] = ()
     seed: int = 0
     dtype: str = "bfloat16"
 

@@ -17,6 +17,7 @@ from typing import Any
 from shards.errors import InputError
 from student_train.report_series import Series
 from student_train.run_folder import RunFolder
+from student_train.tasks import TaskFigures, read_tasks, task_figures
 
 _NOT_FIGURES = ("step", "kind", "tokens")
 # Of one run; with many of them the page would grow, so they share about six times as many.
@@ -30,13 +31,14 @@ class RunRecord:
     """What is known of one run; `series` by kind and figure, such as "train/loss".
 
     `settings` are those of run.json, nested; `written_at` is when the last step was, seconds since
-    1970, None before the first.
+    1970, None before the first. `tasks` are figures of --eval-tasks by task and metric.
     """
 
     name: str
     settings: Mapping[str, Any]
     summary: Mapping[str, Any] | None
     series: Mapping[str, Series]
+    tasks: TaskFigures
     step: int
     tokens: float
     written_at: float | None
@@ -84,6 +86,7 @@ def _read_run(path: Path, name: str, most: int) -> RunRecord:
         settings=settings,
         summary=summary,
         series=series,
+        tasks=task_figures(read_tasks(folder.tasks)),
         step=step,
         tokens=tokens,
         written_at=folder.metrics.stat().st_mtime if has_metrics else None,

@@ -12,10 +12,11 @@ from typing import Any
 from shards.progress_line import duration
 from student_train.report_axes import GIB, count
 from student_train.report_runs import RunRecord
+from student_train.tasks import STANDARD_ERROR
 
 _ABSENT = "\N{EN DASH}"
-# A path of its own does not make a run another one.
-_NOT_COMPARED = ("out",)
+# Neither a path of its own nor what is done with the result makes a run another one.
+_NOT_COMPARED = ("out", "eval_tasks")
 
 
 def figures_table(runs: Sequence[RunRecord]) -> str:
@@ -28,6 +29,7 @@ def figures_table(runs: Sequence[RunRecord]) -> str:
         cells = [text(run) for run in runs]
         if any(cell is not None for cell in cells):
             rows.append(_row(title, [_ABSENT if cell is None else cell for cell in cells]))
+    rows += [_row(f"{task} {metric}", cells) for task, metric, cells in _tasks(runs)]
     return _table(runs, rows)
 
 
@@ -35,6 +37,29 @@ def settings_table(runs: Sequence[RunRecord]) -> str:
     """All settings, those that differ between runs marked."""
     settings = _settings(runs)
     return _table(runs, [_row(key, cells, differs=differs) for key, cells, differs in settings])
+
+
+def _tasks(runs: Sequence[RunRecord]) -> list[tuple[str, str, list[str]]]:
+    """(task, metric, text for each run) of all tasks that any run was evaluated on."""
+    metrics = {
+        (task, metric): None
+        for run in runs
+        for task, figures in run.tasks.items()
+        for metric in figures
+        if not metric.endswith(STANDARD_ERROR)
+    }
+    return [
+        (task, metric, [_task_figure(run.tasks.get(task, {}), metric) for run in runs])
+        for task, metric in metrics
+    ]
+
+
+def _task_figure(figures: Mapping[str, float], metric: str) -> str:
+    if metric not in figures:
+        return _ABSENT
+    error = figures.get(f"{metric}{STANDARD_ERROR}")
+    beside = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}"
+    return f"{figures[metric]:.4f}{beside}"
 
 
 def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:

@@ -6,10 +6,11 @@
     OUT/checkpoints/     the newest two (`checkpoint.py`)
     OUT/model/           the student as a Hugging Face folder, there in full or not at all
     OUT/summary.json     written last: the run is finished
+    OUT/tasks.json       results of --eval-tasks (`tasks.py`), after that
 
 Continuing with other settings would give a student that no single command describes, so it is
-refused, naming every difference. Paths may change, and so may `save_every`: neither is in the
-result.
+refused, naming every difference. Paths may change, and so may `save_every` and `eval_tasks`: the
+student does not depend on them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from shards.errors import InputError
 from shards.identity import Json, differences
 from student_train.config import TrainConfig
 
-_NOT_COMPARED = ("shards", "eval_shards", "out", "save_every")
+_NOT_COMPARED = ("shards", "eval_shards", "eval_tasks", "out", "save_every")
 _RUN = "run.json"
 _SUMMARY = "summary.json"
 
@@ -42,6 +43,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
+        self.tasks = path / "tasks.json"
 
     def check(self, description: Mapping[str, Json]) -> None:
         """InputError if the folder holds something else or a run of other settings, naming them."""

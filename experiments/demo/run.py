@@ -110,12 +110,14 @@ def main(num_seeds: int) -> None:
     }
     picture = DEMO / "curves.png"
     draw(runs, picture)
+    command("train-student", "report", *(folder for folders in runs.values() for folder in folders),
+            "--out", DEMO / "report.html")  # fmt: skip
     teacher = lines(runs["distilled"][0], "validation")[-1]["teacher_cross_entropy"]
     print(f"\n{table(runs)}\n\nthe teacher's own cross-entropy there: {teacher:.3f}")
     print(f"done in {time.monotonic() - started:.0f} s; a student this small, on text this short,")
     print("shows that the pipeline works, not what distillation gains at scale.\n")
     at = DEMO.relative_to(ROOT)
-    print(f"shards    {at}/shards\nstudents  {at}/*/model\ncurves    {at}/curves.png")
+    print(f"shards    {at}/shards\nstudents  {at}/*/model\ncurves    {at}/curves.png, {at}/report.html")
     print(f"next:     .venv/bin/inspect-shards {at}/shards --row 0")
 
 

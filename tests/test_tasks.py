@@ -1,0 +1,162 @@
+"""lm-evaluation-harness on an exported student: the right figures, once, and refusals in time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import cli
+from shards.errors import InputError, RunError
+from student_train import tasks
+from student_train.config import TrainConfig
+from student_train.run_folder import RunFolder
+from student_train.train import run
+from tests.report_page import Page, make_run
+from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset
+
+# The harness and what it stands on warn about each other's future.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+NUM_QUESTIONS = 20
+CHOICES = 4
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A finished run of few steps."""
+    folder = tmp_path_factory.mktemp("tasks")
+    LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+    ).save_pretrained(folder)  # fmt: skip
+    config = TrainConfig(
+        shards=[make_dataset(folder / "shards")],
+        student=str(folder / "config.json"),
+        out=folder / "out",
+        tokens=20 * 4 * SEQUENCE_LENGTH,
+        batch_tokens=4 * SEQUENCE_LENGTH,
+        micro_batch_sequences=3,
+        learning_rate=1e-2,
+        dtype="float32",
+    )
+    assert not {name for name in run(config) if "acc" in name}
+    return config
+
+
+def questions() -> list[dict[str, object]]:
+    """Which of four words comes after five others."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(NUM_QUESTIONS):
+        words = random.integers(1, VOCAB_SIZE, 5 + CHOICES)
+        texts = [f"word{word}" for word in words]
+        answer = int(random.integers(CHOICES))
+        found.append({"text": " ".join(texts[:5]), "choices": texts[5:], "answer": answer})
+    return found
+
+
+def write_task(folder: Path, name: str, *, data: bool = True, metric: str = "acc") -> str:
+    """The YAML file of a task over data beside it."""
+    if data:
+        lines = [json.dumps(question) for question in questions()]
+        (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"task: {name}\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'data.jsonl'}}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        "doc_to_text: '{{text}}'\n"
+        "doc_to_choice: '{{choices}}'\n"
+        "doc_to_target: '{{answer}}'\n"
+        f"metric_list: [{{metric: {metric}, aggregation: mean, higher_is_better: true}}]\n"
+    )
+    return str(path)
+
+
+def expected_accuracy(model_folder: Path) -> float:
+    """Of the choice with the highest probability, computed here."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    hits = 0
+    for question in questions():
+        words = [int(word[4:]) for word in str(question["text"]).split()]
+        choices = [int(word[4:]) for word in question["choices"]]  # type: ignore[attr-defined]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([words])).logits[0, -1]
+        hits += int(logits[choices].argmax()) == question["answer"]
+    return hits / NUM_QUESTIONS
+
+
+def test_a_finished_run_is_evaluated_on_a_task_of_local_data_once(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = write_task(tmp_path, "next_word")
+    asked = replace(config, eval_tasks=[task])
+    summary = run(asked)
+    accuracy = expected_accuracy(config.out / "model")
+    assert summary["next_word_acc"] == pytest.approx(accuracy)
+    assert 0 < accuracy < 1
+    error = np.sqrt(accuracy * (1 - accuracy) / (NUM_QUESTIONS - 1))
+    assert summary["next_word_acc_stderr"] == pytest.approx(error)
+    (entry,) = tasks.read_tasks(RunFolder(config.out).tasks).values()
+    assert entry["examples"] == {"next_word": NUM_QUESTIONS}
+    with monkeypatch.context() as patch:
+        patch.setattr("student_train.train.run_tasks", None)  # nothing is left to do
+        assert run(asked) == summary
+    Path(task).write_text(Path(task).read_text() + "# changed\n")
+    assert tasks.missing_tasks([task], {task: entry}) == [task]
+    out = tmp_path / "report.html"
+    command = ["report", str(config.out), str(make_run(tmp_path / "other")), "--out", str(out)]
+    assert CliRunner().invoke(cli.train_student, command).exit_code == 0
+    shown = f"{accuracy:.4f} \N{PLUS-MINUS SIGN} {error:.4f}"
+    assert Page(out.read_text()).rows["next_word acc"] == [shown, "\N{EN DASH}"]
+
+
+def test_tasks_that_cannot_be_run_are_refused_before_training(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    fresh = replace(config, out=tmp_path / "out")
+    for task, match in (
+        ("no_such_task", "no_such_task: no task of lm-evaluation-harness and no YAML file"),
+        (write_task(tmp_path, "no_data", data=False), "cannot be loaded: Unable to find"),
+    ):
+        with pytest.raises(InputError, match=match):
+            run(replace(fresh, eval_tasks=[task]))
+        assert not fresh.out.exists()
+
+
+def test_without_the_harness_its_extra_is_named(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
+    with pytest.raises(InputError, match=r"pip install 'logitshards\[eval\]'"):
+        run(replace(config, eval_tasks=["some.yaml"]))
+
+
+def test_a_task_that_fails_leaves_what_came_before_it(config: TrainConfig, tmp_path: Path) -> None:
+    good = write_task(tmp_path, "good")
+    bad = tmp_path / "bad.yaml"
+    first = questions()[0]["answer"]  # which the harness tries when it loads a task
+    bad.write_text(Path(good).read_text().replace("task: good", "task: bad").replace(
+        "'{{answer}}'", f"'{{{{answer if answer == {first} else answer / 0}}}}'"))  # fmt: skip
+    with pytest.raises(RunError, match=r"bad\.yaml: failed: .* the student is complete"):
+        run(replace(config, eval_tasks=[good, str(bad)]))
+    assert good in tasks.read_tasks(RunFolder(config.out).tasks)
+
+
+def test_the_filter_of_a_metric_stands_behind_its_name() -> None:
+    found = tasks._metrics({
+        "alias": "x", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.1,
+        "exact_match,strict": 1, "exact_match_stderr,strict": "N/A", "f1_stderr,strict": 0.2,
+    })  # fmt: skip
+    assert found == {
+        "acc": 0.5, "acc_stderr": 0.1, "exact_match strict": 1.0, "f1 strict_stderr": 0.2
+    }  # fmt: skip
