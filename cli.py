@@ -132,7 +132,7 @@ class _CommaSeparated(click.ParamType[tuple[Any, ...]]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[Any, ...]:
         """A tuple of them, which is what it stays."""
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
         try:
             return tuple(map(self._kind, parts if isinstance(parts, list | tuple) else [parts]))
         except (TypeError, ValueError):
@@ -345,7 +345,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     type=_CommaSeparated(float, "numbers with commas between them, such as 0.7,0.3"),
     default=(),
     show_default="by size",
-    help="Share of the sequences that each of --shards gives, such as 0.7,0.3.",
+    help="Share of the batch lines that each of --shards gives, such as 0.7,0.3.",
 )
 @click.option("--student", required=True, help="Preset (demo, 330M, 670M, 1.9B, 3.8B, 6.8B), "
               "Hugging Face config.json, or model folder to continue training.")  # fmt: skip

@@ -107,7 +107,7 @@ def sequential_batches(
             yield batch
 
 
-def make_batch(lines: Sequence[Line], *, packed: bool) -> Batch:
+def make_batch(lines: Sequence[Line], *, packed: bool, num_sequences: tuple[int, ...]) -> Batch:
     """Pad lines of rows to one batch, with the columns that were read."""
     widths = [sum(_num_positions(group, r) for group, r in line) for line in lines]
     shape = (len(lines), max(widths))
@@ -129,7 +129,7 @@ def make_batch(lines: Sequence[Line], *, packed: bool) -> Batch:
         input_ids=torch.from_numpy(input_ids.reshape(shape)),
         labels=torch.from_numpy(labels.reshape(shape)),
         num_valid=int(np.count_nonzero(labels != IGNORE_INDEX)),
-        num_sequences=(len(spots),),
+        num_sequences=num_sequences,
         position_ids=_position_ids(lines, shape) if packed else None,
         ids=ids,
         logprobs=logprobs,
@@ -213,7 +213,9 @@ def _num_positions(group: RowGroup, r: int) -> int:
 def _next_batch(lines: Iterator[Line], size: int, packed: bool) -> Batch | None:
     """The next lines as a batch, None after the last; keeps no row group alive."""
     found = list(islice(lines, size))
-    return make_batch(found, packed=packed) if found else None
+    if not found:
+        return None
+    return make_batch(found, packed=packed, num_sequences=(sum(map(len, found)),))
 
 
 def _mixed_batch(sources: Sequence[Iterator[Line]], chosen: Sequence[int], packed: bool) -> Batch:
@@ -222,4 +224,4 @@ def _mixed_batch(sources: Sequence[Iterator[Line]], chosen: Sequence[int], packe
     num_sequences = [0] * len(sources)
     for number, line in zip(chosen, found, strict=True):
         num_sequences[number] += len(line)
-    return replace(make_batch(found, packed=packed), num_sequences=tuple(num_sequences))
+    return make_batch(found, packed=packed, num_sequences=tuple(num_sequences))

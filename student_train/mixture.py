@@ -33,6 +33,17 @@ def choices(weights: Sequence[float], *, seed: int, first_line: int) -> Iterator
         first_line += _LINES_AT_ONCE
 
 
+def order_seed(seed: int, dataset: int) -> int:
+    """The seed of a dataset's order, that of the run for the first.
+
+    With one seed for all, datasets of one size would be permuted in the same way, and two teachers'
+    rows of one sequence would stand in one step.
+    """
+    if not dataset:
+        return seed
+    return int(np.random.SeedSequence((seed, dataset)).generate_state(1, np.uint64)[0])
+
+
 def _bounds(weights: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """Where the share of every dataset but the first begins, of 2^64."""
     ends = np.cumsum(np.array(weights) / sum(weights))[:-1]

@@ -179,6 +179,7 @@ def _check_tokenizer(folder: Path, dataset: Dataset) -> None:
 
 
 def check_sizes(student: str, model: PreTrainedModel, dataset: Dataset) -> None:
+    """InputError unless a model has the vocabulary and the positions that a dataset needs."""
     if model.get_output_embeddings() is None:
         raise InputError(f"--student {student}: {type(model).__name__} has no head")
     num_rows = len(head_weight(model))

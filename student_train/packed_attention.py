@@ -8,6 +8,8 @@ joints. So a model must show it before anything is trained.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,15 +22,15 @@ _PROBE_LENGTHS = [7, 4, 5]
 _TOLERANCE = 0.05
 
 
-def block_at_joints(student: str, model: PreTrainedModel) -> None:
+def block_at_joints(student: str, model: PreTrainedModel, dataset: Path) -> None:
     """Choose the model's attention for packed sequences. InputError if it sees over their joints.
 
-    The model is on the device where it is trained.
+    The model is on the device where it is trained; `dataset` is what needs it.
     """
     name = type(model).__name__
     refused = (
-        f"--student {student}: {name} cannot be trained on packed sequences, which this dataset of"
-        " separate documents needs"
+        f"--student {student}: {name} cannot be trained on packed sequences, which the separate"
+        f" documents of {dataset} need"
     )
     try:
         if model.device.type == "cuda":

@@ -36,6 +36,13 @@ def open_datasets(config: TrainConfig) -> list[Dataset]:
                 f" way than those of {first.path} (--keep {methods[1].name}): probabilities and"
                 " sampled weights do not mix"
             )
+        documents = [dataset.identity["documents"] for dataset in (first, other)]
+        for name in ("bos", "eos_token_id"):
+            if documents[0][name] != documents[1][name]:
+                logger.warning(
+                    "%s: %s of its documents is %s, %s in %s, which decides for the student",
+                    other.path, name, documents[1][name], documents[0][name], first.path,
+                )  # fmt: skip
     for dataset in datasets:
         check_objective(config, dataset)
     return datasets
@@ -44,7 +51,8 @@ def open_datasets(config: TrainConfig) -> list[Dataset]:
 def shares(config: TrainConfig, splits: Sequence[Split]) -> list[float]:
     """The part of a batch's lines that each dataset gives, together 1."""
     weights = config.weights or [split.num_positions for split in splits]
-    return [weight / sum(weights) for weight in weights]
+    scaled = [weight / max(weights) for weight in weights]
+    return [weight / sum(scaled) for weight in scaled]
 
 
 def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:

@@ -43,8 +43,9 @@ def run(config: TrainConfig) -> dict[str, Json]:
     description = describe_run(config, datasets, evaluation_dataset)
     folder.check(description)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tasks = missing_tasks(config.eval_tasks, read_tasks(folder.tasks))
-    check_tasks(tasks)
+    content = read_tasks(folder.tasks)
+    tasks = missing_tasks(config.eval_tasks, content)
+    check_tasks(tasks, content)
     summary = folder.summary()
     if summary is None:
         summary = _train(config, datasets, evaluation_dataset, description, device)
@@ -56,9 +57,8 @@ def run(config: TrainConfig) -> dict[str, Json]:
                 tasks,
                 folder.model,
                 folder.tasks,
-                batch_size=config.micro_batch_sequences,
+                identity=datasets[0].identity,
                 dtype=config.dtype,
-                add_bos=datasets[0].identity["documents"]["bos"],
                 device=str(device),
             )
     for task, figures in task_figures(read_tasks(folder.tasks)).items():
@@ -81,8 +81,9 @@ def _train(
     read = datasets if evaluation_dataset is None else [*datasets, evaluation_dataset]
     for other in read[1:]:
         check_sizes(config.student, model, other)
-    if any(packed_length(other.identity) is not None for other in read):
-        block_at_joints(config.student, model)
+    packed = [other for other in read if packed_length(other.identity) is not None]
+    if packed:
+        block_at_joints(config.student, model, packed[0].path)
     folder = RunFolder(config.out)
     with folder_lock(folder.path, "train-student"):
         folder.start(description)

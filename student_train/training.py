@@ -39,14 +39,9 @@ from student_train.evaluate import evaluate
 from student_train.flops import peak_tokens_per_s
 from student_train.lines import Source
 from student_train.metrics import Metrics
-from student_train.mixture import choices
-from student_train.model import (
-    num_parameters,
-)
-from student_train.prepare import (
-    VALIDATION,
-    shares,
-)
+from student_train.mixture import choices, order_seed
+from student_train.model import num_parameters
+from student_train.prepare import VALIDATION, shares
 from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder
@@ -189,7 +184,7 @@ class Training:
             "parameters_beside_embedding": beside,
             "steps": self._progress.step,
             "tokens": self._progress.tokens,
-            "epochs": epochs[0] if len(epochs) == 1 else epochs,
+            "epochs": epochs,
             **{f"{VALIDATION}_{name}": value for name, value in evaluation.items()},
             **self._speed,
         }
@@ -262,8 +257,10 @@ class Training:
         seed, first_line = self._config.seed, self._progress.step * step_sequences
         return training_batches(
             [
-                Source.of(split, seed=seed, start=start)
-                for split, start in zip(self._splits, self._progress.sequences, strict=True)
+                Source.of(split, seed=order_seed(seed, number), start=start)
+                for number, (split, start) in enumerate(
+                    zip(self._splits, self._progress.sequences, strict=True)
+                )
             ],
             choices(self._shares, seed=seed, first_line=first_line),
             step_lines=step_sequences,
@@ -290,7 +287,7 @@ class Training:
             positions = num_steps * step_sequences * self._length
             for split, share in zip(self._splits, self._shares, strict=True):
                 logger.info(
-                    "%s: %.1f %% of the sequences, %.2f epochs",
+                    "%s: %.1f %% of the lines, %.2f epochs",
                     split.path,
                     100 * share,
                     share * positions / split.num_positions,

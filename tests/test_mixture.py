@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.dataset import Dataset
-from student_train.batches import TARGET_COLUMNS, Batch, training_batches
+from student_train.batches import TAIL_COLUMNS, Batch, training_batches
 from student_train.lines import Source
-from student_train.mixture import choices
-from tests.tiny_dataset import SEQUENCE_LENGTH, make_dataset
+from student_train.mixture import choices, order_seed
+from tests.packed_batches import assert_is_row, key, pieces
+from tests.tiny_dataset import make_dataset
 
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
 
@@ -53,53 +54,50 @@ def test_shares_at_the_edge_of_what_can_be_told_apart() -> None:
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[Dataset]:
-    """Joined documents, and separate ones that are packed."""
+    """Joined documents, of which not all positions count, and separate ones that are packed."""
     folder = tmp_path_factory.mktemp("datasets")
     return [
-        Dataset.open(make_dataset(folder / "joined", train=22, seed=1)),
-        Dataset.open(make_dataset(folder / "separate", train=60, seed=2, separate=True)),
+        Dataset.open(make_dataset(folder / "joined", train=22, seed=1, masked=True)),
+        Dataset.open(make_dataset(folder / "separate", train=60, seed=4, separate=True)),
     ]
 
 
 def mixed(datasets: list[Dataset], starts: tuple[int, ...], first_line: int) -> list[Batch]:
     """Twelve micro batches of three lines, two of them a step."""
     sources = [
-        Source.of(dataset.split("train"), seed=1, start=start)
-        for dataset, start in zip(datasets, starts, strict=True)
+        Source.of(dataset.split("train"), seed=order_seed(1, number), start=start)
+        for number, (dataset, start) in enumerate(zip(datasets, starts, strict=True))
     ]
     batches = training_batches(
         sources,
         choices([0.4, 0.6], seed=1, first_line=first_line),
         step_lines=6,
         micro_batch_lines=3,
-        columns=TARGET_COLUMNS,
+        columns=TAIL_COLUMNS,
     )
     return list(islice(batches, 12))
 
 
-def test_a_mixture_takes_each_dataset_in_its_own_order_and_every_row_once(
+def test_every_line_holds_rows_of_its_own_dataset_with_their_targets(
     datasets: list[Dataset],
 ) -> None:
-    left = [
-        Counter(row.tokens[:-1].tobytes() for row in dataset.split("train").rows())
+    rows = [
+        {row.tokens[:-1].tobytes(): row for row in dataset.split("train").rows()}
         for dataset in datasets
     ]
+    seen: list[Counter[bytes]] = [Counter(), Counter()]
     chosen = choices([0.4, 0.6], seed=1, first_line=0)
     for batch in mixed(datasets, (0, 0), 0):
-        assert batch.position_ids is not None
-        before = [sum(counter.values()) for counter in left]
-        for b in range(3):
-            counter = left[next(chosen)]
-            firsts = np.flatnonzero(batch.position_ids[b] == 0)
-            for first, last in zip(firsts, [*firsts[1:], SEQUENCE_LENGTH], strict=True):
-                row = batch.input_ids[b, first:last].numpy().astype(np.int32)
-                labels = batch.labels[b, first:last]
-                if (labels != -100).any():  # else padding
-                    counter[row[: int((labels != -100).sum())].tobytes()] -= 1
-        after = [sum(counter.values()) for counter in left]
-        assert batch.num_sequences == (before[0] - after[0], before[1] - after[1])
+        dataset_of = list(islice(chosen, 3))
+        num_sequences = [0, 0]
+        for b, piece in pieces(batch):
+            number = dataset_of[b]
+            assert_is_row(piece, rows[number][key(piece[0])])
+            seen[number][key(piece[0])] += 1
+            num_sequences[number] += 1
+        assert batch.num_sequences == tuple(num_sequences)
     # 36 lines: 14 of 22 joined sequences, 22 lines of about 30
-    assert all(set(counter.values()) == {0, 1} for counter in left)
+    assert all(max(counter.values()) == 1 for counter in seen)
 
 
 def test_a_mixture_is_entered_by_the_sequences_of_each_dataset_and_the_lines_of_both(
@@ -111,14 +109,28 @@ def test_a_mixture_is_entered_by_the_sequences_of_each_dataset_and_the_lines_of_
         again = mixed(datasets, (first, second), 6 * step)
         for found, expected in zip(again, whole[2 * step :], strict=False):
             assert torch.equal(found.input_ids, expected.input_ids)
+            assert torch.equal(found.logprobs, expected.logprobs)  # type: ignore[arg-type]
             assert found.num_sequences == expected.num_sequences
         for batch in whole[2 * step : 2 * step + 2]:
             first, second = first + batch.num_sequences[0], second + batch.num_sequences[1]
 
 
-def test_an_epoch_of_the_smaller_dataset_may_end_before_that_of_the_other(
+def test_a_small_dataset_goes_through_its_epochs_while_the_other_is_in_its_first(
     tmp_path: Path, datasets: list[Dataset]
 ) -> None:
     small = Dataset.open(make_dataset(tmp_path / "small", train=2, seed=3))
-    batches = mixed([small, datasets[0]], (0, 0), 0)
-    assert sum(batch.num_sequences[0] for batch in batches) == pytest.approx(0.4 * 36, abs=1)
+    rows = {row.tokens[:-1].tobytes(): row for row in small.split("train").rows()}
+    seen = Counter(
+        key(piece[0])
+        for batch in mixed([small, datasets[1]], (0, 0), 0)
+        for _, piece in pieces(batch)
+        if key(piece[0]) in rows
+    )
+    assert len(seen) == 2
+    assert seen.total() == pytest.approx(0.4 * 36, abs=1)
+    assert abs(np.subtract(*seen.values())) <= 1
+
+
+def test_datasets_of_one_size_are_not_permuted_in_the_same_way() -> None:
+    assert order_seed(7, 0) == 7  # as without others
+    assert len({order_seed(seed, number) for seed in range(5) for number in range(5)}) == 25

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice, pairwise, repeat
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from student_train.model import head_weight, hidden_states
 from student_train.packed_attention import block_at_joints
 from student_train.packing import after, pack
 from student_train.step import batch_loss
+from tests.packed_batches import assert_is_row, key, pieces, spans
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset
 
 STEP_LINES = 3
@@ -88,46 +89,16 @@ def packed_batches(dataset: Dataset, start: int = 0) -> list[Batch]:
     return list(islice(batches, 20))
 
 
-def spans(positions: torch.Tensor) -> list[tuple[int, int]]:
-    """Where each sequence of a line begins and ends."""
-    return list(pairwise([*np.flatnonzero(positions == 0).tolist(), len(positions)]))
-
-
-def pieces(batch: Batch) -> list[tuple[torch.Tensor, ...]]:
-    """The sequences of a batch without padding: tokens, labels, ids, logprobs, tail_logmass."""
-    assert batch.position_ids is not None
-    assert batch.ids is not None
-    assert batch.logprobs is not None
-    assert batch.tail_logmass is not None
-    found = []
-    for b, positions in enumerate(batch.position_ids):
-        for first, last in spans(positions):
-            part = (b, slice(first, last))
-            assert positions[first:last].tolist() == list(range(last - first))
-            if torch.isfinite(batch.tail_logmass[part]).any():  # else padding
-                columns = (batch.input_ids, batch.labels, batch.ids, batch.logprobs)
-                found.append((*(c[part] for c in columns), batch.tail_logmass[part]))
-    return found
-
-
 def test_an_epoch_of_packed_lines_holds_every_row_exactly_once_unshifted(dataset: Dataset) -> None:
     rows = {row.tokens[:-1].tobytes(): row for row in dataset.split("train").rows()}
     left = Counter(row.tokens[:-1].tobytes() for row in dataset.split("train").rows())
     for batch in packed_batches(dataset):
         assert batch.input_ids.shape[1] <= SEQUENCE_LENGTH
-        found = pieces(batch)
+        found = [piece for _, piece in pieces(batch)]
         assert (len(found),) == batch.num_sequences
-        for tokens, labels, ids, logprobs, tails in found[: left.total()]:
-            key = tokens.numpy().astype(np.int32).tobytes()
-            left[key] -= 1
-            row = rows[key]
-            counted = True if row.loss_mask is None else row.loss_mask
-            np.testing.assert_array_equal(labels, np.where(counted, row.tokens[1:], -100))
-            np.testing.assert_array_equal(tails, row.tail_logmass)
-            kept = torch.isfinite(logprobs)
-            np.testing.assert_array_equal(kept.sum(1), row.counts)
-            np.testing.assert_array_equal(ids[kept], row.ids)
-            np.testing.assert_array_equal(logprobs[kept], row.logprobs)
+        for piece in found[: left.total()]:
+            left[key(piece[0])] -= 1
+            assert_is_row(piece, rows[key(piece[0])])
         if not left.total():
             break
     assert set(left.values()) == {0}
@@ -167,7 +138,7 @@ def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(
     family: str, dataset: Dataset
 ) -> None:
     model = make_model(CONFIGS[family])
-    block_at_joints("it", model)
+    block_at_joints("it", model, Path("separate"))
     batch = next(batch for batch in packed_batches(dataset) if batch.num_sequences[0] > 3)
     objective = Objective(kind="kld", alpha=0.5, temperature=1.0)
     together = batch_loss(model, batch, objective=objective).total
@@ -204,7 +175,7 @@ def test_a_student_that_carries_a_state_over_joints_is_refused() -> None:
         MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, state_size=4)
     )
     with pytest.raises(InputError, match=r"--student it: Mamba.* packed sequences"):
-        block_at_joints("it", model)
+        block_at_joints("it", model, Path("separate"))
 
 
 def test_a_student_whose_mask_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +193,7 @@ def test_a_student_whose_mask_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(model.base_model, "forward", running)
     with pytest.raises(InputError, match="one changes what it computes for the next"):
-        block_at_joints("it", model)
+        block_at_joints("it", model, Path("separate"))
 
 
 def test_the_datasets_of_this_file_are_packed_at_all(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import cli
+from shards.dataset import Dataset
 from shards.errors import InputError, RunError
 from student_train import tasks
 from student_train.config import TrainConfig
@@ -124,9 +126,12 @@ def test_tasks_that_cannot_be_run_are_refused_before_training(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     fresh = replace(config, out=tmp_path / "out")
+    group = tmp_path / "group.yaml"
+    group.write_text("group: mine\ntask: [arc_easy]\n")
     for task, match in (
         ("no_such_task", "no_such_task: no task of lm-evaluation-harness and no YAML file"),
         (write_task(tmp_path, "no_data", data=False), "cannot be loaded: Unable to find"),
+        (str(group), "defines a group"),
     ):
         with pytest.raises(InputError, match=match):
             run(replace(fresh, eval_tasks=[task]))
@@ -147,16 +152,49 @@ def test_a_task_that_fails_leaves_what_came_before_it(config: TrainConfig, tmp_p
     first = questions()[0]["answer"]  # which the harness tries when it loads a task
     bad.write_text(Path(good).read_text().replace("task: good", "task: bad").replace(
         "'{{answer}}'", f"'{{{{answer if answer == {first} else answer / 0}}}}'"))  # fmt: skip
-    with pytest.raises(RunError, match=r"bad\.yaml: failed: .* the student is complete"):
-        run(replace(config, eval_tasks=[good, str(bad)]))
+    with pytest.raises(RunError, match=r"bad\.yaml: ZeroDivision.*; the student is complete"):
+        run(replace(config, eval_tasks=[str(bad), good]))
     assert good in tasks.read_tasks(RunFolder(config.out).tasks)
+
+
+@pytest.mark.parametrize(("bos", "prefix"), [(False, 0), (True, 5)])
+def test_the_student_reads_as_in_training(
+    config: TrainConfig, tmp_path: Path, bos: bool, prefix: int
+) -> None:
+    identity = dict(Dataset.open(config.shards[0]).identity)
+    identity["documents"] = identity["documents"] | {"bos": bos}
+    folder = shutil.copytree(config.out / "model", tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "word5"}))
+    student = tasks._student(folder, identity, "bfloat16", "cpu")
+    assert student.prefix_token_id == prefix
+    assert student.max_length == SEQUENCE_LENGTH
+    logits = student._model_call(torch.tensor([[1, 2, 3]]))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())  # the head's, at least, are not
+
+
+def test_two_tasks_of_one_name_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    same = [write_task(tmp_path, "same"), str(tmp_path / "other.yaml")]
+    shutil.copy(*same)
+    with pytest.raises(InputError, match=r"is named same inside, as .*same\.yaml is"):
+        run(replace(config, eval_tasks=same))
+
+
+def test_a_group_shows_its_own_figures_and_not_those_of_its_tasks() -> None:
+    entry = {"results": {"group": {"acc": 0.5}, "one": {"acc": 0.4}, "other": {"acc": 0.6}}}
+    assert tasks.task_figures({"group": entry}) == {"group": {"acc": 0.5}}
+    entry = {"results": {"group": {}, "one": {"acc": 0.4}}}
+    assert tasks.task_figures({"group": entry}) == {"group": {}, "one": {"acc": 0.4}}
 
 
 def test_the_filter_of_a_metric_stands_behind_its_name() -> None:
     found = tasks._metrics({
         "alias": "x", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.1,
-        "exact_match,strict": 1, "exact_match_stderr,strict": "N/A", "f1_stderr,strict": 0.2,
+        "exact_match,strict": 1, "exact_match_stderr,strict": "N/A", "f1_stderr,strict": 0.25,
+        "mean,none": np.float32(0.5),
     })  # fmt: skip
     assert found == {
-        "acc": 0.5, "acc_stderr": 0.1, "exact_match strict": 1.0, "f1 strict_stderr": 0.2
+        "acc": 0.5, "acc_stderr": 0.1, "exact_match strict": 1.0, "f1 strict_stderr": 0.25,
+        "mean": 0.5,
     }  # fmt: skip

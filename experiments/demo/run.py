@@ -117,7 +117,8 @@ def main(num_seeds: int) -> None:
     print(f"done in {time.monotonic() - started:.0f} s; a student this small, on text this short,")
     print("shows that the pipeline works, not what distillation gains at scale.\n")
     at = DEMO.relative_to(ROOT)
-    print(f"shards    {at}/shards\nstudents  {at}/*/model\ncurves    {at}/curves.png, {at}/report.html")
+    print(f"shards    {at}/shards\nstudents  {at}/*/model")
+    print(f"curves    {at}/curves.png, {at}/report.html")
     print(f"next:     .venv/bin/inspect-shards {at}/shards --row 0")
 
 
