@@ -14,6 +14,8 @@ from tests.tiny_teacher import make_tiny_teacher
 ROOT = Path(__file__).parent.parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# GiB of an engine's key-value cache, which is filled when it starts; dozens of engines start here.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,10 @@ def test_logits_are_as_exact_as_float32_sums_are(dtype: torch.dtype, with_bias: 
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     assert logits.dtype == torch.float32
     assert (logits - exact).abs().max() < 2e-4
+    out = torch.full((70, 1024), torch.nan)
+    into = WideHead(weight, bias, torch.float32)(hidden, out=out)
+    assert (into - exact).abs().max() < 2e-4
+    assert torch.equal(out[:64], into)
     if dtype == torch.bfloat16:  # what the test must notice
         assert (hidden @ weight.T - exact.to(dtype)).abs().max() > 0.1
 
