@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     """What the project runs on vLLM; for the limit its engine with another pooler."""
     import torch
 
+    import teacher_dump.vllm_pooler
     from shards.layout import Layout
-    from teacher_dump import vllm_engine, vllm_logprobs_engine, vllm_pooler
+    from teacher_dump import vllm_logprobs_engine
     from teacher_dump.collector import ShardCollector, ShardPlan, make_row
     from teacher_dump.config import DumpConfig
     from teacher_dump.engine_options import EngineOptions
@@ -75,6 +77,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     name = mode if mode == WITHOUT_PLUGIN else "vllm"
     config = DumpConfig(teacher=str(teacher), corpus=(teacher,), out=out, keep=method, engine=name)
     keep = make_keep(config, tokenizer_identity(load_tokenizer(teacher))["vocab_size"])
+    vllm_engine: Any = import_module("teacher_dump.vllm_engine")
     if mode == "limit":
 
         def largest(self: Any, hidden: Any, labels: Any, keys: Any) -> Any:
@@ -83,7 +86,8 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
                 [self.compute_logits(block)[:, :1].float() for block in torch.split(hidden, rows)]
             )
 
-        vllm_pooler.TeacherPooler.score = largest
+        pooler: Any = teacher_dump.vllm_pooler.TeacherPooler
+        pooler.score = largest
         vllm_engine.unpack = lambda packed, keep: packed
     options = EngineOptions(
         teacher_folder=teacher,

@@ -27,23 +27,25 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.teacher_inputs import read_sequences  # noqa: E402
-from shards.reader import ShardReader  # noqa: E402
-from shards.schema import ENTRY_COLUMNS  # noqa: E402
-from shards.writer import ShardWriter  # noqa: E402
-from teacher_dump.collector import make_row  # noqa: E402
-from teacher_dump.config import DumpConfig  # noqa: E402
-from teacher_dump.engine_options import EngineOptions  # noqa: E402
-from teacher_dump.keep import Keep, make_keep  # noqa: E402
-from teacher_dump.packing import Selected, unpack  # noqa: E402
-from teacher_dump.random_keys import position_keys, sequence_key  # noqa: E402
-from teacher_dump.selection import make_selector, select_in_blocks  # noqa: E402
-from teacher_dump.teacher import (  # noqa: E402
+from benchmarks.teacher_inputs import read_sequences
+from shards.identity import Json
+from shards.reader import ShardReader
+from shards.rows import Row
+from shards.schema import ENTRY_COLUMNS
+from shards.writer import ShardWriter
+from teacher_dump.collector import make_row
+from teacher_dump.config import DumpConfig
+from teacher_dump.engine_options import EngineOptions
+from teacher_dump.keep import Keep, make_keep
+from teacher_dump.packing import Selected, unpack
+from teacher_dump.random_keys import position_keys, sequence_key
+from teacher_dump.selection import make_selector, select_in_blocks
+from teacher_dump.teacher import (
     find_teacher,
     load_tokenizer,
     tokenizer_identity,
 )
-from teacher_dump.transformers_engine import TransformersEngine  # noqa: E402
+from teacher_dump.transformers_engine import TransformersEngine
 
 BLOCK_ROWS = 64
 METHODS: tuple[dict[str, Any], ...] = (
@@ -63,7 +65,8 @@ class _Method:
         self.kind = options["keep"]
         self._select = make_selector(self.keep)
         self._layout = {"sequences_per_shard": rows, "sequences_per_row_group": rows}
-        self._folder, self._rows = folder, []
+        self._folder = folder
+        self._rows: list[Row] = []
         self._error = self._divergence = 0.0
         self._entries = self._tokens = 0
 
@@ -92,7 +95,7 @@ class _Method:
         self._tokens += len(probs)
 
     def figures(self) -> dict[str, Any]:
-        identity = {"vocab_size": self.keep.vocab_size, "layout": self._layout}
+        identity: dict[str, Json] = {"vocab_size": self.keep.vocab_size, "layout": self._layout}
         with ShardWriter(
             self._folder / "train",
             shard=0,

@@ -14,7 +14,6 @@ over one epoch of shuffled batches, in a fresh process each, for a dataset and f
 the size.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 from shards.allocator import keep_freed_memory
@@ -36,8 +35,10 @@ from pathlib import Path
 import click
 import pyarrow as pa
 import pyarrow.parquet as pq
-from synthetic_shards import MEAN_ENTRIES, make_shards
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.synthetic_shards import MEAN_ENTRIES, make_shards
 from shards.dataset import Dataset, Split
 from student_train.batches import TARGET_COLUMNS, Batch, sequential_batches, training_batches
 from student_train.lines import Source
@@ -149,12 +150,12 @@ def measure_speed(dataset: Dataset, rounds: int) -> dict[str, object]:
     return result
 
 
-def measure_memory(folder: Path, sequence_length: int) -> dict[str, object]:
-    """Peaks for a dataset of four windows of row groups and for one of four times as many."""
+def measure_memory(folder: Path, sequence_length: int, factor: int) -> dict[str, object]:
+    """Peaks for a dataset of four windows of row groups and for one of `factor` times as many."""
     row_group_tokens = 32 << 10
     context = multiprocessing.get_context("spawn")
-    peaks = {}
-    for name, num_groups in (("small", 16), ("large", 64)):
+    peaks, sizes = {}, {}
+    for name, num_groups in (("small", 16), ("large", 16 * factor)):
         dataset = make_shards(
             folder / name,
             num_sequences=num_groups * row_group_tokens // sequence_length,
@@ -164,12 +165,13 @@ def measure_memory(folder: Path, sequence_length: int) -> dict[str, object]:
         )
         with ProcessPoolExecutor(1, mp_context=context) as fresh:
             peaks[name] = fresh.submit(peak_of, dataset.path).result()
+        sizes[name] = sum(sidecar.bytes for sidecar in dataset.split("train").sidecars())
     growth = peaks["large"] / peaks["small"]
     click.echo(
-        f"RssAnon at most {peaks['small'] / 2**20:.0f} MiB, {peaks['large'] / 2**20:.0f} MiB for"
-        f" a dataset of four times the size: {growth:.2f}"
+        f"RssAnon at most {peaks['small'] / 2**20:.0f} MiB for {sizes['small'] / 1e9:.2f} GB of"
+        f" shards, {peaks['large'] / 2**20:.0f} MiB for {sizes['large'] / 1e9:.2f} GB: {growth:.2f}"
     )
-    return {"peak_bytes": peaks, "growth": growth}
+    return {"peak_bytes": peaks, "bytes": sizes, "growth": growth}
 
 
 @click.command()
@@ -177,9 +179,17 @@ def measure_memory(folder: Path, sequence_length: int) -> dict[str, object]:
 @click.option("--row-groups", default=32, show_default=True, help="Of 128k tokens, for speed.")
 @click.option("--entries", default=MEAN_ENTRIES, show_default=True, help="Mean per position.")
 @click.option("--rounds", default=15, show_default=True)
+@click.option(
+    "--memory-factor", default=4, show_default=True, help="Size of the larger dataset, for memory."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(
-    sequence_length: int, row_groups: int, entries: int, rounds: int, json_file: Path | None
+    sequence_length: int,
+    row_groups: int,
+    entries: int,
+    rounds: int,
+    memory_factor: int,
+    json_file: Path | None,
 ) -> None:
     """Print speeds, their ratio, and peaks of memory."""
     with tempfile.TemporaryDirectory() as name:
@@ -196,7 +206,7 @@ def main(
             "pyarrow_version": pa.__version__,
             "threads": pa.cpu_count(),
             **measure_speed(dataset, rounds),
-            "memory": measure_memory(folder, sequence_length),
+            "memory": measure_memory(folder, sequence_length, memory_factor),
         }
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")

@@ -105,7 +105,10 @@ def _zipf(
     random: np.random.Generator, shape: tuple[int, ...], vocab_size: int
 ) -> npt.NDArray[np.int64]:
     """Integers below vocab_size, small ones far more often: log-uniform."""
-    return np.exp(random.random(shape) * np.log(vocab_size)).astype(np.int64) % vocab_size
+    drawn: npt.NDArray[np.int64] = np.exp(random.random(shape) * np.log(vocab_size)).astype(
+        np.int64
+    )
+    return drawn % vocab_size
 
 
 def _rounded(logprobs: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

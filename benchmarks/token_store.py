@@ -22,11 +22,11 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from teacher_dump.corpus import list_files  # noqa: E402
-from teacher_dump.rules import TokenisingRules  # noqa: E402
-from teacher_dump.teacher import load_tokenizer, tokenizer_identity  # noqa: E402
-from teacher_dump.token_builder import make_encoder  # noqa: E402
-from teacher_dump.token_store import open_or_build  # noqa: E402
+from teacher_dump.corpus import list_files
+from teacher_dump.rules import TokenisingRules
+from teacher_dump.teacher import load_tokenizer, tokenizer_identity
+from teacher_dump.token_builder import make_encoder
+from teacher_dump.token_store import open_or_build
 
 BATCH_CHARACTERS = 1 << 20
 

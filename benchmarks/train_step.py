@@ -34,9 +34,11 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
-from synthetic_shards import make_shards
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.synthetic_shards import make_shards
 from shards.dataset import Dataset
 from student_train.batches import TARGET_COLUMNS, TOKEN_COLUMNS, Batch, training_batches
 from student_train.config import TrainConfig

@@ -12,9 +12,9 @@ sys.path.insert(0, str(ROOT))
 mpl.use("agg")
 mpl.rcParams["svg.hashsalt"] = "schedules"
 
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
-from student_train.schedules import ALPHA_SCHEDULES, LR_SCHEDULES, Alpha, learning_rate  # noqa: E402
+from student_train.schedules import ALPHA_SCHEDULES, LR_SCHEDULES, Alpha, learning_rate
 
 STEPS = 1000
 PHASES = {"warmup_fraction": 0.1, "decay_fraction": 0.2}
