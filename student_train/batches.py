@@ -19,7 +19,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from shards.dataset import Split
 from shards.padding import Run, pad_entries
 from shards.row_group import RowGroup, require
+from shards.rows import Float32Array, Int32Array
 from shards.schema import ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
 from student_train.lines import Line, Source, all_lines, lines_in_order, packed_length
 from student_train.loss import IGNORE_INDEX
@@ -36,7 +37,14 @@ TOKEN_COLUMNS = (TOKENS, LOSS_MASK)
 TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
 TAIL_COLUMNS = (*TARGET_COLUMNS, TAIL_LOGMASS)
 
-_Spot = tuple[int, RowGroup, int]  # where a row begins among all positions of a batch
+
+class _Spot(NamedTuple):
+    """Where a row begins among all positions of a batch, and its positions among its group's."""
+
+    start: int
+    group: RowGroup
+    row: int
+    positions: range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,105 +117,100 @@ def sequential_batches(
 
 def make_batch(lines: Sequence[Line], *, packed: bool, num_sequences: tuple[int, ...]) -> Batch:
     """Pad lines of rows to one batch, with the columns that were read."""
-    widths = [sum(_num_positions(group, r) for group, r in line) for line in lines]
-    shape = (len(lines), max(widths))
-    spots = list(_spots(lines, shape[1]))
+    positions = [[_positions(group, r) for group, r in line] for line in lines]
+    shape = (len(lines), max(sum(map(len, line)) for line in positions))
+    spots = list(_spots(lines, positions, shape[1]))
     size = shape[0] * shape[1]
     input_ids = np.zeros(size, np.int64)
     labels = np.full(size, IGNORE_INDEX, np.int64)
-    for spot, group, r in spots:
-        length = _num_positions(group, r)
+    for start, group, r, place in spots:
+        length = len(place)
         first = require(TOKENS, group.token_offsets)[r]
         tokens = require(TOKENS, group.tokens)[first : first + length + 1]
-        input_ids[spot : spot + length] = tokens[:-1]
-        labels[spot : spot + length] = tokens[1:]
+        input_ids[start : start + length] = tokens[:-1]
+        labels[start : start + length] = tokens[1:]
         if group.loss_mask is not None:
-            counts = group.loss_mask[_positions(group, r)]
-            labels[spot : spot + length][~counts] = IGNORE_INDEX
-    ids, logprobs = _entries(spots, shape)
+            counts = group.loss_mask[place.start : place.stop]
+            labels[start : start + length][~counts] = IGNORE_INDEX
+    ids, logprobs = _entries(spots, size)
     return Batch(
         input_ids=torch.from_numpy(input_ids.reshape(shape)),
         labels=torch.from_numpy(labels.reshape(shape)),
         num_valid=int(np.count_nonzero(labels != IGNORE_INDEX)),
         num_sequences=num_sequences,
-        position_ids=_position_ids(lines, shape) if packed else None,
-        ids=ids,
-        logprobs=logprobs,
+        position_ids=_position_ids(positions, shape) if packed else None,
+        ids=None if ids is None else torch.from_numpy(ids.reshape(*shape, -1)),
+        logprobs=None if logprobs is None else torch.from_numpy(logprobs.reshape(*shape, -1)),
         tail_logmass=_tail_logmass(spots, shape),
     )
 
 
-def _spots(lines: Sequence[Line], width: int) -> Iterator[_Spot]:
+def _spots(
+    lines: Sequence[Line], positions: Sequence[Sequence[range]], width: int
+) -> Iterator[_Spot]:
     """Where the rows of all lines are in the flat batch."""
     for b, line in enumerate(lines):
-        spot = b * width
-        for group, r in line:
-            yield spot, group, r
-            spot += _num_positions(group, r)
+        start = b * width
+        for (group, r), place in zip(line, positions[b], strict=True):
+            yield _Spot(start, group, r, place)
+            start += len(place)
 
 
-def _position_ids(lines: Sequence[Line], shape: tuple[int, int]) -> Tensor:
+def _position_ids(positions: Sequence[Sequence[range]], shape: tuple[int, int]) -> Tensor:
     """Positions from 0 on for every row of a line, and for the padding after them."""
     position_ids = np.empty(shape, np.int64)
-    for b, line in enumerate(lines):
-        lengths = [_num_positions(group, r) for group, r in line]
+    for b, line in enumerate(positions):
+        lengths = list(map(len, line))
         parts = [*lengths, shape[1] - sum(lengths)]
         position_ids[b] = np.concatenate([np.arange(length) for length in parts])
     return torch.from_numpy(position_ids)
 
 
 def _entries(
-    spots: Sequence[_Spot], shape: tuple[int, int]
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    spots: Sequence[_Spot], size: int
+) -> tuple[Int32Array, Float32Array] | tuple[None, None]:
     """The kept entries, padded to the largest number at any position; None if not read."""
-    if spots[0][1].ids is None:
+    if spots[0].group.ids is None:
         return None, None
     runs = [
         Run(
-            spot,
-            require("ids", group.entry_offsets)[positions.start : positions.stop + 1],
+            start,
+            require("ids", group.entry_offsets)[place.start : place.stop + 1],
             require("ids", group.ids),
             require("logprobs", group.logprobs),
         )
-        for spot, group, positions in _runs(spots)
+        for start, group, place in _runs(spots)
     ]
-    ids, logprobs = pad_entries(runs, shape[0] * shape[1])
-    return torch.from_numpy(ids.reshape(*shape, -1)), torch.from_numpy(logprobs.reshape(*shape, -1))
+    return pad_entries(runs, size)
 
 
-def _runs(spots: Sequence[_Spot]) -> Iterator[tuple[int, RowGroup, slice]]:
-    """(spot, row group, positions), as one for rows that follow each other here and there."""
-    first = 0
-    for number, (spot, group, r) in enumerate(spots):
-        if number + 1 < len(spots):
-            next_spot, next_group, next_r = spots[number + 1]
-            adjacent = next_spot == spot + _num_positions(group, r)
-            if adjacent and next_group is group and next_r == r + 1:
-                continue
-        first_spot, _, first_r = spots[first]
-        start = _positions(group, first_r).start
-        yield first_spot, group, slice(start, _positions(group, r).stop)
-        first = number + 1
+def _runs(spots: Sequence[_Spot]) -> Iterator[tuple[int, RowGroup, range]]:
+    """(start, row group, positions), as one for rows that follow each other here and there."""
+    start, group, _, place = spots[0]
+    for spot in spots[1:]:
+        follows = spot.start == start + len(place) and spot.positions.start == place.stop
+        if follows and spot.group is group:
+            place = range(place.start, spot.positions.stop)
+            continue
+        yield start, group, place
+        start, group, _, place = spot
+    yield start, group, place
 
 
 def _tail_logmass(spots: Sequence[_Spot], shape: tuple[int, int]) -> Tensor | None:
-    if spots[0][1].tail_logmass is None:
+    if spots[0].group.tail_logmass is None:
         return None
     tails = np.full(shape[0] * shape[1], -np.inf, np.float32)
-    for spot, group, r in spots:
-        row = require(TAIL_LOGMASS, group.tail_logmass)[_positions(group, r)]
-        tails[spot : spot + len(row)] = row
+    for start, group, _, place in spots:
+        row = require(TAIL_LOGMASS, group.tail_logmass)[place.start : place.stop]
+        tails[start : start + len(row)] = row
     return torch.from_numpy(tails.reshape(shape))
 
 
-def _positions(group: RowGroup, r: int) -> slice:
+def _positions(group: RowGroup, r: int) -> range:
+    """The positions of a row among all of its row group."""
     offsets = require(TOKENS, group.position_offsets)
-    return slice(int(offsets[r]), int(offsets[r + 1]))
-
-
-def _num_positions(group: RowGroup, r: int) -> int:
-    offsets = require(TOKENS, group.position_offsets)
-    return int(offsets[r + 1] - offsets[r])
+    return range(int(offsets[r]), int(offsets[r + 1]))
 
 
 def _next_batch(lines: Iterator[Line], size: int, packed: bool) -> Batch | None:
