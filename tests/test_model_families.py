@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,16 @@ FAST = (
     "OlmoeForCausalLM",
     "SmolVLMForConditionalGeneration",
 )
-FAST_LOGPROBS = FAST[:2]  # of an engine that asks vLLM's own code for everything
+# What vLLM's CPU build loads.
+ON_VLLM = [
+    name
+    for name in FAMILIES
+    if name not in ("Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration")
+]
 
 
-def _on_vllm(fast: tuple[str, ...]) -> list[Any]:
-    """The families that vLLM's CPU build loads, those that are not fast as slow tests."""
-    return [
-        name if name in fast else pytest.param(name, marks=pytest.mark.slow)
-        for name in FAMILIES
-        if name not in ("Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration")
-    ]
+def _slow_unless(fast: tuple[str, ...], names: Iterable[str]) -> list[Any]:
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def _dump_all(engine: str, teachers: dict[str, Path], folder: Path) -> dict[str, Path]:
@@ -106,14 +107,15 @@ def _assert_exact(teacher: Path, out: Path, tail_noise: float = 0.0) -> None:
         assert largest_error(row, exact, tail_noise) <= BOUND
 
 
-@pytest.mark.parametrize("architecture", _on_vllm(FAST))
+@pytest.mark.parametrize("architecture", _slow_unless(FAST, ON_VLLM))
 def test_rows_of_vllm_are_the_distributions_of_transformers(
     architecture: str, teachers: dict[str, Path], on_vllm: dict[str, Path]
 ) -> None:
     _assert_exact(teachers[architecture], on_vllm[architecture])
 
 
-@pytest.mark.parametrize("architecture", _on_vllm(FAST_LOGPROBS))
+# vllm-logprobs runs vLLM's own classes, so few of them are enough.
+@pytest.mark.parametrize("architecture", _slow_unless(FAST[:2], FAST))
 def test_rows_of_vllm_logprobs_are_those_of_transformers_too(
     architecture: str, teachers: dict[str, Path], on_vllm_logprobs: dict[str, Path]
 ) -> None:
