@@ -64,14 +64,14 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     import torch
 
     import teacher_dump.vllm_pooler
+    from benchmarks.teacher_inputs import engine_options
     from shards.layout import Layout
     from teacher_dump import vllm_logprobs_engine
     from teacher_dump.collector import ShardCollector, ShardPlan, make_row
     from teacher_dump.config import DumpConfig
-    from teacher_dump.engine_options import EngineOptions
     from teacher_dump.engines import start_engine
     from teacher_dump.keep import make_keep
-    from teacher_dump.teacher import find_teacher, load_tokenizer, tokenizer_identity
+    from teacher_dump.teacher import load_tokenizer, tokenizer_identity
 
     method = mode if mode in KEEPS else "top-p-k"
     name = mode if mode == WITHOUT_PLUGIN else "vllm"
@@ -89,15 +89,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
         pooler: Any = teacher_dump.vllm_pooler.TeacherPooler
         pooler.score = largest
         vllm_engine.unpack = lambda packed, keep: packed
-    options = EngineOptions(
-        teacher_folder=teacher,
-        architecture=find_teacher(str(teacher), None).architecture,
-        dtype="bfloat16",
-        head_dtype="float32",
-        sequence_length=length,
-        keep=keep,
-    )
-    engine: Any = start_engine(name, options)
+    engine: Any = start_engine(name, engine_options(teacher, length, keep))
     frontend = _ThreadTime()
     engine._submit = frontend.of(engine._submit)
     vllm_engine.unpack = frontend.of(vllm_engine.unpack)

@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.teacher_inputs import read_sequences
+from benchmarks.teacher_inputs import engine_options, read_sequences
 from shards.identity import Json
 from shards.reader import ShardReader
 from shards.rows import Row
@@ -35,16 +35,11 @@ from shards.schema import ENTRY_COLUMNS
 from shards.writer import ShardWriter
 from teacher_dump.collector import make_row
 from teacher_dump.config import DumpConfig
-from teacher_dump.engine_options import EngineOptions
 from teacher_dump.keep import Keep, make_keep
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key
 from teacher_dump.selection import make_selector, select_in_blocks
-from teacher_dump.teacher import (
-    find_teacher,
-    load_tokenizer,
-    tokenizer_identity,
-)
+from teacher_dump.teacher import load_tokenizer, tokenizer_identity
 from teacher_dump.transformers_engine import TransformersEngine
 
 BLOCK_ROWS = 64
@@ -122,16 +117,7 @@ def measure(teacher: Path, corpus: Path, num_sequences: int, length: int) -> lis
     """Figures of every method over the same positions."""
     vocab_size = tokenizer_identity(load_tokenizer(teacher))["vocab_size"]
     keep = make_keep(DumpConfig(teacher="", corpus=(Path(),), out=Path()), vocab_size)
-    engine = TransformersEngine(
-        EngineOptions(
-            teacher_folder=teacher,
-            architecture=find_teacher(str(teacher), None).architecture,
-            dtype="bfloat16",
-            head_dtype="float32",
-            sequence_length=length,
-            keep=keep,
-        )
-    )
+    engine = TransformersEngine(engine_options(teacher, length, keep))
     sequences = read_sequences(corpus, teacher, num_sequences, length)
     with tempfile.TemporaryDirectory() as folder:
         methods = [

@@ -1,4 +1,4 @@
-"""What benchmarks of the teacher pass run on: sequences of a text, and a teacher of few layers."""
+"""What benchmarks of the teacher pass run on: sequences, options, a teacher of few layers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ def read_sequences(corpus: Path, teacher: Path, count: int, length: int) -> list
         )
         for number in range(count)
     ]
+
+
+def engine_options(teacher: Path, length: int, keep: Any) -> Any:
+    """A bfloat16 teacher with a float32 head, which is what `dump-logits` makes of SmolLM2."""
+    from teacher_dump.engine_options import EngineOptions
+    from teacher_dump.teacher import find_teacher
+
+    return EngineOptions(
+        teacher_folder=teacher,
+        architecture=find_teacher(str(teacher), None).architecture,
+        dtype="bfloat16",
+        head_dtype="float32",
+        sequence_length=length,
+        keep=keep,
+    )
 
 
 def first_layers(teacher: Path, num_layers: int) -> Path:

@@ -21,9 +21,6 @@ def choices(weights: Sequence[float], *, seed: int, first_line: int) -> Iterator
 
     `weights` are above 0 and need not sum to 1.
     """
-    if len(weights) == 1:
-        while True:
-            yield 0
     bounds = _bounds(weights)
     start = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(1)
     while True:

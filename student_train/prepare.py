@@ -22,30 +22,35 @@ def open_datasets(config: TrainConfig) -> list[Dataset]:
     for number, other in enumerate(datasets[1:], start=1):
         if any(other.path.samefile(before.path) for before in datasets[:number]):
             raise InputError(f"--shards {other.path}: given twice; --weights says how much of it")
-        _check_tokenizers("--shards", other, first)
-        length, expected = (d.identity["sequence_length"] for d in (other, first))
-        if length != expected:
-            raise InputError(
-                f"--shards {other.path}: has sequences of {length} tokens, {first.path} of"
-                f" {expected}; expected the same --sequence-length"
-            )
-        methods = [KeepMethod.of(dataset.identity) for dataset in (other, first)]
-        if config.alpha and methods[0].is_sampled != methods[1].is_sampled:
-            raise InputError(
-                f"--shards {other.path}: its entries (--keep {methods[0].name}) are used in another"
-                f" way than those of {first.path} (--keep {methods[1].name}): probabilities and"
-                " sampled weights do not mix"
-            )
-        documents = [dataset.identity["documents"] for dataset in (first, other)]
-        for name in ("bos", "eos_token_id"):
-            if documents[0][name] != documents[1][name]:
-                logger.warning(
-                    "%s: %s of its documents is %s, %s in %s, which decides for the student",
-                    other.path, name, documents[1][name], documents[0][name], first.path,
-                )  # fmt: skip
+        _check_mixes(config, other, first)
     for dataset in datasets:
         check_objective(config, dataset)
     return datasets
+
+
+def _check_mixes(config: TrainConfig, other: Dataset, first: Dataset) -> None:
+    """InputError or IdentityMismatchError for a dataset that cannot be mixed into the first."""
+    _check_tokenizers("--shards", other, first)
+    length, expected = (d.identity["sequence_length"] for d in (other, first))
+    if length != expected:
+        raise InputError(
+            f"--shards {other.path}: has sequences of {length} tokens, {first.path} of"
+            f" {expected}; expected the same --sequence-length"
+        )
+    methods = [KeepMethod.of(dataset.identity) for dataset in (other, first)]
+    if config.alpha and methods[0].is_sampled != methods[1].is_sampled:
+        raise InputError(
+            f"--shards {other.path}: its entries (--keep {methods[0].name}) are used in another"
+            f" way than those of {first.path} (--keep {methods[1].name}): probabilities and"
+            " sampled weights do not mix"
+        )
+    documents = [dataset.identity["documents"] for dataset in (first, other)]
+    for name in ("bos", "eos_token_id"):
+        if documents[0][name] != documents[1][name]:
+            logger.warning(
+                "%s: %s of its documents is %s, %s in %s, which decides for the student",
+                other.path, name, documents[1][name], documents[0][name], first.path,
+            )  # fmt: skip
 
 
 def shares(config: TrainConfig, splits: Sequence[Split]) -> list[float]:

@@ -21,6 +21,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,16 @@ _BOOTSTRAP_ITERATIONS = 1000
 _SEEDS = (0, 1234, 1234)
 # On a CPU: float32 logits of a batch and as many log-probabilities, which the harness holds.
 _BATCH_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task as it was asked for, its key in tasks.json, and what the harness made of it."""
+
+    asked: str
+    key: str
+    file_sha256: str | None
+    content: Any
 
 
 def read_tasks(file: Path) -> dict[str, Any]:
@@ -77,13 +88,13 @@ def missing_tasks(tasks: Sequence[str], content: Mapping[str, Any]) -> list[str]
     return found
 
 
-def check_tasks(tasks: Sequence[str], content: Mapping[str, Any]) -> None:
-    """InputError unless the harness is installed, and has or can read all tasks and their data.
+def load_tasks(tasks: Sequence[str], content: Mapping[str, Any]) -> list[LoadedTask]:
+    """The tasks with their data. InputError for one that the harness does not have or cannot read.
 
     `content` is that of tasks.json: two tasks of one name are refused.
     """
     if not tasks:
-        return
+        return []
     try:
         manager = _manager(tasks)
     except ImportError as error:
@@ -91,22 +102,26 @@ def check_tasks(tasks: Sequence[str], content: Mapping[str, Any]) -> None:
             f"--eval-tasks: needs lm-evaluation-harness, pip install 'logitshards[eval]' ({error})"
         ) from error
     owners = {name: key for key, entry in content.items() for name in entry["results"]}
+    found = []
     for task in tasks:
         if not _is_file(task) and task not in manager.task_index:
             raise InputError(
                 f"--eval-tasks {task}: no task of lm-evaluation-harness and no YAML file"
             )
-        for name in _load(manager, task)["tasks"]:
-            owner = owners.setdefault(name, _key(task))
-            if owner != _key(task) and (_is_file(owner) or _is_file(task)):
+        loaded = LoadedTask(task, _key(task), _file_sha256(task), _load(manager, task))
+        for name in loaded.content["tasks"]:
+            owner = owners.setdefault(name, loaded.key)
+            if owner != loaded.key and (_is_file(owner) or _is_file(task)):
                 raise InputError(
                     f"--eval-tasks {task}: is named {name} inside, as {owner} is; give it another"
                     " name there"
                 )
+        found.append(loaded)
+    return found
 
 
 def run_tasks(
-    tasks: Sequence[str],
+    tasks: Sequence[LoadedTask],
     model: Path,
     file: Path,
     *,
@@ -124,26 +139,25 @@ def run_tasks(
     failed = []
     try:
         with redirect_stdout(sys.stderr):
-            manager, student = _manager(tasks), _student(model, identity, dtype, device)
+            student = _student(model, identity, dtype, device)
     except Exception as error:  # whatever the harness and transformers raise
         raise RunError(f"--eval-tasks: {model}: cannot be loaded: {error!r}") from error
     for task in tasks:
         try:
             with redirect_stdout(sys.stderr):  # where the harness says that it bootstraps
-                loaded = _load(manager, task)
                 _seed()
                 found = evaluate(
                     lm=student,
-                    task_dict=loaded,
+                    task_dict=task.content,
                     bootstrap_iters=_BOOTSTRAP_ITERATIONS,
                     log_samples=False,
                 )
                 entry = _entry(task, found)
         except Exception as error:  # a task can be anybody's code
-            failed.append(f"{task}: {error!r}")
+            failed.append(f"{task.asked}: {error!r}")
             continue
-        others = {key: old for key, old in read_tasks(file).items() if key != _key(task)}
-        durable.replace(file, json.dumps(others | {_key(task): entry}, indent=2) + "\n")
+        others = {key: old for key, old in read_tasks(file).items() if key != task.key}
+        durable.replace(file, json.dumps(others | {task.key: entry}, indent=2) + "\n")
     if failed:
         raise RunError(
             f"--eval-tasks {'; '.join(failed)}; the student is complete in {model}, and the same"
@@ -154,11 +168,10 @@ def run_tasks(
 def _manager(tasks: Sequence[str]) -> Any:
     """The harness's list of tasks; of all its own only if one is asked for, they are thousands."""
     import datasets
-    from lm_eval.models import huggingface
+    import lm_eval.models.huggingface  # noqa: F401  what it needs is to be missed now, not at the end
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    logging.getLogger(huggingface.__name__).setLevel(logging.WARNING)
     datasets.disable_progress_bars()
     return TaskManager(include_defaults=not all(map(_is_file, tasks)))
 
@@ -230,13 +243,13 @@ def _seed() -> None:
     torch.manual_seed(_SEEDS[2])
 
 
-def _entry(task: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(task: LoadedTask, found: Mapping[str, Any]) -> dict[str, Any]:
     """What tasks.json says of a task. ValueError if the harness found no figure."""
     results = {name: _metrics(values) for name, values in found["results"].items()}
     if not any(results.values()):
         raise ValueError("no figure came out")
     return {
-        "file_sha256": _file_sha256(task),
+        "file_sha256": task.file_sha256,
         "lm_eval_version": version("lm_eval"),
         "results": results,
         "examples": {name: sizes["effective"] for name, sizes in found["n-samples"].items()},

@@ -22,7 +22,7 @@ from student_train.model import check_sizes, default_learning_rate, export, make
 from student_train.packed_attention import block_at_joints
 from student_train.prepare import find_evaluation_dataset, open_datasets, plan_steps
 from student_train.run_folder import RunFolder, describe_run, publish_folder
-from student_train.tasks import check_tasks, missing_tasks, read_tasks, run_tasks, task_figures
+from student_train.tasks import load_tasks, missing_tasks, read_tasks, run_tasks, task_figures
 from student_train.training import TRAIN, Training
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,10 @@ def run(config: TrainConfig) -> dict[str, Json]:
     folder.check(description)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     content = read_tasks(folder.tasks)
-    tasks = missing_tasks(config.eval_tasks, content)
-    check_tasks(tasks, content)
+    tasks = load_tasks(missing_tasks(config.eval_tasks, content), content)
     summary = folder.summary()
     if summary is None:
-        summary = _train(config, datasets, evaluation_dataset, description, device)
+        summary = _train(config, datasets, evaluation_dataset, folder, description, device)
     elif not tasks:
         logger.info("%s: finished before, nothing to do", config.out)
     if tasks:
@@ -70,6 +69,7 @@ def _train(
     config: TrainConfig,
     datasets: Sequence[Dataset],
     evaluation_dataset: Dataset | None,
+    folder: RunFolder,
     description: dict[str, Json],
     device: torch.device,
 ) -> dict[str, Json]:
@@ -84,7 +84,6 @@ def _train(
     packed = [other for other in read if packed_length(other.identity) is not None]
     if packed:
         block_at_joints(config.student, model, packed[0].path)
-    folder = RunFolder(config.out)
     with folder_lock(folder.path, "train-student"):
         folder.start(description)
         training = Training(config, splits, evaluation_dataset, model, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,10 +139,11 @@ def test_tasks_that_cannot_be_run_are_refused_before_training(
         assert not fresh.out.exists()
 
 
+@pytest.mark.parametrize("module", ["lm_eval.tasks", "lm_eval.models.huggingface"])
 def test_without_the_harness_its_extra_is_named(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=r"pip install 'logitshards\[eval\]'"):
         run(replace(config, eval_tasks=["some.yaml"]))
 
