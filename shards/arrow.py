@@ -1,6 +1,6 @@
 """Row groups as Arrow tables: `to_table` for the writer, `from_table`, its mirror, for the reader.
 
-Both ways share buffers instead of copying; only offsets change width (Arrow's are int32) and the
+Both ways share buffers instead of copying. Only a writer's offsets become Arrow's int32, and the
 bits of `loss_mask` are unpacked.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shards.row_group import Int64Array, RowGroup
+from shards.row_group import Int64Array, Offsets, RowGroup
 from shards.schema import (
     ENTRY_COLUMNS,
     LOSS_MASK,
@@ -45,7 +45,7 @@ def _to_array(group: RowGroup, field: pa.Field) -> pa.Array:
     return _to_lists(group.position_offsets, values, field.type)
 
 
-def _to_lists(offsets: Int64Array | None, values: pa.Array, data_type: pa.DataType) -> pa.Array:
+def _to_lists(offsets: Offsets | None, values: pa.Array, data_type: pa.DataType) -> pa.Array:
     assert offsets is not None
     if offsets[-1] > np.iinfo(np.int32).max:
         raise ValueError(
@@ -59,8 +59,8 @@ def from_table(table: pa.Table, sequences: Int64Array) -> RowGroup:
 
     ValueError if the columns do not fit together or hold other sequences.
     """
-    outer: dict[str, Int64Array] = {}
-    inner: dict[str, Int64Array] = {}
+    outer: dict[str, Offsets] = {}
+    inner: dict[str, Offsets] = {}
     values: dict[str, Any] = {}
     for name in table.column_names:
         array = _single_array(table.column(name))
@@ -86,22 +86,22 @@ def _single_array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _from_lists(array: pa.ListArray) -> tuple[Int64Array, pa.Array]:
-    """Offsets from 0, [N + 1] int64, and the flat values, of N lists none of which is null."""
-    offsets = array.offsets.to_numpy().astype(np.int64)
+def _from_lists(array: pa.ListArray) -> tuple[Offsets, pa.Array]:
+    """Offsets from 0, [N + 1], and the flat values, of N lists none of which is null."""
+    offsets = array.offsets.to_numpy()
     return offsets - offsets[0] if offsets[0] else offsets, array.flatten()
 
 
-def _row_offsets(outer: dict[str, Int64Array]) -> tuple[Int64Array | None, Int64Array | None]:
+def _row_offsets(outer: dict[str, Offsets]) -> tuple[Offsets | None, Offsets | None]:
     """Token and position offsets [R + 1]: a row has one position less than it has tokens."""
     tokens = _agreed({name: value for name, value in outer.items() if name in _PER_TOKEN})
     positions = {name: value for name, value in outer.items() if name not in _PER_TOKEN}
     if tokens is not None:
-        positions[TOKENS] = tokens - np.arange(len(tokens))
+        positions[TOKENS] = tokens - np.arange(len(tokens), dtype=tokens.dtype)
     return tokens, _agreed(positions)
 
 
-def _agreed(offsets: dict[str, Int64Array]) -> Int64Array | None:
+def _agreed(offsets: dict[str, Offsets]) -> Offsets | None:
     """The offsets that all these columns have in common, None for no columns."""
     if not offsets:
         return None

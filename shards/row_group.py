@@ -19,6 +19,7 @@ import numpy.typing as npt
 from shards.rows import BoolArray, Float32Array, Int32Array, Row
 
 Int64Array = npt.NDArray[np.int64]
+Offsets = npt.NDArray[np.signedinteger]  # int64 as they are made, Arrow's int32 as they are read
 _T = TypeVar("_T")
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -50,7 +51,7 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup:
-    """R sequences: sequences [R] int64, offsets int64, ids [E] int32, logprobs [E] float32, nats.
+    """R sequences: sequences [R] int64, ids [E] int32, logprobs [E] float32, nats.
 
     Row r has tokens and segments `[token_offsets[r] : token_offsets[r + 1]]` and the positions
     `[position_offsets[r] : position_offsets[r + 1]]` (P in all) of tail_logmass, label_logprobs
@@ -59,11 +60,11 @@ class RowGroup:
     """
 
     sequences: Int64Array
-    token_offsets: Int64Array | None = None
+    token_offsets: Offsets | None = None
     tokens: Int32Array | None = None
     segments: Int32Array | None = None
-    position_offsets: Int64Array | None = None
-    entry_offsets: Int64Array | None = None
+    position_offsets: Offsets | None = None
+    entry_offsets: Offsets | None = None
     ids: Int32Array | None = None
     logprobs: Float32Array | None = None
     tail_logmass: Float32Array | None = None

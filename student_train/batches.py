@@ -123,20 +123,23 @@ def make_batch(lines: Sequence[Line], *, packed: bool, num_sequences: tuple[int,
     size = shape[0] * shape[1]
     input_ids = np.zeros(size, np.int64)
     labels = np.full(size, IGNORE_INDEX, np.int64)
+    num_valid = 0
     for start, group, r, place in spots:
         length = len(place)
         first = require(TOKENS, group.token_offsets)[r]
         tokens = require(TOKENS, group.tokens)[first : first + length + 1]
         input_ids[start : start + length] = tokens[:-1]
         labels[start : start + length] = tokens[1:]
+        num_valid += length
         if group.loss_mask is not None:
-            counts = group.loss_mask[place.start : place.stop]
-            labels[start : start + length][~counts] = IGNORE_INDEX
+            masked = ~group.loss_mask[place.start : place.stop]
+            labels[start : start + length][masked] = IGNORE_INDEX
+            num_valid -= int(np.count_nonzero(masked))
     ids, logprobs = _entries(spots, size)
     return Batch(
         input_ids=torch.from_numpy(input_ids.reshape(shape)),
         labels=torch.from_numpy(labels.reshape(shape)),
-        num_valid=int(np.count_nonzero(labels != IGNORE_INDEX)),
+        num_valid=num_valid,
         num_sequences=num_sequences,
         position_ids=_position_ids(positions, shape) if packed else None,
         ids=None if ids is None else torch.from_numpy(ids.reshape(*shape, -1)),

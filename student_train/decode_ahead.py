@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import islice
 
 import pyarrow as pa
 
@@ -22,7 +23,7 @@ from shards.row_group import RowGroup
 def decode_ahead(
     split: Split, groups: Iterable[int], columns: Sequence[str], depth: int
 ) -> Generator[RowGroup]:
-    """The row groups with these numbers in this order, at most `depth` of them ahead.
+    """The row groups with these numbers in this order, `depth` of them ahead of the one given out.
 
     What reading raises is raised here, at the row group that it belongs to. Closing the iterator
     waits for what is being decoded. `split` itself is not read from.
@@ -44,12 +45,14 @@ def decode_ahead(
             min(depth, pa.cpu_count()), thread_name_prefix="decode", initializer=open_split
         ) as threads:
             try:
-                for group in groups:
-                    pending.append(threads.submit(decode, group))
-                    if len(pending) == depth:
-                        yield pending.popleft().result()
+                numbers = iter(groups)
+                pending.extend(threads.submit(decode, n) for n in islice(numbers, depth))
                 while pending:
-                    yield pending.popleft().result()
+                    # The next one is begun before this one is used, not when that is done.
+                    decoded = pending.popleft().result()
+                    pending.extend(threads.submit(decode, n) for n in islice(numbers, 1))
+                    yield decoded
+                    del decoded
             finally:
                 for future in pending:
                     future.cancel()

@@ -230,6 +230,6 @@ def test_no_further_row_group_is_decoded_than_asked(dataset: Dataset) -> None:
     decoded = decode_ahead(dataset.split("train"), counting(), TARGET_COLUMNS, depth=3)
     for _ in range(5):
         next(decoded)
-    assert len(asked) == 5 + 2
+    assert len(asked) == 5 + 3
     decoded.close()
     assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
