@@ -8,8 +8,6 @@ Letters: T positions of a block, V vocabulary rounded up to whole groups, N grou
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 GROUP = 64
@@ -58,24 +56,11 @@ def take_groups(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return rows.view(num_rows, -1)
 
 
-class Largest(NamedTuple):
-    """The k largest of [T, V], largest first: values and their columns, ids, both [T, k].
-
-    They lie in `groups` [T, N], at these `places` [T, k] of the groups' N * GROUP values.
-    """
-
-    values: torch.Tensor
-    ids: torch.Tensor
-    groups: torch.Tensor
-    places: torch.Tensor
-
-
-def largest(values: torch.Tensor, k: int) -> Largest:
-    """The k largest values [T, V] of every row."""
+def largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of every row of [T, V]: values, largest first, and columns, both [T, k]."""
     groups, candidates = _best_groups(values, k)
     found, places = _top_of_candidates(candidates, k)
-    ids = groups.gather(1, places // GROUP) * GROUP + places % GROUP
-    return Largest(found, ids, groups, places)
+    return found, groups.gather(1, places // GROUP) * GROUP + places % GROUP
 
 
 def _best_groups(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

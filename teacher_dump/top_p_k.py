@@ -2,16 +2,15 @@
 
 Letters: T positions of the block, V vocabulary, K the most entries a position can keep.
 
-The groups of which the k largest logits come also give the tail: the mass of all other groups
-plus what is left of the candidates in these, sums of the unkept entries themselves.
-`1 - kept mass` would lose a tail of 1e-7, an ordinary one after a token the teacher is sure of.
+The tail is the sum of the unkept entries themselves. `1 - kept mass` would lose a tail of 1e-7, an
+ordinary one after a token the teacher is sure of.
 """
 
 from __future__ import annotations
 
 import torch
 
-from teacher_dump.groups import GROUP, Workspace, largest, take_groups
+from teacher_dump.groups import Workspace, largest
 from teacher_dump.keep import TopPK
 from teacher_dump.packing import (
     empty_packed,
@@ -46,21 +45,22 @@ class TopPKSelector:
         torch.softmax(logits, -1, out=probs)
 
         k = min(keep.top_k, keep.vocab_size)
-        values, ids, best, where = largest(logits, k)
+        values, ids = largest(logits, k)
         mass = probs.gather(1, ids)
         log_total = values[:, :1] - mass[:, :1].log()
         kept = smallest_prefix(mass, keep.top_p)
 
-        group_mass = probs.view(num_rows, -1, GROUP).sum(-1)
-        left = take_groups(probs, best).scatter_(1, where, torch.where(kept, 0.0, mass)).sum(-1)
-        tail = left + group_mass.scatter_(1, best, 0.0).sum(-1)
+        probs.scatter_(1, ids, torch.where(kept, 0.0, mass))
+        tail = probs.sum(-1)
+        mean_kept = torch.where(kept, mass * values, 0.0).sum(-1)
+        mean_logit = probs.mul_(logits).sum(-1) + mean_kept
 
         packed = empty_packed(num_rows, keep, logits.device)
         write_header(
             packed,
             kept.sum(-1),
             logits.gather(1, labels[:, None])[:, 0] - log_total[:, 0],
-            log_total[:, 0] - probs.mul_(logits).sum(-1),
+            log_total[:, 0] - mean_logit,
             tail.log(),
         )
         steps = steps_below_zero(values - log_total, keep.logprob_step)
