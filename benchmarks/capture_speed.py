@@ -9,7 +9,8 @@ prefill    the stock model as an embedding model: no LM head at all
 prompt_logprobs   vLLM's own flat prompt log-probabilities, top 100, to numpy
 
 `--layers 2` takes a teacher cut off after two layers, whose engine costs little beside head,
-selection and frontend. The frontend is what the pass itself does in the engine's thread for a
+selection and frontend, and `--narrow 3` a third of its width, whose head costs less too. The
+frontend is what the pass itself does in the engine's thread for a
 token: request, unpacking, row, collecting; measured as CPU time of that thread. (What vLLM itself
 does there for a log-probability of `vllm-logprobs` is not in it.)
 
@@ -224,6 +225,7 @@ def _measure(
     "--corpus", type=click.Path(path_type=Path), default=ROOT / "build" / "demo" / "corpus.jsonl"
 )
 @click.option("--layers", type=int, help="Cut the teacher off after so many layers.")
+@click.option("--narrow", default=1, help="Divide hidden size, heads and MLP by this.")
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--sequences", default=16, show_default=True, help="Sequences of one round.")
 @click.option("--rounds", default=5, show_default=True)
@@ -233,6 +235,7 @@ def main(
     teacher: Path,
     corpus: Path,
     layers: int | None,
+    narrow: int,
     sequence_length: int,
     sequences: int,
     rounds: int,
@@ -240,10 +243,10 @@ def main(
     json_file: Path | None,
 ) -> None:
     """Tokens/s of the teacher pass and of its rivals (`make demo` makes the inputs)."""
-    if layers is not None:
-        from benchmarks.teacher_inputs import first_layers
+    if layers is not None or narrow > 1:
+        from benchmarks.teacher_inputs import part_of
 
-        teacher = first_layers(teacher, layers)
+        teacher = part_of(teacher, layers, narrow)
     measured = _measure(modes or MODES, rounds, teacher, corpus, sequences, sequence_length)
     tokens = sequences * sequence_length
     seconds = {mode: [total for total, _ in values] for mode, values in measured.items()}

@@ -21,7 +21,7 @@ import click
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.teacher_inputs import first_layers
+from benchmarks.teacher_inputs import part_of
 
 _POLL_S = 0.1
 
@@ -74,7 +74,7 @@ def main(
     teacher: Path, corpus: Path, layers: int, tokens: str, batch_tokens: str, json_file: Path | None
 ) -> None:
     """Every number of tokens at the first size of a batch, and the first of them at the others."""
-    teacher = first_layers(teacher, layers)
+    teacher = part_of(teacher, layers, 1)
     sizes, batches = ([int(part) for part in text.split(",")] for text in (tokens, batch_tokens))
     cases = [(size, batches[0]) for size in sizes] + [(sizes[0], batch) for batch in batches[1:]]
     figures = []

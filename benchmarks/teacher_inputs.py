@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+_WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
 
 def read_sequences(corpus: Path, teacher: Path, count: int, length: int) -> list[Any]:
     """The first sequences of a JSON-lines text, repeated if it is short, tokens [length + 1]."""
@@ -48,20 +50,30 @@ def engine_options(teacher: Path, length: int, keep: Any) -> Any:
     )
 
 
-def first_layers(teacher: Path, num_layers: int) -> Path:
-    """A copy of a model with its first layers alone, beside it, made once.
+def part_of(teacher: Path, num_layers: int | None, divisor: int) -> Path:
+    """A copy of a model with its first layers and a part of its width alone, beside it, made once.
 
-    Its predictions mean nothing; its head and vocabulary are those of the model.
+    The width is what `divisor` leaves of hidden size, heads and MLP. Predictions of the copy mean
+    nothing; its vocabulary is the model's.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = teacher.with_name(f"{teacher.name}-{num_layers}-layers")
+    config = AutoConfig.from_pretrained(teacher)
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
+        config.layer_types = None
+    for name in _WIDTHS:
+        setattr(config, name, getattr(config, name) // divisor)
+    folder = teacher.with_name(f"{teacher.name}-{config.num_hidden_layers}x{config.hidden_size}")
     if folder.exists():
         return folder
-    model = AutoModelForCausalLM.from_pretrained(teacher)
-    del model.model.layers[num_layers:]
-    model.config.num_hidden_layers = num_layers
-    model.config.layer_types = None
+    whole = AutoModelForCausalLM.from_pretrained(teacher).state_dict()
+    model = AutoModelForCausalLM.from_config(config)
+    part = {
+        name: whole[name][tuple(map(slice, value.shape))]
+        for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(part)
     temporary = folder.with_suffix(".part")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

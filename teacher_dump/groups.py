@@ -56,18 +56,16 @@ def take_groups(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return rows.view(num_rows, -1)
 
 
-def largest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of every row of [T, V]: values, largest first, and columns, both [T, k]."""
-    groups, candidates = _best_groups(values, k)
-    found, places = _top_of_candidates(candidates, k)
+def largest(
+    values: torch.Tensor, maxima: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of every row of [T, V]: values, largest first, and columns, both [T, k].
+
+    `maxima` [T, V / 64] are those of the groups.
+    """
+    groups = torch.topk(maxima, min(k, maxima.shape[1]), dim=-1, sorted=False)[1]
+    found, places = _top_of_candidates(take_groups(values, groups), k)
     return found, groups.gather(1, places // GROUP) * GROUP + places % GROUP
-
-
-def _best_groups(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, V] -> the groups [T, N] holding the k largest values, their values [T, N * GROUP]."""
-    maxima = logits.view(logits.shape[0], -1, GROUP).amax(-1)
-    best = torch.topk(maxima, min(k, maxima.shape[1]), dim=-1, sorted=False)[1]
-    return best, take_groups(logits, best)
 
 
 def _top_of_candidates(candidates: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

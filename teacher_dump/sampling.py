@@ -27,6 +27,7 @@ from teacher_dump.packing import (
     write_header,
 )
 from teacher_dump.random_keys import uniforms
+from teacher_dump.sweep import Sweep, sweep
 
 
 class SamplingSelector:
@@ -42,57 +43,53 @@ class SamplingSelector:
         """See `Selector.__call__`. The label's log-probability and entropy are at temperature 1."""
         keep, num_rows = self.keep, logits.shape[0]
         logits = self._workspace.whole_groups(logits)
-        probs = torch.softmax(logits, -1, out=self._buffer("probs", logits))
-        tempered = probs if keep.temperature == 1 else self._tempered(logits)
+        whole = sweep(logits, self._workspace)
+        label_logprobs = logits.gather(1, labels[:, None])[:, 0] - whole.log_total
+        if keep.temperature != 1:
+            logits = self._tempered(logits)
+        tempered = whole if keep.temperature == 1 else sweep(logits, self._workspace)
         if isinstance(keep, Threshold):
-            found = _threshold(tempered, keys, keep)
+            found = _threshold(logits, tempered, keys, keep)
         else:
             found = _draws(tempered, keys, keep)
 
-        likely = found.likely if tempered is probs else _Line(probs).likely()
-        log_total = logits.gather(1, likely) - probs.gather(1, likely).log()
-        label_logprobs = logits.gather(1, labels[:, None]) - log_total
-        entropy = log_total[:, 0] - probs.mul_(logits).sum(-1)
-
         packed = empty_packed(num_rows, keep, logits.device)
-        write_header(packed, found.counts, label_logprobs[:, 0], entropy)
+        write_header(packed, found.counts, label_logprobs, whole.entropy)
         write_entries(packed, found.ids, found.logprobs)
         return packed
 
-    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        return self._workspace.buffer(name, like.shape[0], like.device)
-
     def _tempered(self, logits: torch.Tensor) -> torch.Tensor:
-        """The probabilities [T, V] at the temperature of the method."""
-        tempered = torch.div(logits, self.keep.temperature, out=self._buffer("tempered", logits))
-        tempered[:, self.keep.vocab_size :] = IMPOSSIBLE
-        return torch.softmax(tempered, -1, out=tempered)
+        """Logits [T, V] over the temperature of the method, in a buffer."""
+        buffer = self._workspace.buffer("tempered", logits.shape[0], logits.device)
+        torch.div(logits, self.keep.temperature, out=buffer)
+        buffer[:, self.keep.vocab_size :] = IMPOSSIBLE
+        return buffer
 
 
 class _Found(NamedTuple):
-    """counts [T], ids and logprobs [T, <= K]; likely [T, 1], one id of considerable probability."""
+    """counts [T], ids and logprobs [T, <= K]."""
 
     counts: torch.Tensor
     ids: torch.Tensor
     logprobs: torch.Tensor
-    likely: torch.Tensor
 
 
-def _threshold(probs: torch.Tensor, keys: torch.Tensor, keep: Threshold) -> _Found:
-    """Probabilities [T, V] at the method's temperature, which are left as they were."""
+def _threshold(logits: torch.Tensor, found: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
+    """Logits [T, V] at the method's temperature and what was found in them."""
     threshold = float(np.float32(keep.threshold))
     num_certain = min(int(1.0001 / threshold), keep.vocab_size)
-    mass, large = largest(probs, num_certain)
+    _, large = largest(logits, found.maxima, num_certain)
+    exps = found.exps.gather(1, large)
+    mass = exps / found.total
     certain = mass >= threshold
 
-    probs.scatter_(1, large, torch.where(certain, 0.0, mass))
-    grid = torch.arange(keep.max_entries, device=probs.device)
-    points = (uniforms(keys, 1) + grid) * threshold
-    line = _Line(probs)
+    found.exps.scatter_(1, large, torch.where(certain, 0.0, exps))
+    line = _Line(found.exps, _without(large // GROUP, found))
+    grid = torch.arange(keep.max_entries, device=logits.device)
+    points = (uniforms(keys, 1) + grid) * threshold * found.total
     small = line.entries_at(points)
     hit = points < line.total
     hit[:, 1:] &= small[:, 1:] != small[:, :-1]  # but for rounding, p < t is hit once at most
-    probs.scatter_(1, large, mass)
 
     steps = torch.cat(
         [
@@ -104,15 +101,19 @@ def _threshold(probs: torch.Tensor, keys: torch.Tensor, keep: Threshold) -> _Fou
     kept = torch.cat([certain, hit], dim=-1)
     steps, ids = order_entries(steps, torch.cat([large, small], dim=-1), kept)
     steps, ids = steps[:, : keep.max_entries], ids[:, : keep.max_entries]
-    logprobs = steps.to(torch.float32) * -keep.logprob_step
-    return _Found(kept.sum(-1), ids, logprobs, large[:, :1])
+    return _Found(kept.sum(-1), ids, steps.to(torch.float32) * -keep.logprob_step)
 
 
-def _draws(probs: torch.Tensor, keys: torch.Tensor, keep: Draws) -> _Found:
-    """Probabilities [T, V] at the method's temperature."""
+def _without(groups: torch.Tensor, found: Sweep) -> torch.Tensor:
+    """The masses of all groups [T, V / 64] after entries of these [T, N] have become 0."""
+    members = take_groups(found.exps, groups).view(*groups.shape, GROUP)
+    return found.group_mass.scatter(1, groups, members.sum(-1))
+
+
+def _draws(found: Sweep, keys: torch.Tensor, keep: Draws) -> _Found:
+    """What was found in logits [T, V] at the method's temperature."""
     num = keep.draws
-    line = _Line(probs)
-    # The total is 1 but for rounding: a point beyond it would hit anything.
+    line = _Line(found.exps, found.group_mass)
     points = uniforms(keys, num).sort(dim=-1)[0] * line.total
     # ids come in ascending order, so that draws of one entry stand side by side: a run
     drawn = line.entries_at(points)
@@ -123,21 +124,19 @@ def _draws(probs: torch.Tensor, keys: torch.Tensor, keep: Draws) -> _Found:
     ids = torch.zeros_like(drawn).scatter_(1, run, drawn)
     missed, ids = order_entries(num - times, ids, times > 0)
     missed, ids = missed[:, : keep.max_entries], ids[:, : keep.max_entries]
-    logprobs = ((num - missed).clamp(min=1) / num).log()
-    return _Found(starts.sum(-1), ids, logprobs, line.likely())
+    return _Found(starts.sum(-1), ids, ((num - missed).clamp(min=1) / num).log())
 
 
 class _Line:
     """Entries of masses [T, V] laid end to end, each as long as its mass.
 
-    total [T, 1] float64 is where the line ends.
+    group_mass [T, V / 64] are those of the groups; total [T, 1] float64 is where the line ends.
     """
 
-    def __init__(self, mass: torch.Tensor) -> None:
+    def __init__(self, mass: torch.Tensor, group_mass: torch.Tensor) -> None:
         self._mass = mass
-        groups = mass.view(mass.shape[0], -1, GROUP)
-        self._group_mass = groups.sum(-1).to(torch.float64)
-        self._ends = self._group_mass.cumsum(-1)
+        self._group_mass = group_mass
+        self._ends = group_mass.cumsum(-1, dtype=torch.float64)
         self.total = self._ends[:, -1:]
 
     def entries_at(self, points: torch.Tensor) -> torch.Tensor:
@@ -153,8 +152,3 @@ class _Line:
         inside = inner_ends[:, :, -1:] * share.clamp_(min=0, max=1 - 1e-12)[:, :, None]
         offsets = torch.searchsorted(inner_ends, inside, right=True)[:, :, 0]
         return groups * GROUP + offsets.clamp_(max=GROUP - 1)
-
-    def likely(self) -> torch.Tensor:
-        """ids [T, 1], each of at least 1 / V of the total."""
-        best = self._group_mass.argmax(-1, keepdim=True)
-        return best * GROUP + take_groups(self._mass, best).argmax(-1, keepdim=True)

@@ -19,6 +19,7 @@ from teacher_dump.packing import (
     write_entries,
     write_header,
 )
+from teacher_dump.sweep import sweep
 
 
 def smallest_prefix(mass: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -41,29 +42,21 @@ class TopPKSelector:
         """See `Selector.__call__`; nothing is random here, so the keys are not looked at."""
         keep, num_rows = self.keep, logits.shape[0]
         logits = self._workspace.whole_groups(logits)
-        probs = self._workspace.buffer("probs", num_rows, logits.device)
-        torch.softmax(logits, -1, out=probs)
-
-        k = min(keep.top_k, keep.vocab_size)
-        values, ids = largest(logits, k)
-        mass = probs.gather(1, ids)
-        log_total = values[:, :1] - mass[:, :1].log()
-        kept = smallest_prefix(mass, keep.top_p)
-
-        probs.scatter_(1, ids, torch.where(kept, 0.0, mass))
-        tail = probs.sum(-1)
-        mean_kept = torch.where(kept, mass * values, 0.0).sum(-1)
-        mean_logit = probs.mul_(logits).sum(-1) + mean_kept
+        found = sweep(logits, self._workspace)
+        values, ids = largest(logits, found.maxima, min(keep.top_k, keep.vocab_size))
+        mass = found.exps.gather(1, ids)
+        kept = smallest_prefix(mass / found.total, keep.top_p)
+        tail = found.exps.scatter_(1, ids, torch.where(kept, 0.0, mass)).sum(-1)
 
         packed = empty_packed(num_rows, keep, logits.device)
         write_header(
             packed,
             kept.sum(-1),
-            logits.gather(1, labels[:, None])[:, 0] - log_total[:, 0],
-            log_total[:, 0] - mean_logit,
-            tail.log(),
+            logits.gather(1, labels[:, None])[:, 0] - found.log_total,
+            found.entropy,
+            (tail / found.total[:, 0]).log(),
         )
-        steps = steps_below_zero(values - log_total, keep.logprob_step)
+        steps = steps_below_zero(values - found.log_total[:, None], keep.logprob_step)
         steps, ids = order_entries(steps, ids, kept)
         write_entries(packed, ids, steps.to(torch.float32) * -keep.logprob_step)
         return packed
