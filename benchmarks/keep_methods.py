@@ -42,7 +42,6 @@ from teacher_dump.selection import make_selector, select_in_blocks
 from teacher_dump.teacher import load_tokenizer, tokenizer_identity
 from teacher_dump.transformers_engine import TransformersEngine
 
-BLOCK_ROWS = 64
 METHODS: tuple[dict[str, Any], ...] = (
     *({"keep": "top-p-k", "top_p": 0.95, "top_k": k} for k in (12, 25, 50, 100, 200)),
     *({"keep": "draws", "draws": n} for n in (12, 25, 50, 100, 200)),
@@ -70,7 +69,7 @@ class _Method:
         keys = torch.from_numpy(
             position_keys(sequence_key(0, "train", sequence.number), 0, len(labels))
         )
-        packed = select_in_blocks(self._select, logits, labels, keys, BLOCK_ROWS)
+        packed = select_in_blocks(self._select, logits, labels, keys)
         selected = unpack(packed.numpy(), self.keep)
         self._rows.append(make_row(sequence, selected, self.keep.logprob_step))
         self._measure(selected, probs)

@@ -25,6 +25,7 @@ from shards.progress_line import ProgressLine, count
 from shards.sidecar import Sidecar
 from teacher_dump.collector import ShardCollector, ShardPlan, make_row
 from teacher_dump.config import DumpConfig
+from teacher_dump.corpus_tokens import open_or_build
 from teacher_dump.engines import TeacherEngine
 from teacher_dump.identity import (
     complete_identity,
@@ -36,7 +37,7 @@ from teacher_dump.prepare import prepare
 from teacher_dump.progress import PassProgress
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import SplitSequences, TokenSequence
-from teacher_dump.token_store import SPLITS, TokenStore, open_or_build
+from teacher_dump.token_store import SPLITS, TokenStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,12 @@ position at which each document starts. Whole documents are held out, by a hash 
 the seed: no document is in both splits, and the same text always falls on the same side.
 
 A corpus with a label mask has a third file, a byte per token. `store.json`, written last, makes a
-store count; `token_builder` writes it.
+store count; `token_builder` writes it, `corpus_tokens` says when.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,8 @@ from typing import Any
 import numpy as np
 
 from shards.errors import IdentityMismatchError, RunError
-from shards.identity import Json, differences
+from shards.identity import differences
 from shards.sealed import unseal
-from teacher_dump.corpus import CorpusFile, file_sha256
-from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import SplitSequences, cut
 
 SPLITS = ("train", "validation")
@@ -88,57 +86,6 @@ def _map(path: Path, dtype: np.dtype[Any], count: int) -> Any:
             f"{path.parent} to have it made again"
         )
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype=dtype)
-
-
-def open_or_build(
-    folder: Path,
-    files: Sequence[CorpusFile],
-    tokenizer: Any,
-    rules: TokenisingRules,
-    report: Report,
-) -> TokenStore:
-    """The store of this corpus under these rules: opened, continued after a kill, or made.
-
-    `report(documents, tokens)` is called now and then. Raises IdentityMismatchError if the folder
-    holds a store of something else, InputError for a corpus without text or with a bad record.
-    """
-    made_from = {"rules": rules.to_json(), "files": _fingerprints(files, folder)}
-    if (folder / STORE_NAME).exists():
-        refuse_other(folder, made_from, unseal(folder / STORE_NAME)["made_from"])
-        return TokenStore(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    from teacher_dump.token_builder import TokenBuilder
-
-    TokenBuilder(folder, files, tokenizer, rules, made_from).build(report)
-    return TokenStore(folder)
-
-
-def _fingerprints(files: Sequence[CorpusFile], folder: Path) -> dict[str, Json]:
-    """Per file: bytes, time and content hash; the hash of an unchanged file is not made again."""
-    known: Any = {}
-    for name in (STORE_NAME, PROGRESS_NAME):
-        if (folder / name).exists():
-            known = unseal(folder / name)["made_from"]
-            known = known["files"]
-            break
-    prints: dict[str, Json] = {}
-    for number, file in enumerate(files):
-        weight = {} if file.weight == 1 else {"weight": file.weight}
-        for path in file.paths:
-            status = path.stat()
-            key = f"{number} {file.name}" + ("" if path == file.path else path.suffix)
-            old = known.get(key, {})
-            unchanged = [old.get("bytes"), old.get("modified_ns")] == [
-                status.st_size,
-                status.st_mtime_ns,
-            ]
-            prints[key] = {
-                "bytes": status.st_size,
-                "modified_ns": status.st_mtime_ns,
-                "sha256": old["sha256"] if unchanged else file_sha256(path),
-                **weight,
-            }
-    return prints
 
 
 def refuse_other(folder: Path, made_from: Mapping[str, Any], found: Any) -> None:

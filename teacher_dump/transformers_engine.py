@@ -23,8 +23,6 @@ from teacher_dump.random_keys import position_keys, sequence_key
 from teacher_dump.selection import make_selector, select_in_blocks
 from teacher_dump.sequences import TokenSequence
 
-BLOCK_ROWS = 64
-
 
 def find_model_class(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
     """The class that config.json names, or its own code, and the configuration.
@@ -104,5 +102,5 @@ class TransformersEngine:
             labels = torch.from_numpy(sequence.tokens[1:]).to(self._device, torch.int64)
             key = sequence_key(self._seed, sequence.split, sequence.number)
             keys = torch.from_numpy(position_keys(key, 0, len(logits))).to(self._device)
-            packed = select_in_blocks(self._select, logits, labels, keys, BLOCK_ROWS)
+            packed = select_in_blocks(self._select, logits, labels, keys)
             yield sequence, unpack(packed.cpu().numpy(), self._keep)

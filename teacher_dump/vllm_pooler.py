@@ -35,11 +35,10 @@ CONFIG_KEY = "logitshards"  # in vLLM's additional_config
 LABELS_KEY = "labels"
 RANDOM_KEY = "random_key"
 
-# On a CPU the head is fastest with blocks of 500 rows or more of a vocabulary of 49,152, the
-# selection with 128 of them. A GPU wants full tiles.
+# On a CPU the head is fastest with blocks of 500 rows or more of a vocabulary of 49,152. A GPU
+# wants full tiles.
 CPU_BLOCK_BYTES = 128 << 20
 GPU_BLOCK_BYTES = 256 << 20
-CPU_SELECTION_BYTES = 24 << 20
 
 
 class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
@@ -85,15 +84,8 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
             if logits is None:  # a tensor-parallel rank that holds no gathered logits
                 packed.append(hidden.new_zeros((len(hidden), self.keep.width), dtype=torch.int32))
             else:
-                rows_at_once = self.selection_rows(logits)
-                packed.append(select_in_blocks(self.select, logits, wanted, chance, rows_at_once))
+                packed.append(select_in_blocks(self.select, logits, wanted, chance))
         return packed[0] if len(packed) == 1 else torch.cat(packed)
-
-    def selection_rows(self, logits: torch.Tensor) -> int:
-        """How many rows of a block's logits are selected from at once."""
-        if logits.device.type != "cpu":
-            return len(logits)
-        return max(1, CPU_SELECTION_BYTES // (4 * self.keep.vocab_size))
 
     def forward(
         self, hidden_states: torch.Tensor, pooling_metadata: Any

@@ -17,9 +17,10 @@ from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError
 from teacher_dump import token_corpus
 from teacher_dump.corpus import list_files
+from teacher_dump.corpus_tokens import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.teacher import load_tokenizer
-from teacher_dump.token_store import TokenStore, open_or_build
+from teacher_dump.token_store import TokenStore
 from tests.test_token_store import rules_of
 from tests.tiny_teacher import TOKENIZER_LENGTH, dense_logprobs, dump_command, run_dump
 
