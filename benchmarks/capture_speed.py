@@ -10,9 +10,9 @@ prompt_logprobs   vLLM's own flat prompt log-probabilities, top 100, to numpy
 
 `--layers 2` takes a teacher cut off after two layers, whose engine costs little beside head,
 selection and frontend, and `--narrow 3` a third of its width, whose head costs less too. The
-frontend is what the pass itself does in the engine's thread for a
-token: request, unpacking, row, collecting; measured as CPU time of that thread. (What vLLM itself
-does there for a log-probability of `vllm-logprobs` is not in it.)
+frontend is what the pass itself does in the engine's thread for a token: request, unpacking, row,
+collecting; measured as CPU time of that thread. (What vLLM itself does there for a log-probability
+of `vllm-logprobs` is not in it.)
 
 Engines are loaded one process each (vLLM holds one engine well), hold their model, and are asked
 for rounds in turn, so that whatever else the machine does falls on all of them alike.
@@ -225,7 +225,9 @@ def _measure(
     "--corpus", type=click.Path(path_type=Path), default=ROOT / "build" / "demo" / "corpus.jsonl"
 )
 @click.option("--layers", type=int, help="Cut the teacher off after so many layers.")
-@click.option("--narrow", default=1, help="Divide hidden size, heads and MLP by this.")
+@click.option(
+    "--narrow", default=1, show_default=True, help="Divide hidden size, heads and MLP by this."
+)
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--sequences", default=16, show_default=True, help="Sequences of one round.")
 @click.option("--rounds", default=5, show_default=True)

@@ -7,8 +7,8 @@ softmax    torch.softmax of them, into a buffer
 top-p-k, draws, threshold
            all that the teacher pass makes of a block of logits with that keep method, packed
 
-Logits are normal with a deviation of 3, in float32; what they are does not change the cost.
-Variants take turns; medians over rounds. A GPU is waited for.
+Logits are normal with a deviation of 3, in float32. Variants take turns; medians over rounds. A
+GPU is waited for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from teacher_dump.keep import Draws, Keep, Threshold, TopPK
-from teacher_dump.selection import make_selector, rows_at_once, select_in_blocks
+from teacher_dump.selection import make_selector, select_in_blocks
 
 LOGPROB_STEP = 1 / 16
 
@@ -101,10 +101,10 @@ def main(device: str, vocab_size: int, positions: int, rounds: int, json_file: P
     generator = torch.Generator(where).manual_seed(0)
     logits = 3 * torch.randn((positions, vocab_size), generator=generator, device=where)
     seconds = measure(variants(logits), rounds, where)
-    rows, name = rows_at_once(logits), name_of(where)
-    click.echo(f"{name}, V = {vocab_size:,}, {positions} positions, {rows} rows at once")
+    name = name_of(where)
+    click.echo(f"{name}, V = {vocab_size:,}, {positions} positions")
     click.echo(f"{'':<12}{'us/position':>12}{'copies':>10}")
-    figures: dict[str, Any] = {"command": sys.argv, "device": name, "rows": rows}
+    figures: dict[str, Any] = {"command": sys.argv, "device": name}
     for variant, values in seconds.items():
         microseconds = statistics.median(values) / positions * 1e6
         copies = statistics.median(a / b for a, b in zip(values, seconds["copy"], strict=True))

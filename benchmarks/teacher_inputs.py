@@ -1,4 +1,4 @@
-"""What benchmarks of the teacher pass run on: sequences, options, a teacher of few layers."""
+"""What benchmarks of the teacher pass run on: sequences, options, a part of a teacher."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ def part_of(teacher: Path, num_layers: int | None, divisor: int) -> Path:
         config.num_hidden_layers = num_layers
         config.layer_types = None
     for name in _WIDTHS:
+        if getattr(config, name) % divisor:
+            raise ValueError(f"{name} {getattr(config, name)} cannot be divided by {divisor}")
         setattr(config, name, getattr(config, name) // divisor)
     folder = teacher.with_name(f"{teacher.name}-{config.num_hidden_layers}x{config.hidden_size}")
     if folder.exists():

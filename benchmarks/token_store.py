@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from teacher_dump.corpus import list_files
-from teacher_dump.corpus_tokens import open_or_build
+from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.teacher import load_tokenizer, tokenizer_identity
 from teacher_dump.token_builder import make_encoder

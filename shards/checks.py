@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from shards.row_group import RowGroup, require
+from shards.row_group import Offsets, RowGroup, require
 
 
 def problem_with_values(group: RowGroup, vocab_size: int) -> str | None:
@@ -24,7 +24,7 @@ def problem_with_values(group: RowGroup, vocab_size: int) -> str | None:
     by_token = require("tokens", group.token_offsets)
     by_entry = entry_offsets[position_offsets]
 
-    checks: list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], str]] = [
+    checks: list[tuple[npt.NDArray[np.bool_], Offsets, str]] = [
         (_outside(require("tokens", group.tokens), vocab_size), by_token, "a token"),
         (_outside(require("ids", group.ids), vocab_size), by_entry, "a kept id"),
         (~np.isfinite(logprobs), by_entry, "a log-probability"),
@@ -53,9 +53,7 @@ def _outside(values: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.bool_]:
     return values.view(np.uint32) >= size
 
 
-def _rises(
-    logprobs: npt.NDArray[np.float32], entry_offsets: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
+def _rises(logprobs: npt.NDArray[np.float32], entry_offsets: Offsets) -> npt.NDArray[np.bool_]:
     """Where an entry [E] is larger than the one before it at the same position."""
     rises = np.zeros(len(logprobs), np.bool_)
     np.greater(logprobs[1:], logprobs[:-1], out=rises[1:])

@@ -85,11 +85,13 @@ def pad_entries(runs: Sequence[Run], num_lines: int) -> tuple[Int32Array, Float3
     return padded_ids, padded_logprobs
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _upper_limits(width: int) -> Float32Array:
     """[width + 1, width]: a line for every number of entries, inf for these and -inf beyond."""
     own = np.arange(width) < np.arange(width + 1)[:, None]
-    return np.where(own, np.float32(np.inf), np.float32(-np.inf))
+    limits = np.where(own, np.float32(np.inf), np.float32(-np.inf))
+    limits.flags.writeable = False
+    return limits
 
 
 def _recycled(shape: tuple[int, ...], scalar: type[_Scalar]) -> npt.NDArray[_Scalar]:

@@ -56,7 +56,7 @@ class RowGroup:
     Row r has tokens and segments `[token_offsets[r] : token_offsets[r + 1]]` and the positions
     `[position_offsets[r] : position_offsets[r + 1]]` (P in all) of tail_logmass, label_logprobs
     and loss_mask; position p has entries `[entry_offsets[p] : entry_offsets[p + 1]]` (E in all)
-    of ids and logprobs. teacher_nll and teacher_entropy are [R].
+    of ids and logprobs. teacher_nll and teacher_entropy are [R]. Offsets are `Offsets`.
     """
 
     sequences: Int64Array

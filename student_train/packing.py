@@ -12,11 +12,10 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from shards.row_group import Int64Array
 
-
-def pack(lengths: Int64Array, capacity: int) -> list[list[int]]:
+def pack(lengths: npt.NDArray[np.integer], capacity: int) -> list[list[int]]:
     """Lines of indices into lengths [N], 1 to `capacity` each; every index is in one line."""
     lines: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (what is left, line), ascending

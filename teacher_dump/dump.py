@@ -25,7 +25,6 @@ from shards.progress_line import ProgressLine, count
 from shards.sidecar import Sidecar
 from teacher_dump.collector import ShardCollector, ShardPlan, make_row
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus_tokens import open_or_build
 from teacher_dump.engines import TeacherEngine
 from teacher_dump.identity import (
     complete_identity,
@@ -33,6 +32,7 @@ from teacher_dump.identity import (
     make_record,
     without_tokens,
 )
+from teacher_dump.open_store import open_or_build
 from teacher_dump.prepare import prepare
 from teacher_dump.progress import PassProgress
 from teacher_dump.rules import TokenisingRules

@@ -9,7 +9,7 @@
                by systematic sampling (Madow 1949; threshold sampling: Duffield, Lund and Thorup
                2007). Unbiased, with fewer entries than draws at the same variance
 
-Nothing here computes anything; `selection` and `sampling` do.
+Nothing here computes anything; `top_p_k` and `sampling` do.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Threshold(Keep):
 
     @property
     def max_entries(self) -> int:
-        """1 / t + 1 entries at most; the margin is for probabilities that sum to 1 + 1e-6."""
+        """1 / t + 1 entries at most; the margin is for sums that are rounded."""
         return min(self.vocab_size, math.floor(1.0001 / self.threshold) + 1)
 
     def identity(self) -> dict[str, Json]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from teacher_dump.groups import GROUP, IMPOSSIBLE, Workspace, largest, take_groups
@@ -74,26 +73,26 @@ class _Found(NamedTuple):
     logprobs: torch.Tensor
 
 
-def _threshold(logits: torch.Tensor, found: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
-    """Logits [T, V] at the method's temperature and what was found in them."""
-    threshold = float(np.float32(keep.threshold))
+def _threshold(logits: torch.Tensor, swept: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
+    """Logits [T, V] at the method's temperature, and their sweep, whose exps are overwritten."""
+    threshold = keep.threshold
     num_certain = min(int(1.0001 / threshold), keep.vocab_size)
-    _, large = largest(logits, found.maxima, num_certain)
-    exps = found.exps.gather(1, large)
-    mass = exps / found.total
-    certain = mass >= threshold
+    _, large = largest(logits, swept.maxima, num_certain)
+    exps = swept.exps.gather(1, large)
+    probs = exps / swept.total
+    certain = probs >= threshold
 
-    found.exps.scatter_(1, large, torch.where(certain, 0.0, exps))
-    line = _Line(found.exps, _without(large // GROUP, found))
+    swept.exps.scatter_(1, large, torch.where(certain, 0.0, exps))
+    line = _Line(swept.exps, _without(large // GROUP, swept))
     grid = torch.arange(keep.max_entries, device=logits.device)
-    points = (uniforms(keys, 1) + grid) * threshold * found.total
+    points = (uniforms(keys, 1) + grid) * threshold * swept.total
     small = line.entries_at(points)
     hit = points < line.total
     hit[:, 1:] &= small[:, 1:] != small[:, :-1]  # but for rounding, p < t is hit once at most
 
     steps = torch.cat(
         [
-            steps_below_zero(mass.log(), keep.logprob_step),
+            steps_below_zero(probs.log(), keep.logprob_step),
             torch.full_like(small, keep.threshold_steps),
         ],
         dim=-1,
@@ -104,16 +103,16 @@ def _threshold(logits: torch.Tensor, found: Sweep, keys: torch.Tensor, keep: Thr
     return _Found(kept.sum(-1), ids, steps.to(torch.float32) * -keep.logprob_step)
 
 
-def _without(groups: torch.Tensor, found: Sweep) -> torch.Tensor:
+def _without(groups: torch.Tensor, swept: Sweep) -> torch.Tensor:
     """The masses of all groups [T, V / 64] after entries of these [T, N] have become 0."""
-    members = take_groups(found.exps, groups).view(*groups.shape, GROUP)
-    return found.group_mass.scatter(1, groups, members.sum(-1))
+    members = take_groups(swept.exps, groups).view(*groups.shape, GROUP)
+    return swept.group_mass.scatter(1, groups, members.sum(-1))
 
 
-def _draws(found: Sweep, keys: torch.Tensor, keep: Draws) -> _Found:
-    """What was found in logits [T, V] at the method's temperature."""
+def _draws(swept: Sweep, keys: torch.Tensor, keep: Draws) -> _Found:
+    """The sweep of logits [T, V] at the method's temperature."""
     num = keep.draws
-    line = _Line(found.exps, found.group_mass)
+    line = _Line(swept.exps, swept.group_mass)
     points = uniforms(keys, num).sort(dim=-1)[0] * line.total
     # ids come in ascending order, so that draws of one entry stand side by side: a run
     drawn = line.entries_at(points)

@@ -6,13 +6,15 @@ from typing import Protocol
 
 import torch
 
+from teacher_dump.groups import GROUP
 from teacher_dump.keep import Draws, Keep, Threshold, TopPK
 from teacher_dump.sampling import SamplingSelector
 from teacher_dump.top_p_k import TopPKSelector
 
-# 128 rows of a vocabulary of 49,152: fewer make the calls show, more leave a CPU's cache.
-CPU_BLOCK_BYTES = 24 << 20
-GPU_BLOCK_BYTES = 256 << 20
+# Logits of a block. 24 MiB are 128 rows of a vocabulary of 49,152: fewer make the calls show, more
+# leave a CPU's cache. What a GPU wants has not been measured.
+CPU_SELECTION_BYTES = 24 << 20
+GPU_SELECTION_BYTES = 256 << 20
 
 
 class Selector(Protocol):
@@ -21,6 +23,11 @@ class Selector(Protocol):
     That is: the kept ids and log-probabilities, the mass that was not kept, the label's
     log-probability and the entropy.
     """
+
+    @property
+    def keep(self) -> Keep:
+        """The method."""
+        ...
 
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
@@ -39,16 +46,19 @@ def select_in_blocks(
     keys: torch.Tensor,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """What a selector makes of any number of positions [T], so many rows at a time."""
-    rows = rows_at_once(logits) if rows is None else rows
+    """What a selector makes of any number of positions [T], `rows` or `rows_at_once` at a time."""
+    rows = rows_at_once(logits, select.keep) if rows is None else rows
     columns = (torch.split(column, rows) for column in (logits, labels, keys))
     return torch.cat([select(*block) for block in zip(*columns, strict=True)])
 
 
-def rows_at_once(logits: torch.Tensor) -> int:
-    """How many rows of logits [T, V] a selector should be given, by their bytes."""
-    block_bytes = CPU_BLOCK_BYTES if logits.device.type == "cpu" else GPU_BLOCK_BYTES
-    return max(1, block_bytes // (logits.element_size() * logits.shape[1]))
+def rows_at_once(logits: torch.Tensor, keep: Keep) -> int:
+    """How many rows of logits [T, V] a selector should be given, by the memory of a row.
+
+    That is its logits in float32, or what it looks at of the groups that its entries are in.
+    """
+    block_bytes = CPU_SELECTION_BYTES if logits.device.type == "cpu" else GPU_SELECTION_BYTES
+    return max(1, block_bytes // (4 * max(logits.shape[1], 3 * GROUP * keep.max_entries)))
 
 
 def make_selector(keep: Keep) -> Selector:

@@ -3,8 +3,8 @@
 Letters: T positions, V vocabulary in whole groups, N groups.
 
 On a CPU the passes over a row cost what its memory costs, so that all of them are done on a few
-rows before the next ones are touched: half the time of one pass after the other over a block.
-Exponentials stay unnormalised; a division of the few that are looked at is cheaper.
+rows before the next ones are touched. Exponentials stay unnormalised; a division of the few that
+are looked at is cheaper.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from teacher_dump.groups import GROUP, Workspace
 
 # Logits of the rows that are swept together, of each thread on a CPU; in use is three times that.
 CPU_THREAD_BYTES = 800 << 10
-GPU_BYTES = 64 << 20
+GPU_BYTES = 64 << 20  # not measured
 
 
 class Sweep(NamedTuple):
     """exps [T, V] are exp(logit - the row's largest), in a buffer of the workspace.
 
     maxima [T, N] are the groups' largest logits, group_mass [T, N] the sums of their exps and total
-    [T, 1] float64 of all. log_total [T] is log sum exp of the logits, entropy [T] that of
-    the softmax, nats.
+    [T, 1] float64 of all. log_total [T] is log sum exp of the logits and entropy [T] that of the
+    softmax, both float64, nats.
     """
 
     exps: torch.Tensor
@@ -43,8 +43,8 @@ def sweep(logits: torch.Tensor, workspace: Workspace) -> Sweep:
     exps = workspace.buffer("exps", num_rows, device)
     maxima = torch.empty((num_rows, vocab // GROUP), device=device)
     group_mass = torch.empty_like(maxima)
-    mean = torch.empty(num_rows, device=device)  # of the logits below the largest, unnormalised
-    rows = _rows_at_once(logits)
+    weighted = torch.empty(num_rows, device=device)  # sums of exp times (logit - the largest)
+    rows = _rows_of_part(logits)
     below = workspace.buffer("below", min(rows, num_rows), device)
     for start in range(0, num_rows, rows):
         part = slice(start, start + rows)
@@ -54,7 +54,7 @@ def sweep(logits: torch.Tensor, workspace: Workspace) -> Sweep:
         torch.sub(piece, maxima[part].amax(-1, keepdim=True), out=shifted)
         torch.exp(shifted, out=out)
         torch.sum(out.view(len(piece), -1, GROUP), -1, out=group_mass[part])
-        torch.sum(shifted.mul_(out), -1, out=mean[part])
+        torch.sum(shifted.mul_(out), -1, out=weighted[part])
     total = group_mass.sum(-1, keepdim=True, dtype=torch.float64)
     log_sum = total[:, 0].log()
     return Sweep(
@@ -62,12 +62,12 @@ def sweep(logits: torch.Tensor, workspace: Workspace) -> Sweep:
         maxima=maxima,
         group_mass=group_mass,
         total=total,
-        log_total=(maxima.amax(-1) + log_sum).to(torch.float32),
-        entropy=(log_sum - mean / total[:, 0]).to(torch.float32),
+        log_total=maxima.amax(-1) + log_sum,
+        entropy=log_sum - weighted / total[:, 0],
     )
 
 
-def _rows_at_once(logits: torch.Tensor) -> int:
+def _rows_of_part(logits: torch.Tensor) -> int:
     row_bytes = logits.shape[1] * logits.element_size()
     if logits.device.type == "cpu":
         threads = torch.get_num_threads()

@@ -42,21 +42,21 @@ class TopPKSelector:
         """See `Selector.__call__`; nothing is random here, so the keys are not looked at."""
         keep, num_rows = self.keep, logits.shape[0]
         logits = self._workspace.whole_groups(logits)
-        found = sweep(logits, self._workspace)
-        values, ids = largest(logits, found.maxima, min(keep.top_k, keep.vocab_size))
-        mass = found.exps.gather(1, ids)
-        kept = smallest_prefix(mass / found.total, keep.top_p)
-        tail = found.exps.scatter_(1, ids, torch.where(kept, 0.0, mass)).sum(-1)
+        swept = sweep(logits, self._workspace)
+        values, ids = largest(logits, swept.maxima, min(keep.top_k, keep.vocab_size))
+        exps = swept.exps.gather(1, ids)
+        kept = smallest_prefix(exps / swept.total, keep.top_p)
+        tail = swept.exps.scatter_(1, ids, torch.where(kept, 0.0, exps)).sum(-1)
 
         packed = empty_packed(num_rows, keep, logits.device)
         write_header(
             packed,
             kept.sum(-1),
-            logits.gather(1, labels[:, None])[:, 0] - found.log_total,
-            found.entropy,
-            (tail / found.total[:, 0]).log(),
+            logits.gather(1, labels[:, None])[:, 0] - swept.log_total,
+            swept.entropy,
+            (tail / swept.total[:, 0]).log(),
         )
-        steps = steps_below_zero(values - found.log_total[:, None], keep.logprob_step)
+        steps = steps_below_zero(values - swept.log_total[:, None], keep.logprob_step)
         steps, ids = order_entries(steps, ids, kept)
         write_entries(packed, ids, steps.to(torch.float32) * -keep.logprob_step)
         return packed

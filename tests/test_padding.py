@@ -9,8 +9,8 @@ from shards import padding
 from shards.padding import Run, pad_entries
 
 
-def entries(counts):
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+def entries(counts, offset_type=np.int64):
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(offset_type)
     ids = np.arange(1, offsets[-1] + 1, dtype=np.int32)
     return offsets, ids, (-ids / 16).astype(np.float32)
 
@@ -30,7 +30,7 @@ def assert_padded(result, counts, ids, logprobs):
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(1, 40), st.data())
 def test_every_position_holds_its_entries_and_then_padding(counts, block_values, data):
-    offsets, ids, logprobs = entries(counts)
+    offsets, ids, logprobs = entries(counts, data.draw(st.sampled_from([np.int32, np.int64])))
     cuts = data.draw(st.lists(st.integers(0, len(counts)), max_size=4).map(sorted))
     runs, lines = [], []
     for first, last in zip([0, *cuts], [*cuts, len(counts)], strict=True):

@@ -23,7 +23,6 @@ from shards.reader import ShardReader
 from shards.rows import Row
 from teacher_dump import sampling
 from teacher_dump.collector import make_row
-from teacher_dump.groups import GROUP
 from teacher_dump.keep import Draws, Keep, Threshold, from_plain
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key, uniforms
@@ -246,12 +245,10 @@ def test_draws_are_as_many_as_asked_for_and_of_what_has_probability(
 
 
 def test_the_last_of_all_draws_hits_what_has_probability(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probabilities in float32 may sum to less than 1, and the last point lies beyond that."""
+    """Masses in float32 do not sum up to a round number; the last point lies just below the sum."""
     vocab = 49_152
     logits = torch.randn(200, vocab, generator=torch.Generator().manual_seed(0))
     logits[:, vocab - 200 :] = -1e4
-    totals = torch.softmax(logits, -1).view(200, -1, GROUP).sum(-1).double().sum(-1)
-    assert totals.min() < 1 - 1e-7
     last = torch.full((200, 3), 1 - 2.0**-52, dtype=torch.float64)
     monkeypatch.setattr(sampling, "uniforms", lambda keys, num: last)
     selected = select(draws(3, vocab_size=vocab), logits, keys_of(1, 200))

@@ -1,10 +1,15 @@
 """A sweep finds what a softmax in float64 says, however many rows it takes at once."""
 
+import numpy as np
 import pytest
 import torch
 
+from teacher_dump import selection
 from teacher_dump import sweep as module
 from teacher_dump.groups import GROUP, Workspace
+from teacher_dump.keep import Draws, Threshold, TopPK
+from teacher_dump.packing import unpack
+from teacher_dump.selection import make_selector, rows_at_once, select_in_blocks
 from teacher_dump.sweep import sweep
 
 VOCAB = 5 * GROUP
@@ -12,17 +17,17 @@ VOCAB = 5 * GROUP
 
 def logits_of(scale: float) -> torch.Tensor:
     logits = torch.randn(23, VOCAB, generator=torch.Generator().manual_seed(0)) * scale + 30
-    logits[3, 17] = 90.0  # all but certain
+    logits[3, 17] = 50.0  # all but certain
     logits[5] = 1.5  # flat
     return logits
 
 
-@pytest.mark.parametrize("thread_bytes", [1, 5 * 4 * VOCAB, 1 << 20])
+@pytest.mark.parametrize("rows", [1, 5, 100])
 @pytest.mark.parametrize("scale", [0.1, 4.0])
 def test_a_sweep_equals_the_dense_definition(
-    scale: float, thread_bytes: int, monkeypatch: pytest.MonkeyPatch
+    scale: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CPU_THREAD_BYTES", thread_bytes)
+    monkeypatch.setattr(module, "_rows_of_part", lambda logits: rows)
     logits = logits_of(scale)
     before = logits.clone()
     found = sweep(logits, Workspace(VOCAB))
@@ -31,21 +36,54 @@ def test_a_sweep_equals_the_dense_definition(
     wide = logits.double()
     logprobs = wide.log_softmax(-1)
     exps = (wide - wide.amax(-1, keepdim=True)).exp()
-    near = {"rtol": 1e-5, "atol": 1e-6, "check_dtype": False}
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    near = {"rtol": 2e-6, "atol": 0.0, "check_dtype": False}
     torch.testing.assert_close(found.exps, exps, **near)
     torch.testing.assert_close(found.total, exps.sum(-1, keepdim=True), **near)
-    torch.testing.assert_close(found.log_total, wide.logsumexp(-1), **near)
-    torch.testing.assert_close(found.entropy, -(logprobs.exp() * logprobs).sum(-1), **near)
+    torch.testing.assert_close(found.log_total, wide.logsumexp(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=2e-6)
     groups = exps.view(len(logits), -1, GROUP)
     torch.testing.assert_close(found.group_mass, groups.sum(-1), **near)
     assert torch.equal(found.maxima, logits.view(len(logits), -1, GROUP).amax(-1))
-    assert (found.entropy >= 0).all()
-    assert found.entropy[3] == pytest.approx(float(-(logprobs[3].exp() * logprobs[3]).sum()), 1e-3)
+    # next to nothing, and not lost beside a logit of 50, whose last bit is 4e-6
+    assert 1e-6 < entropy[3] < 1e-2
+    torch.testing.assert_close(found.entropy[3], entropy[3], rtol=0, atol=3e-7)
 
 
-def test_rows_at_once_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = logits_of(2.0)
-    whole = sweep(logits, Workspace(VOCAB))
-    monkeypatch.setattr(module, "CPU_THREAD_BYTES", 1)
-    for one, other in zip(whole, sweep(logits, Workspace(VOCAB)), strict=True):
-        assert torch.equal(one, other)
+def test_parts_of_a_block_do_not_change_what_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a smaller block before: buffers are used again, at another temperature too."""
+    logits, labels = logits_of(2.0), torch.arange(23)
+    keys = 12345 * torch.arange(1, 24)
+    common = {"logprob_step": 1 / 16, "vocab_size": VOCAB - 3}
+    for keep in (
+        TopPK(top_p=1.0, top_k=30, **common),
+        Draws(draws=20, temperature=2.0, **common),
+        Threshold(threshold_steps=30, temperature=0.5, **common),
+    ):
+        monkeypatch.setattr(module, "_rows_of_part", lambda logits: 100)
+        whole = make_selector(keep)(logits, labels, keys)
+        monkeypatch.setattr(module, "_rows_of_part", lambda logits: 4)
+        select = make_selector(keep)
+        select(logits[:2], labels[:2], keys[:2])
+        parts = select_in_blocks(select, logits, labels, keys, rows=10)
+        expected, found = unpack(whole.numpy(), keep), unpack(parts.numpy(), keep)
+        np.testing.assert_array_equal(found.counts, expected.counts)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-6)
+        np.testing.assert_allclose(found.entropy, expected.entropy, atol=1e-5)
+        np.testing.assert_allclose(found.label_logprobs, expected.label_logprobs, atol=1e-5)
+        exact = logits[:, : VOCAB - 3].double().log_softmax(-1)
+        np.testing.assert_allclose(found.label_logprobs, exact[torch.arange(23), labels], atol=1e-5)
+        np.testing.assert_allclose(found.entropy, -(exact.exp() * exact).sum(-1), atol=1e-5)
+
+
+def test_blocks_are_sized_by_the_memory_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = TopPK(top_p=0.9, top_k=3, logprob_step=1 / 16, vocab_size=VOCAB)
+    monkeypatch.setattr(selection, "CPU_SELECTION_BYTES", 7 * 4 * 3 * GROUP * 3 + 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert rows_at_once(torch.zeros((2, VOCAB), dtype=dtype), keep) == 7
+    assert rows_at_once(torch.zeros((2, 10 * VOCAB)), keep) == 1
+    logits, labels = logits_of(2.0), torch.arange(23)
+    blocks = select_in_blocks(make_selector(keep), logits, labels, labels)
+    assert torch.equal(blocks, select_in_blocks(make_selector(keep), logits, labels, labels, 7))
+    assert len(blocks) == 23

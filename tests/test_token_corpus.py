@@ -17,7 +17,7 @@ from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError
 from teacher_dump import token_corpus
 from teacher_dump.corpus import list_files
-from teacher_dump.corpus_tokens import open_or_build
+from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.teacher import load_tokenizer
 from teacher_dump.token_store import TokenStore

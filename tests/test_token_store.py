@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from teacher_dump import sequences, token_builder
 from teacher_dump.corpus import list_files
-from teacher_dump.corpus_tokens import open_or_build
+from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import JoinedSequences, SeparateSequences
 from teacher_dump.teacher import load_tokenizer, tokenizer_identity

@@ -32,7 +32,7 @@ def _select(logits: torch.Tensor, labels: torch.Tensor, keep: TopPK):  # type: i
     vocab=st.sampled_from([1, 2, 63, 64, 65, 127, 500, 4099]),
     padding=st.integers(0, 70),
     top_k=st.integers(1, 130),
-    top_p=st.sampled_from([0.1, 0.5, 0.9, 0.95, 0.999]),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 0.95, 0.999, 1.0]),
     scale=st.sampled_from([0.0, 0.5, 3.0, 20.0]),
     seed=st.integers(0, 2**20),
 )

@@ -121,6 +121,15 @@ def test_blocks_do_not_change_the_result() -> None:
     requests.check(0, blocks)
 
 
+@pytest.mark.parametrize(
+    ("vocab", "rows"), [(49_152, 512), (66_000, 448), (151_936, 192), (10**6, 33), (10**9, 1)]
+)
+def test_blocks_have_as_many_rows_as_a_matrix_product_likes(vocab: int, rows: int) -> None:
+    keep = Threshold(threshold_steps=24, temperature=1.0, logprob_step=1 / 16, vocab_size=vocab)
+    pooler = TeacherPooler(lambda hidden: None, keep)
+    assert pooler.block_rows(torch.device("cpu")) == rows
+
+
 def test_what_is_random_belongs_to_the_position_however_the_prompt_is_cut() -> None:
     keep = Threshold(threshold_steps=24, temperature=1.0, logprob_step=1 / 16, vocab_size=VOCAB)
     lengths = [30, 17]
