@@ -5,7 +5,8 @@
 copy       the logits are copied once: a read and a write of everything
 softmax    torch.softmax of them, into a buffer
 top-p-k, draws, threshold
-           all that the teacher pass makes of a block of logits with that keep method, packed
+           all that the teacher pass makes of a block of logits with that keep method and the
+           defaults of `dump-logits`, packed
 
 Logits are normal with a deviation of 3, in float32. Variants take turns; medians over rounds. A
 GPU is waited for.
@@ -27,20 +28,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from teacher_dump.keep import Draws, Keep, Threshold, TopPK
+from teacher_dump.config import DumpConfig
+from teacher_dump.keep import make_keep
 from teacher_dump.selection import make_selector, select_in_blocks
 
-LOGPROB_STEP = 1 / 16
-
-
-def keeps(vocab_size: int) -> dict[str, Keep]:
-    """The methods with their defaults."""
-    common: dict[str, Any] = {"logprob_step": LOGPROB_STEP, "vocab_size": vocab_size}
-    return {
-        "top-p-k": TopPK(top_p=0.95, top_k=100, **common),
-        "draws": Draws(draws=50, temperature=1.0, **common),
-        "threshold": Threshold(threshold_steps=48, temperature=1.0, **common),
-    }
+METHODS = ("top-p-k", "draws", "threshold")
 
 
 def variants(logits: torch.Tensor) -> dict[str, Callable[[], Any]]:
@@ -53,7 +45,9 @@ def variants(logits: torch.Tensor) -> dict[str, Callable[[], Any]]:
         "copy": lambda: other.copy_(logits),
         "softmax": lambda: torch.softmax(logits, -1, out=other),
     }
-    for name, keep in keeps(vocab_size).items():
+    for name in METHODS:
+        config = DumpConfig(teacher="", corpus=(Path(),), out=Path(), keep=name)
+        keep = make_keep(config, vocab_size)
         found[name] = partial(select_in_blocks, make_selector(keep), logits, labels, keys)
     return found
 

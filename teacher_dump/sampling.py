@@ -44,9 +44,10 @@ class SamplingSelector:
         logits = self._workspace.whole_groups(logits)
         whole = sweep(logits, self._workspace)
         label_logprobs = logits.gather(1, labels[:, None])[:, 0] - whole.log_total
+        tempered = whole
         if keep.temperature != 1:
             logits = self._tempered(logits)
-        tempered = whole if keep.temperature == 1 else sweep(logits, self._workspace)
+            tempered = sweep(logits, self._workspace)
         if isinstance(keep, Threshold):
             found = _threshold(logits, tempered, keys, keep)
         else:
