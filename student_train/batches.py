@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from shards.dataset import Split
-from shards.padding import Run, pad_entries
 from shards.row_group import RowGroup, require
 from shards.rows import Float32Array, Int32Array
 from shards.schema import ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
 from student_train.lines import Line, Source, all_lines, lines_in_order, packed_length
 from student_train.loss import IGNORE_INDEX
+from student_train.padding import Run, pad_entries
 
 TOKEN_COLUMNS = (TOKENS, LOSS_MASK)
 TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
@@ -52,10 +52,10 @@ class Batch:
     """input_ids, labels [B, L] int64; ids [B, L, K] int32, logprobs [B, L, K] float32, nats.
 
     labels are -100 where padded or where `loss_mask` is false; num_valid counts the others.
-    logprobs and tail_logmass [B, L] float32 are padded with -inf, ids with any of the shard; None
-    if not read, tail_logmass also if the dataset has none. position_ids [B, L] int64 begin again
-    with every packed sequence; None: each line is one. num_sequences are those of all lines, by the
-    dataset that they are of.
+    logprobs and tail_logmass [B, L] float32 are padded with -inf, ids with 0; None if not read,
+    tail_logmass also if the dataset has none. position_ids [B, L] int64 begin again with every
+    packed sequence; None: each line is one. num_sequences are those of all lines, by the dataset
+    that they are of.
     """
 
     input_ids: Tensor
