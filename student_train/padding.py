@@ -26,9 +26,6 @@ from shards.rows import Float32Array, Int32Array
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
-# Few enough lines to be in the nearest cache when their entries follow the padding.
-_BLOCK_LINES = 4
-
 
 class Run(NamedTuple):
     """Entries of P consecutive positions, for the lines `[line : line + P]` of the rectangles.
@@ -68,11 +65,11 @@ def pad_entries(runs: Sequence[Run], num_lines: int) -> tuple[Int32Array, Float3
 
 def _largest_count(run: Run) -> int:
     """At any position of a run, after checking that all its entries are there to be read."""
-    counts = run.offsets[1:] - run.offsets[:-1]
     num_entries = min(len(run.ids), len(run.logprobs))
-    if run.offsets[0] < 0 or run.offsets[-1] > num_entries or counts.min(initial=0) < 0:
+    smallest, largest = _extreme_counts(run.offsets)
+    if run.offsets[0] < 0 or run.offsets[-1] > num_entries or smallest < 0:
         raise ValueError(f"offsets do not ascend from 0 to at most {num_entries}")
-    return int(counts.max(initial=0))
+    return largest
 
 
 def _recycled(shape: tuple[int, ...], scalar: type[_Scalar]) -> npt.NDArray[_Scalar]:
@@ -81,28 +78,46 @@ def _recycled(shape: tuple[int, ...], scalar: type[_Scalar]) -> npt.NDArray[_Sca
     return np.frombuffer(buffer, scalar).reshape(shape)
 
 
-def _loop(
+def _count_loop(offsets: Offsets) -> tuple[int, int]:
+    """The smallest number of entries at any position, or 0, and the largest, or 0."""
+    smallest = largest = 0
+    for line in range(len(offsets) - 1):
+        count = offsets[line + 1] - offsets[line]
+        smallest = min(smallest, count)
+        largest = max(largest, count)
+    return smallest, largest
+
+
+def _line_loop(
     offsets: Offsets,
     ids: Int32Array,
     logprobs: Float32Array,
     padded_ids: Int32Array,
     padded_logprobs: Float32Array,
 ) -> None:
-    """Entries of P positions -> padded_ids, padded_logprobs [P, K]. Nothing is checked."""
-    num_lines = len(padded_ids)
-    for first in range(0, num_lines, _BLOCK_LINES):
-        last = min(first + _BLOCK_LINES, num_lines)
-        padded_ids[first:last] = 0
-        padded_logprobs[first:last] = -np.inf
-        for line in range(first, last):
-            start = offsets[line]
-            count = offsets[line + 1] - start
-            for k in range(count):
-                padded_ids[line, k] = ids[start + k]
-            for k in range(count):
-                padded_logprobs[line, k] = logprobs[start + k]
+    """Entries of P positions -> padded_ids, padded_logprobs [P, K]. Nothing is checked.
+
+    A line reads K values, its own entries and those that follow: that has no branch in it.
+    """
+    width = padded_ids.shape[1]
+    for line in range(len(padded_ids)):
+        start = offsets[line]
+        # With 64 bits the comparison costs more than the copy.
+        count = np.int32(offsets[line + 1] - start)
+        readable = min(width, len(ids) - start, len(logprobs) - start)
+        line_ids, line_logprobs = padded_ids[line], padded_logprobs[line]
+        from_ids, from_logprobs = ids[start:], logprobs[start:]
+        for k in range(readable):
+            own = np.int32(k) < count
+            line_ids[k] = from_ids[k] if own else np.int32(0)
+            line_logprobs[k] = from_logprobs[k] if own else np.float32(-np.inf)
+        for k in range(readable, width):
+            line_ids[k] = 0
+            line_logprobs[k] = -np.inf
 
 
 # Compiled at the first call of a process, half a second: caches need a folder to write to.
+_compiled = numba.njit(nogil=True)
+_extreme_counts: Callable[[Offsets], tuple[int, int]] = _compiled(_count_loop)
 _write_lines: Callable[[Offsets, Int32Array, Float32Array, Int32Array, Float32Array], None]
-_write_lines = numba.njit(nogil=True)(_loop)
+_write_lines = _compiled(_line_loop)
