@@ -283,6 +283,9 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
 
     The same command again continues where it stopped.
     """
+    from shards.allocator import keep_freed_memory
+
+    keep_freed_memory()
     from teacher_dump.config import DumpConfig
 
     if tokens is not None and (not plan or not 1 <= tokens < 1e18):

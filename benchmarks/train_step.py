@@ -18,6 +18,10 @@ over a few steps (on a GPU, of its tensors), with everything that Python and tor
 
 from __future__ import annotations
 
+from shards.allocator import keep_freed_memory
+
+keep_freed_memory()  # as train-student does; before pyarrow is imported
+
 import json
 import multiprocessing
 import statistics

@@ -1,9 +1,13 @@
-"""A vocabulary in groups of 64: what is looked for is narrowed down to a few groups first.
+"""A vocabulary in parts: what is looked for is narrowed down to a few parts first.
 
-The k largest values lie in the k groups with the largest maxima: 64 columns become one, and then 8
-candidates one.
+Groups are 64 columns that lie side by side, for what is looked up by mass.
 
-Letters: T positions of a block, V vocabulary rounded up to whole groups, N groups looked at.
+For the k largest values there are interleaved sets: of S columns, set i < S / 8 has the members
+i + j S / 8, so that the maxima of all sets are those of 8 rows; on a CPU that takes half the time
+of 64 columns side by side. The k largest values lie in the k sets with the largest maxima, and
+these maxima in k sets of sets likewise.
+
+Letters: T positions of a block, V vocabulary rounded up to whole groups, N parts looked at.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import torch
 
 GROUP = 64
-_SUBGROUP = 8
+MEMBERS = 8  # of an interleaved set; groups are whole sets of sets
 
 # Padding of the last group: its probability is 0, and 0 * -1e4 too, unlike 0 * -inf.
 IMPOSSIBLE = -1e4
@@ -61,20 +65,20 @@ def largest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest of every row of [T, V]: values, largest first, and columns, both [T, k].
 
-    `maxima` [T, V / 64] are those of the groups.
+    `maxima` [T, V / 8] are those of the sets of 8.
     """
-    groups = torch.topk(maxima, min(k, maxima.shape[1]), dim=-1, sorted=False)[1]
-    found, places = _top_of_candidates(take_groups(values, groups), k)
-    return found, groups.gather(1, places // GROUP) * GROUP + places % GROUP
+    num_sets = maxima.shape[1]
+    num_large = num_sets // MEMBERS
+    of_large = maxima.view(len(maxima), MEMBERS, num_large).amax(1)
+    large = torch.topk(of_large, min(k, num_large), dim=-1, sorted=False)[1]
+    sets = _members(large, num_large)
+    best = torch.topk(maxima.gather(1, sets), min(k, sets.shape[1]), dim=-1, sorted=False)[1]
+    columns = _members(sets.gather(1, best), num_sets)
+    found, order = torch.topk(values.gather(1, columns), k, dim=-1)
+    return found, columns.gather(1, order)
 
 
-def _top_of_candidates(candidates: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, C] -> the k largest values [T, k], largest first, and their places in C [T, k]."""
-    num_rows, num_candidates = candidates.shape
-    stride = num_candidates // _SUBGROUP
-    maxima = candidates.view(num_rows, _SUBGROUP, stride).amax(1)
-    best = torch.topk(maxima, min(k, stride), dim=-1, sorted=False)[1]
-    members = torch.arange(_SUBGROUP, device=candidates.device) * stride
-    places = (best[:, :, None] + members).view(num_rows, -1)
-    values, order = torch.topk(candidates.gather(1, places), k, dim=-1)
-    return values, places.gather(1, order)
+def _members(sets: torch.Tensor, num_sets: int) -> torch.Tensor:
+    """Numbers of sets [T, N] of `num_sets` -> their members [T, N * 8]."""
+    steps = torch.arange(MEMBERS, device=sets.device) * num_sets
+    return (sets[:, :, None] + steps).view(len(sets), -1)

@@ -1,6 +1,6 @@
 """What a softmax over the vocabulary needs of a block of logits, found while they are in the cache.
 
-Letters: T positions, V vocabulary in whole groups, N groups.
+Letters: T positions, V vocabulary in whole groups, N groups, M interleaved sets (`groups.py`).
 
 On a CPU the passes over a row cost what its memory costs, so that all of them are done on a few
 rows before the next ones are touched. Exponentials stay unnormalised; a division of the few that
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from teacher_dump.groups import GROUP, Workspace
+from teacher_dump.groups import GROUP, MEMBERS, Workspace
 
 # Logits of the rows that are swept together, of each thread on a CPU; in use is three times that.
 CPU_THREAD_BYTES = 800 << 10
@@ -23,9 +23,9 @@ GPU_BYTES = 64 << 20  # not measured
 class Sweep(NamedTuple):
     """exps [T, V] are exp(logit - the row's largest), in a buffer of the workspace.
 
-    maxima [T, N] are the groups' largest logits, group_mass [T, N] the sums of their exps and total
-    [T, 1] float64 of all. log_total [T] is log sum exp of the logits and entropy [T] that of the
-    softmax, both float64, nats.
+    maxima [T, M] are the sets' largest logits, group_mass [T, N] the sums of the groups' exps and
+    total [T, 1] float64 of all. log_total [T] is log sum exp of the logits and entropy [T] that of
+    the softmax, both float64, nats.
     """
 
     exps: torch.Tensor
@@ -41,8 +41,8 @@ def sweep(logits: torch.Tensor, workspace: Workspace) -> Sweep:
     num_rows, vocab = logits.shape
     device = logits.device
     exps = workspace.buffer("exps", num_rows, device)
-    maxima = torch.empty((num_rows, vocab // GROUP), device=device)
-    group_mass = torch.empty_like(maxima)
+    maxima = torch.empty((num_rows, vocab // MEMBERS), device=device)
+    group_mass = torch.empty((num_rows, vocab // GROUP), device=device)
     weighted = torch.empty(num_rows, device=device)  # sums of exp times (logit - the largest)
     rows = _rows_of_part(logits)
     below = workspace.buffer("below", min(rows, num_rows), device)
@@ -50,7 +50,7 @@ def sweep(logits: torch.Tensor, workspace: Workspace) -> Sweep:
         part = slice(start, start + rows)
         piece, out = logits[part], exps[part]
         shifted = below[: len(piece)]
-        torch.amax(piece.view(len(piece), -1, GROUP), -1, out=maxima[part])
+        torch.amax(piece.view(len(piece), MEMBERS, -1), 1, out=maxima[part])
         torch.sub(piece, maxima[part].amax(-1, keepdim=True), out=shifted)
         torch.exp(shifted, out=out)
         torch.sum(out.view(len(piece), -1, GROUP), -1, out=group_mass[part])
