@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from shards.errors import InputError, LogitshardsError
+from shards.stop_signals import stopped_by_signals
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -28,7 +29,8 @@ class _Command(click.Command):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         debug = ctx.params.pop("debug", False)
         try:
-            return super().invoke(ctx)
+            with stopped_by_signals():
+                return super().invoke(ctx)
         except LogitshardsError as error:
             if debug:
                 raise

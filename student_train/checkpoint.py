@@ -37,13 +37,15 @@ _PROGRESS = "progress.json"
 class Progress:
     """Optimizer steps done, labelled positions trained on, the last evaluation.
 
-    `sequences` are those trained on, of every dataset.
+    `sequences` are those trained on, of every dataset; `evaluation_due` after a step that is to be
+    evaluated and was not yet.
     """
 
     step: int
     tokens: int
     sequences: Sequence[int]
     evaluation: dict[str, float] | None = None
+    evaluation_due: bool = False
 
 
 def save(folder: Path, model: PreTrainedModel, optimizer: Optimizer, progress: Progress) -> None:

@@ -18,19 +18,21 @@ from typing import Self, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from shards import durable
+from student_train.prepare import VALIDATION
 from student_train.run_folder import RunFolder
 
 
 class Metrics:
-    """Writes figures of steps from `step` on; a context manager that closes its files.
+    """Writes figures of steps after `step`; a context manager that closes its files.
 
+    And those of its evaluation, unless it is `evaluated`.
     `{"step": 3, "kind": "train", ...}`: kind is "train" or "validation" in metrics.jsonl, "speed"
     in speed.jsonl.
     """
 
-    def __init__(self, folder: RunFolder, *, step: int) -> None:
-        for file in (folder.metrics, folder.speed):
-            cut_back(file, step)
+    def __init__(self, folder: RunFolder, *, step: int, evaluated: bool = True) -> None:
+        cut_back(folder.metrics, step, evaluated=evaluated)
+        cut_back(folder.speed, step)
         self._file = folder.metrics.open("a", encoding="utf-8")
         self._speed_file = folder.speed.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
@@ -70,13 +72,20 @@ class Metrics:
             self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
 
-def cut_back(file: Path, step: int) -> None:
-    """Keep the lines up to a step; what follows it, or is not a whole line, goes."""
+def cut_back(file: Path, step: int, *, evaluated: bool = True) -> None:
+    """Keep the lines up to a step; what follows it, or is not a whole line, goes.
+
+    If the step is not `evaluated` yet, a line that says so goes too.
+    """
     if not file.exists():
         return
     kept = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        if not line.endswith("\n"):
+            break
+        found = json.loads(line)
+        is_evaluation = found["step"] == step and found["kind"] == VALIDATION
+        if found["step"] > step or (is_evaluation and not evaluated):
             break
         kept.append(line)
     durable.replace(file, "".join(kept))

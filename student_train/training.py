@@ -112,10 +112,15 @@ class Training:
         clock = StepClock(self._device, peak)
         display = TrainProgress(done, num_steps, peak)
         with (
-            Metrics(self._folder, step=done) as metrics,
+            Metrics(
+                self._folder, step=done, evaluated=not self._progress.evaluation_due
+            ) as metrics,
             ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead,
             StopRequest() as stop,
         ):
+            paused = time.monotonic()
+            self._evaluate_if_due(metrics)
+            display.pause(time.monotonic() - paused)
             for step in range(done + 1, num_steps + 1):
                 alpha, rate = alphas.at(step - 1), rates.at(step - 1)
                 with self._saved_if_shards_fail(metrics):
@@ -135,10 +140,13 @@ class Training:
                 metrics.write(step, TRAIN, figures)
                 metrics.write_speed(step, {"tokens": self._progress.tokens, **speed})
                 paused = time.monotonic()
-                if step == num_steps or _due(step, config.eval_every):
-                    self._evaluate(metrics)
-                stopped = stop.received if step < num_steps else None
-                if step == num_steps or stopped or _due(step, config.save_every):
+                last = step == num_steps
+                due = last or _due(step, config.eval_every)
+                self._progress = replace(self._progress, evaluation_due=due)
+                if not stop.received:  # nobody who asks for an end waits for an evaluation
+                    self._evaluate_if_due(metrics)
+                stopped = stop.received
+                if last or stopped or _due(step, config.save_every):
                     self._save(metrics)
                 if stopped:
                     display.clear()
@@ -230,7 +238,7 @@ class Training:
         """Keep the steps that are done when a shard goes bad or vanishes under the run.
 
         A step takes its batches before it touches the weights, which are thus those of the last
-        whole step.
+        whole step; an evaluation does not touch them.
         """
         try:
             yield
@@ -239,19 +247,21 @@ class Training:
                 self._save(metrics)
             raise
 
-    def _evaluate(self, metrics: Metrics) -> None:
-        if self._evaluation_dataset is None:
+    def _evaluate_if_due(self, metrics: Metrics) -> None:
+        """After the last step, unless it was done; a run that was stopped before it does it now."""
+        if not self._progress.evaluation_due or self._evaluation_dataset is None:
             return
-        figures = evaluate(
-            self._model,
-            self._evaluation_dataset.split(VALIDATION),
-            batch_sequences=self._config.micro_batch_sequences,
-            device=self._device,
-            autocast=self._autocast,
-            bytes_of_tokens=self._bytes_of_tokens,
-        )
+        with self._saved_if_shards_fail(metrics):
+            figures = evaluate(
+                self._model,
+                self._evaluation_dataset.split(VALIDATION),
+                batch_sequences=self._config.micro_batch_sequences,
+                device=self._device,
+                autocast=self._autocast,
+                bytes_of_tokens=self._bytes_of_tokens,
+            )
         metrics.write(self._progress.step, VALIDATION, figures)
-        self._progress = replace(self._progress, evaluation=figures)
+        self._progress = replace(self._progress, evaluation=figures, evaluation_due=False)
 
     def _batches(self, step_sequences: int) -> Iterator[Batch]:
         seed, first_line = self._config.seed, self._progress.step * step_sequences

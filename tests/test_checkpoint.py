@@ -116,6 +116,15 @@ def test_metrics_are_cut_back_to_a_step_and_half_a_line_goes(tmp_path: Path) -> 
         assert file.read_text() == expected
 
 
+def test_an_evaluation_that_is_made_again_is_cut_too(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    kinds = [(1, "train"), (1, "validation"), (2, "train"), (2, "validation"), (3, "train")]
+    whole = [json.dumps({"step": step, "kind": kind}) + "\n" for step, kind in kinds]
+    file.write_text("".join(whole))
+    cut_back(file, 2, evaluated=False)
+    assert file.read_text() == "".join(whole[:3])
+
+
 def test_metrics_can_be_read_while_they_are_written(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with Metrics(folder, step=0) as metrics:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,6 +42,26 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     )
     assert "Options:" in result.stdout
     assert result.stdout.strip().endswith("HEAVY []")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_command_with_one_line_wherever_it_is(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(number)
+
+    def receive(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    monkeypatch.setattr("student_train.train.open_datasets", receive)
+    out = str(tmp_path / "out")
+    options = ["--shards", out, "--student", "tiny", "--out", out, "--tokens", "9"]
+    result = CliRunner().invoke(cli.train_student, options)
+    assert result.exit_code == 128 + number
+    says = f"train-student: stopped by {number.name}; the same command continues\n"
+    assert result.output == says
+    assert signal.getsignal(number) == before
 
 
 def _dump(*options: str) -> tuple[int, str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,11 +17,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from shards import dataset
 from shards.dataset import Dataset
-from shards.errors import IdentityMismatchError, InputError, RunError, ShardError
+from shards.errors import IdentityMismatchError, InputError, RunError, ShardError, StoppedError
+from student_train import training
 from student_train.config import TrainConfig
+from student_train.evaluate import evaluate
 from student_train.prepare import check_objective
 from student_train.report import write_report
+from student_train.step import optimizer_step
 from student_train.train import run
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset, make_tokenizer
 
@@ -204,6 +211,66 @@ def test_a_run_that_stops_after_any_checkpoint_goes_on_as_if_it_had_not(
     run(replace(whole, out=out))
     assert_same_weights(out, whole.out)
     assert (out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("happens", ["goes bad", "vanishes"])
+def test_a_shard_that_fails_in_the_middle_is_named_and_every_step_before_it_is_kept(
+    split: str, happens: str, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails in the first evaluation; the validation shard is read right after that."""
+    monkeypatch.setattr(dataset, "_MAX_OPEN_READERS", 1)  # so that shards are opened again
+    folder = make_dataset(tmp_path / "dataset", train=30, validation=5)
+    whole = make_config(folder, student, tmp_path / "whole", tokens=1200, eval_every=4)
+    steps = run(whole)["steps"]
+    config = replace(whole, out=tmp_path / "out")
+    shard = folder / split / "shard-000000.parquet"
+    content = shard.read_bytes()
+
+    def fail_and_evaluate(*arguments: Any, **options: Any) -> dict[str, float]:
+        if happens == "vanishes":
+            shard.unlink()
+        else:
+            shard.write_bytes(content[:100] + bytes(len(content) - 200) + content[-100:])
+        monkeypatch.undo()
+        monkeypatch.setattr(dataset, "_MAX_OPEN_READERS", 1)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(training, "evaluate", fail_and_evaluate)
+    with pytest.raises(ShardError, match=re.escape(str(shard))):
+        run(config)
+    (saved,) = (config.out / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert step == 4 if split == "validation" else 4 < step < steps
+    assert [line["step"] for line in lines(config.out)] == list(range(1, step + 1))
+    shard.write_bytes(content)
+    assert run(config)["validation_cross_entropy"] == run(whole)["validation_cross_entropy"]
+    assert_same_weights(config.out, whole.out)
+    assert (config.out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_a_signal_skips_an_evaluation_that_the_continued_run_makes_up_for(
+    step: int, shards: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_config(shards, student, tmp_path / "whole", eval_every=2)
+    expected = run(whole)
+    config = replace(whole, out=tmp_path / "out")
+
+    def step_and_signal(*arguments: Any, **options: Any) -> Any:
+        if len(lines(config.out)) == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return optimizer_step(*arguments, **options)
+
+    monkeypatch.setattr(training, "optimizer_step", step_and_signal)
+    with pytest.raises(StoppedError, match=f"SIGTERM after step {step}, its checkpoint"):
+        run(config)
+    assert max(line["step"] for line in lines(config.out, "validation")) < step
+    monkeypatch.undo()
+    found = run(config)
+    assert found["validation_cross_entropy"] == expected["validation_cross_entropy"]
+    assert_same_weights(config.out, whole.out)
+    assert (config.out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
 
 
 def test_a_student_learns_from_packed_documents_and_resumes_among_them(
