@@ -9,9 +9,11 @@ Speed, in turns over the same files:
            order of the files
 - shuffled: the same in the order of training, from somewhere in its endless stream
 
+All of them use all cores; the figures per core are divided by their number.
+
 Memory: the highest RssAnon (the process's own memory; mapped files are page cache and not in it)
-over one epoch of shuffled batches, in a fresh process each, for a dataset and for one of four times
-the size.
+over each quarter of one epoch of shuffled batches, in a fresh process each, for a dataset and for
+one of four times the size.
 """
 
 from __future__ import annotations
@@ -96,12 +98,13 @@ def anonymous_bytes() -> int:
     raise OSError("/proc/self/status has no RssAnon")
 
 
-def peak_of(path: Path) -> int:
-    """The highest RssAnon over an epoch of training, bytes; to be called in a fresh process."""
+def peaks_of(path: Path) -> list[int]:
+    """The highest RssAnon in the quarters of an epoch, bytes; to be called in a fresh process."""
     dataset = Dataset.open(path)
     split = dataset.split("train")
-    epoch = islice(_shuffled(split), split.num_sequences // BATCH_SEQUENCES)
-    return max(anonymous_bytes() for _ in epoch)
+    quarter = split.num_sequences // BATCH_SEQUENCES // 4
+    batches = _shuffled(split)
+    return [max(anonymous_bytes() for _ in islice(batches, quarter)) for _ in range(4)]
 
 
 def _shuffled(split: Split) -> Generator[Batch]:
@@ -131,14 +134,16 @@ def measure_speed(dataset: Dataset, rounds: int) -> dict[str, object]:
         "bytes": sum(sidecar.bytes for sidecar in sidecars),
     }
     click.echo(f"{num_tokens:,} tokens, {num_entries / num_tokens:.1f} entries/token")
-    click.echo(f"{'':10}{'M tokens/s':>12}{'M entries/s':>13}")
+    cores = pa.cpu_count()
+    click.echo(f"{'':10}{'M tokens/s':>12}{'M entries/s':>13}   per core, {cores} of them")
     for name, values in seconds.items():
         median = statistics.median(values)
-        click.echo(f"{name:10}{num_tokens / median / 1e6:12.2f}{num_entries / median / 1e6:13.1f}")
+        tokens_per_s, entries_per_s = num_tokens / median / cores, num_entries / median / cores
+        click.echo(f"{name:10}{tokens_per_s / 1e6:12.2f}{entries_per_s / 1e6:13.1f}")
         result[name] = {
             "seconds": median,
-            "tokens_per_s": num_tokens / median,
-            "entries_per_s": num_entries / median,
+            "tokens_per_s_and_core": tokens_per_s,
+            "entries_per_s_and_core": entries_per_s,
         }
     for name in ("batches", "shuffled"):
         ratios = [a / b for a, b in zip(seconds["bare"], seconds[name], strict=True)]
@@ -154,7 +159,8 @@ def measure_memory(folder: Path, sequence_length: int, factor: int) -> dict[str,
     """Peaks for a dataset of four windows of row groups and for one of `factor` times as many."""
     row_group_tokens = 32 << 10
     context = multiprocessing.get_context("spawn")
-    peaks, sizes = {}, {}
+    peaks: dict[str, list[int]] = {}
+    sizes = {}
     for name, num_groups in (("small", 16), ("large", 16 * factor)):
         dataset = make_shards(
             folder / name,
@@ -164,13 +170,13 @@ def measure_memory(folder: Path, sequence_length: int, factor: int) -> dict[str,
             row_group_tokens=row_group_tokens,
         )
         with ProcessPoolExecutor(1, mp_context=context) as fresh:
-            peaks[name] = fresh.submit(peak_of, dataset.path).result()
+            peaks[name] = fresh.submit(peaks_of, dataset.path).result()
         sizes[name] = sum(sidecar.bytes for sidecar in dataset.split("train").sidecars())
-    growth = peaks["large"] / peaks["small"]
-    click.echo(
-        f"RssAnon at most {peaks['small'] / 2**20:.0f} MiB for {sizes['small'] / 1e9:.2f} GB of"
-        f" shards, {peaks['large'] / 2**20:.0f} MiB for {sizes['large'] / 1e9:.2f} GB: {growth:.2f}"
-    )
+    growth = max(peaks["large"]) / max(peaks["small"])
+    click.echo("RssAnon at most, MiB, in the quarters of an epoch")
+    for name, quarters in peaks.items():
+        texts = " ".join(f"{peak / 2**20:5.0f}" for peak in quarters)
+        click.echo(f"{sizes[name] / 1e9:.2f} GB of shards: {texts}")
     return {"peak_bytes": peaks, "bytes": sizes, "growth": growth}
 
 
