@@ -30,7 +30,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -47,6 +47,7 @@ from shards.dataset import Dataset
 from student_train.batches import TARGET_COLUMNS, TOKEN_COLUMNS, Batch, training_batches
 from student_train.config import TrainConfig
 from student_train.distillation import Objective
+from student_train.flops import peak_tokens_per_s
 from student_train.lines import Source
 from student_train.loss import IGNORE_INDEX, Loss
 from student_train.model import head_weight, hidden_states
@@ -55,7 +56,7 @@ from student_train.read_ahead import ReadAhead
 from student_train.speed import StepClock
 from student_train.step import autocast_for, batch_loss, make_optimizer, optimizer_step
 
-CHUNK_ROWS = (256, 512, 1024)
+CHUNK_ROWS = (256, 512, 1024, 2048, 4096, 8192)  # as many as a step has
 ENTRIES = {"torch": 12, "lm": 12, "kd12": 12, "kd54": 54, "dense": 54}
 ALPHA = 0.5
 MEMORY_STEPS = 3
@@ -63,6 +64,8 @@ RATIOS = (
     ("kd12 / lm", "kd12", "lm", "want <= 1.03"),
     ("kd54 / lm", "kd54", "lm", "want <= 1.03"),
     ("lm / torch", "lm", "torch", "want <= 1.03"),
+    ("kd12 / torch", "kd12", "torch", "want memory <= 1.05"),
+    ("kd54 / torch", "kd54", "torch", "want memory <= 1.05"),
     ("dense / kd54", "dense", "kd54", ""),
 )
 
@@ -139,7 +142,8 @@ class Student:
         self.loss_of = _loss_of(variant)
         self.optimizer = make_optimizer(self.model, options)
         self.autocast = autocast_for(shape.dtype, device)
-        self.clock = StepClock(device, None)
+        peak = peak_tokens_per_s(self.model, identity["sequence_length"], shape.dtype, device)
+        self.clock = StepClock(device, peak)
 
     def step(self) -> dict[str, float]:
         """Figures of one step, `seconds` and `data_wait` among them."""
@@ -163,10 +167,10 @@ def _loss_of(variant: str) -> Callable[[PreTrainedModel, Batch], Loss]:
     return partial(batch_loss, objective=Objective(kind="kld", alpha=alpha, temperature=1.0))
 
 
-def choose_chunk_rows(student: Student) -> int:
+def choose_chunk_rows(student: Student, step_tokens: int) -> int:
     """Give the torch student its fastest chunk size, the faster of two steps each."""
     seconds = {}
-    for rows in CHUNK_ROWS:
+    for rows in [rows for rows in CHUNK_ROWS if rows <= max(step_tokens, CHUNK_ROWS[0])]:
         student.loss_of = partial(torch_loss, chunk_rows=rows)
         seconds[rows] = min(student.step()["seconds"], student.step()["seconds"])
     best = min(seconds, key=lambda rows: seconds[rows])
@@ -194,7 +198,8 @@ def take_turns(
     with ExitStack() as stack:
         students = {name: Student(data, shape, name, stack) for name, data in datasets.items()}
         if "torch" in students:
-            chunk_rows = choose_chunk_rows(students["torch"])
+            length = datasets["torch"].identity["sequence_length"]
+            chunk_rows = choose_chunk_rows(students["torch"], shape.batch_sequences * length)
         for student in students.values():
             student.step()
         for number in range(rounds):
@@ -255,11 +260,19 @@ def main(
     about = {
         "command": sys.argv,
         "torch_version": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "device": device_name(),
+        "shape": asdict(shape),
         "step_tokens": batch_sequences * sequence_length,
         "torch_chunk_rows": chunk_rows,
     }
     report(figures, peaks, about, json_file)
+
+
+def device_name() -> str:
+    """The GPU, or how many threads of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads"
 
 
 def report(
@@ -271,14 +284,21 @@ def report(
     """Print the tables, and write them."""
     result: dict[str, object] = dict(about)
     seconds = {name: [step["seconds"] for step in steps] for name, steps in figures.items()}
-    click.echo(f"{'':8}{'s/step':>10}{'tokens/s':>12}{'data wait':>12}{'peak MiB':>12}")
+    click.echo(f"{about['device']}, torch's chunks of {about['torch_chunk_rows']} rows")
+    click.echo(f"{'':8}{'s/step':>10}{'tokens/s':>12}{'data wait':>12}{'peak MiB':>12}{'MFU':>8}")
     for name, steps in figures.items():
         median = statistics.median(seconds[name])
         speed = statistics.median(step["tokens_per_s"] for step in steps)
         wait = statistics.median(step["data_wait"] for step in steps)
         mebibytes = peaks[name] / 2**20
-        click.echo(f"{name:8}{median:10.3f}{speed:12,.0f}{100 * wait:10.2f} %{mebibytes:12,.0f}")
+        used = [step["flop_utilisation"] for step in steps if "flop_utilisation" in step]
+        utilisation = statistics.median(used) if used else None  # of a GPU that is known
+        click.echo(
+            f"{name:8}{median:10.3f}{speed:12,.0f}{100 * wait:10.2f} %{mebibytes:12,.0f}"
+            + ("" if utilisation is None else f"{utilisation:8.1%}")
+        )
         result[name] = {
+            "flop_utilisation": utilisation,
             "seconds": median,
             "tokens_per_s": speed,
             "data_wait": wait,

@@ -172,10 +172,14 @@ def test_kld_is_zero_for_a_student_that_equals_the_target() -> None:
     torch.testing.assert_close(gradients(found, hidden, weight)[0], torch.zeros(5, 11).double())
 
 
-def test_probability_outside_the_kept_entries_costs_something() -> None:
+@pytest.mark.parametrize("kind", ["kld", "nll"])
+def test_probability_outside_the_kept_entries_costs_something(kind: str) -> None:
+    """Nll is kld and the entropy of the target."""
     weight = torch.eye(6, dtype=torch.float64).requires_grad_()
-    targets = Targets(torch.tensor([[0, 1]]).int(), torch.tensor([[0.6, 0.4]]).double().log())
-    objective = Objective(kind="kld", alpha=1.0, temperature=1.0)
+    target = torch.tensor([[0.6, 0.4]]).double()
+    targets = Targets(torch.tensor([[0, 1]]).int(), target.log())
+    objective = Objective(kind=kind, alpha=1.0, temperature=1.0)
+    least = 0.0 if kind == "kld" else -(target * target.log()).sum().item()
 
     def kd(outside: float) -> float:
         kept = torch.tensor([0.6, 0.4]) * (1 - outside)
@@ -184,8 +188,8 @@ def test_probability_outside_the_kept_entries_costs_something() -> None:
         label = torch.zeros(1, dtype=torch.int64)
         return distillation_loss(hidden, weight, label, targets, objective).kd.item()
 
-    assert kd(1e-9) == pytest.approx(0, abs=1e-6)
-    assert kd(0.5) == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-5)
+    assert kd(1e-9) == pytest.approx(least, abs=1e-6)
+    assert kd(0.5) == pytest.approx(least + torch.tensor(2.0).log().item(), rel=1e-5)
 
 
 def test_positions_without_kept_entries_have_only_the_language_model_part() -> None:
