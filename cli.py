@@ -479,13 +479,16 @@ def train_student(**options: Any) -> None:
     from student_train.config import TrainConfig
 
     config = TrainConfig(**options)
+    from student_train.definitions import DEFINITIONS
     from student_train.train import run
 
     summary = run(config)
     for name, value in summary.items():
         parts = value if isinstance(value, list) else [value]
         texts = (f"{part:.6g}" if isinstance(part, float) else f"{part}" for part in parts)
-        click.echo(f"{name}: {', '.join(texts)}")
+        definition = DEFINITIONS.get(name.removeprefix("validation_"))
+        means = "" if definition is None else f" nats ({definition})"
+        click.echo(f"{name}: {', '.join(texts)}{means}")
 
 
 @click.command(cls=_Command)

@@ -36,8 +36,9 @@ def block_at_joints(student: str, model: PreTrainedModel, dataset: Path) -> None
         if model.device.type == "cuda":
             model.set_attn_implementation("flex_attention")
         error = _error_of_packing(model)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as cause:
-        raise InputError(f"{refused}: {cause}") from cause
+    except (ValueError, TypeError, RuntimeError, ImportError) as cause:  # of torch.compile too
+        first_line = str(cause).strip().partition("\n")[0]
+        raise InputError(f"{refused}: {first_line}") from cause
     if not error < _TOLERANCE:
         raise InputError(f"{refused}: one changes what it computes for the next")
 

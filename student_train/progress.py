@@ -9,7 +9,7 @@ from shards.progress_line import ProgressLine, duration
 
 
 class TrainProgress:
-    """Shows step, tokens, loss and its parts, learning rate, speed and the time left.
+    """Shows step, tokens, loss and its parts, alpha, learning rate, speed and the time left.
 
     With `peak_tokens_per_s` (`flops.py`) also the model FLOP utilisation.
     """

@@ -14,6 +14,7 @@ from pathlib import Path
 from shards import durable
 from shards.errors import InputError
 from student_train import report_charts
+from student_train.definitions import DEFINITIONS
 from student_train.report_charts import Chart, draw
 from student_train.report_runs import RunRecord, read_runs
 from student_train.report_style import SCRIPT, run_styles, style
@@ -32,17 +33,19 @@ _SECTIONS = (
             Chart(
                 key="validation/kl_bound",
                 title="KL to the teacher, lower bound, nats",
+                note=DEFINITIONS["kl_bound"],
                 tight=True,
             ),
             Chart(
                 key="validation/kl_unbiased",
                 title="KL to the teacher, unbiased estimate, nats",
+                note=DEFINITIONS["kl_unbiased"],
                 tight=True,
             ),
             Chart(
                 key="validation/kl_kept",
                 title="KL to the kept entries, nats",
-                note="what --loss kld minimises; for runs on the same shards",
+                note=f"{DEFINITIONS['kl_kept']}; for runs on the same shards",
                 tight=True,
             ),
             Chart(

@@ -89,6 +89,7 @@ def make_run(
     steps: int = 12,
     finished: bool = True,
     speed: bool = True,
+    gpu: bool = False,
     alpha: float = 0.9,
     kl: tuple[str, ...] = ("kl_kept", "kl_bound"),
     **options: Any,
@@ -113,13 +114,15 @@ def make_run(
                     "step": step, "kind": "validation", "tokens": 77,
                     "cross_entropy": 4 + 5 / step, "perplexity": math.exp(4 + 5 / step),
                     "teacher_cross_entropy": 3.25, "top1_agreement": step / 100,
+                    "bits_per_byte": 2 + 1 / step, "calibration_error": 0.1 / step,
                 }  # fmt: skip
                 line |= dict.fromkeys(kl, 1 + 5 / step)
                 metrics.write(json.dumps(line) + "\n")
     if speed:
+        used = {"flop_utilisation": 0.25, "peak_cuda_memory_bytes": 3 << 30} if gpu else {}
         lines = [
             {"step": step, "kind": "speed", "tokens": 100 * step, "seconds": 0.5,
-             "tokens_per_s": 200.0, "data_wait": 0.1, "peak_memory_bytes": step << 28}
+             "tokens_per_s": 200.0, "data_wait": 0.1, "peak_memory_bytes": step << 28} | used
             for step in range(1, steps + 1)
         ]  # fmt: skip
         (folder / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -92,6 +92,21 @@ def test_figures_and_settings_of_runs_stand_side_by_side(tmp_path: Path) -> None
     assert marked == ["alpha", "alpha"]  # at the top and among all; not seed, and not out
 
 
+def test_a_run_on_a_gpu_has_its_utilisation_and_memory(tmp_path: Path) -> None:
+    page = report(
+        make_run(tmp_path / "cpu"), make_run(tmp_path / "gpu", gpu=True), out=tmp_path / "r.html"
+    )
+    dash = "\N{EN DASH}"
+    assert page.rows["model FLOP utilisation, mean"] == [dash, "25.0%"]
+    assert page.rows["peak memory of the GPU"] == [dash, "3.00 GiB"]
+    assert page.rows["bits per byte"] == ["2.0833"] * 2
+    assert page.rows["calibration error"] == ["0.0083"] * 2
+    for title, value in (("Model FLOP utilisation", 0.25), ("Peak memory of the GPU, GiB", 3.0)):
+        assert sorted(page.charts[title]["curves"]) == [1]
+        (*_, (tokens, last)) = page.values(title, 1)
+        assert (tokens, last) == pytest.approx((1200, value), rel=1e-3)
+
+
 def test_a_run_that_is_going_on_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", finished=False, tokens=4800)
     for name in ("metrics.jsonl", "speed.jsonl"):

@@ -1,0 +1,10 @@
+"""What the divergences of an evaluation are, in a line each, for those who see only the figures.
+
+`docs/evaluation.md` has the formulas; `evaluate.py` computes them.
+"""
+
+DEFINITIONS = {
+    "kl_kept": "KL to the kept entries, whose probabilities are divided by their sum",
+    "kl_bound": "KL with all that was not kept as one entry: at most the full KL to the teacher",
+    "kl_unbiased": "unbiased estimate of the full KL to the teacher, its entropy exact",
+}
