@@ -467,6 +467,12 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights and order.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+@click.option("--compile", is_flag=True, help="Compile the student's blocks with torch.compile.")
+@click.option(
+    "--gradient-checkpointing",
+    is_flag=True,
+    help="Compute the blocks' activations twice instead of keeping them.",
+)
 @_debug
 def train_student(**options: Any) -> None:
     """Train a student against a dataset of shards.

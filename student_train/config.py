@@ -58,6 +58,8 @@ class TrainConfig:
     eval_tasks: Sequence[str] = ()
     seed: int = 0
     dtype: str = "bfloat16"
+    compile: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         self._check_choices()

@@ -16,12 +16,14 @@ from transformers.utils.logging import disable_progress_bar
 from shards.dataset import Dataset
 from shards.folder_lock import folder_lock
 from shards.identity import Json
+from student_train.blocks import prepare_blocks
 from student_train.config import TrainConfig
 from student_train.lines import packed_length
 from student_train.model import check_sizes, default_learning_rate, export, make_student
 from student_train.packed_attention import block_at_joints
 from student_train.prepare import find_evaluation_dataset, open_datasets, plan_steps
 from student_train.run_folder import RunFolder, describe_run, publish_folder
+from student_train.step import autocast_for
 from student_train.tasks import load_tasks, missing_tasks, read_tasks, run_tasks, task_figures
 from student_train.training import TRAIN, Training
 
@@ -84,6 +86,9 @@ def _train(
     packed = [other for other in read if packed_length(other.identity) is not None]
     if packed:
         block_at_joints(config.student, model, packed[0].path)
+    length = dataset.identity["sequence_length"]
+    autocast = autocast_for(config.dtype, device)
+    prepare_blocks(config, model.train(), sequence_length=length, autocast=autocast)
     with folder_lock(folder.path, "train-student"):
         folder.start(description)
         training = Training(config, splits, evaluation_dataset, model, folder)

@@ -8,19 +8,21 @@ import re
 import shutil
 import signal
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.backends.registry import lookup_backend
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from shards import dataset
 from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError, RunError, ShardError, StoppedError
 from student_train import training
+from student_train.blocks import decoder_blocks
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate
 from student_train.prepare import check_objective
@@ -353,6 +355,68 @@ def test_datasets_that_do_not_mix_are_refused(
             run(replace(config, shards=[shards, second]))
         assert not config.out.exists()
     run(replace(config, shards=[shards, sampled], alpha=0.0))  # which reads no entries
+
+
+def compile_with(patch: pytest.MonkeyPatch, backend: Any) -> None:
+    """Dynamo as it is, and a backend that takes less than the minute of the default one."""
+    compile_module = torch.nn.Module.compile
+    patch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend=backend))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns within
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"compile": True},
+        {"gradient_checkpointing": True, "compile": True},
+    ],
+)
+def test_compiled_and_checkpointed_blocks_compute_the_same(
+    options: dict[str, bool],
+    shards: Path,
+    student: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compile_with(monkeypatch, backend)
+    torch.compiler.reset()
+    plain = make_config(shards, student, tmp_path / "plain")
+    config = replace(plain, out=tmp_path / "out", **options)
+    expected, found = run(plain), run(config)
+    assert bool(compiled) == options.get("compile", False)
+    assert len(decoder_blocks(AutoModelForCausalLM.from_pretrained(config.out / "model"))) == 1
+    for name in ("loss", "gradient_norm"):
+        values = [line[name] for line in lines(config.out)]
+        assert values == pytest.approx([line[name] for line in lines(plain.out)], rel=1e-4), name
+    assert found["validation_kl_bound"] == pytest.approx(expected["validation_kl_bound"], rel=1e-4)
+    for name, weight in weights(plain.out).items():
+        torch.testing.assert_close(weights(config.out)[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns within
+def test_blocks_that_cannot_be_compiled_are_refused_before_anything_is_written(
+    shards: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler\nand a long story")
+
+    config = make_config(shards, student, tmp_path / "out", compile=True)
+    compile_with(monkeypatch, broken)
+    torch.compiler.reset()
+    with pytest.raises(InputError, match=r"LlamaForCausalLM cannot be compiled here: .+") as found:
+        run(config)
+    assert "\n" not in str(found.value)
+    monkeypatch.setattr("student_train.blocks.decoder_blocks", lambda model: [])
+    with pytest.raises(InputError, match="does not say what its blocks are"):
+        run(config)
+    assert not config.out.exists()
 
 
 def test_a_finished_run_is_left_as_it_is(shards: Path, student: str, tmp_path: Path) -> None:
