@@ -1,12 +1,13 @@
 """One shard from a memory map, by row group; the mirror of `writer.py`.
 
-What is checked when: opening compares the size (before anything is mapped: touching a mapped page
-beyond the end of a file kills the process), the footer's hash, format version and columns; reading
-compares the CRC-32 of every column chunk that is read, and that the columns fit together; only
-`verify_shard` reads everything. So no single flipped byte reaches a caller as other numbers.
+What is checked when: opening and reading compare the size (touching a mapped page beyond the end of
+a file kills the process); opening the footer's hash, format version and columns; reading the CRC-32
+of every column chunk that is read, and that the columns fit together; only `verify_shard` reads
+everything. So no single flipped byte reaches a caller as other numbers.
 
 The map is clean page cache, not memory of the process. What the checks cannot see is a file that
-somebody else truncates while it is mapped: the process then dies of SIGBUS.
+somebody else truncates in the milliseconds in which a row group is read: the process then dies of
+SIGBUS.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class ShardReader:
         unknown = set(columns or ()) - set(ALL_COLUMNS)
         if unknown:
             raise ValueError(f"no columns of a shard: {', '.join(sorted(unknown))}")
+        self._check_size()
         wanted = self._columns if columns is None else [c for c in self._columns if c in columns]
         for name in wanted:
             column = self._columns.index(name)
@@ -121,6 +123,7 @@ class ShardReader:
 
     def verify(self) -> None:
         """Check the hash of the whole file, every value, and the sums in the sidecar."""
+        self._check_size()
         if file_sha256(self._content) != self.sidecar.sha256:
             raise self._corrupt("the hash of the file is not the one in the sidecar")
         totals = Totals()
@@ -160,16 +163,22 @@ class ShardReader:
         )
 
     def _open_map(self) -> pa.MemoryMappedFile:
+        self._check_size()
+        try:
+            file = pa.memory_map(str(self.path))
+        except OSError as error:
+            raise self._corrupt(str(error)) from error
+        if file.size() != self.sidecar.bytes:
+            raise self._corrupt(f"{file.size()} bytes, {self.sidecar.bytes} in the sidecar")
+        return file
+
+    def _check_size(self) -> None:
         try:
             size = self.path.stat().st_size
-            if size == self.sidecar.bytes:
-                file = pa.memory_map(str(self.path))
-                size = file.size()
         except OSError as error:
             raise self._corrupt(str(error)) from error
         if size != self.sidecar.bytes:
             raise self._corrupt(f"{size} bytes, {self.sidecar.bytes} in the sidecar")
-        return file
 
     def _read_metadata(self) -> dict[str, Any]:
         """The footer's own JSON, after checking that this release can read the file."""

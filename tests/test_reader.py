@@ -4,6 +4,7 @@ import json
 import os
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -379,3 +380,17 @@ def test_a_verified_shard_of_plain_pyarrow_is_fine(path):
     totals = {"tokens": 2, "entries": 3, "teacher_nll": 2.0, "teacher_entropy": 2.0}
     rewrite(path, make_table(), footer(), {**totals, "kept_mass": 2 - 2 * float(np.exp(-3))})
     verify_shard(path)
+
+
+@pytest.mark.parametrize("happens", ["is cut", "vanishes"])
+def test_a_file_that_changes_under_the_map_is_an_error_and_no_signal(happens, path):
+    with ShardReader(path) as reader:
+        reader.read_row_group(0)
+        if happens == "is cut":
+            with path.open("r+b") as file:
+                file.truncate(100)
+        else:
+            path.unlink()
+        for read in (partial(reader.read_row_group, 0), reader.verify):
+            with pytest.raises(ShardCorruptError, match=rf"{path.name}: damaged"):
+                read()
