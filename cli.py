@@ -285,9 +285,9 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
 
     The same command again continues where it stopped.
     """
-    from shards.allocator import keep_freed_memory
+    from shards.allocator import keep_freed_tensors
 
-    keep_freed_memory()
+    keep_freed_tensors()
     from teacher_dump.config import DumpConfig
 
     if tokens is not None and (not plan or not 1 <= tokens < 1e18):
@@ -479,9 +479,9 @@ def train_student(**options: Any) -> None:
 
     The same command again continues from the last checkpoint.
     """
-    from shards.allocator import keep_freed_memory
+    from shards.allocator import keep_freed_row_groups
 
-    keep_freed_memory()
+    keep_freed_row_groups()
     from student_train.config import TrainConfig
 
     config = TrainConfig(**options)

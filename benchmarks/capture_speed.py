@@ -62,9 +62,9 @@ class _ThreadTime:
 
 def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[Any]], float]:
     """What the project runs on vLLM; for the limit its engine with another pooler."""
-    from shards.allocator import keep_freed_memory
+    from shards.allocator import keep_freed_tensors
 
-    keep_freed_memory()  # as dump-logits does
+    keep_freed_tensors()  # as dump-logits does
     import torch
 
     import teacher_dump.vllm_pooler

@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shards.allocator import keep_freed_memory
+from shards.allocator import keep_freed_tensors
 from teacher_dump.config import DumpConfig
 from teacher_dump.keep import make_keep
 from teacher_dump.selection import make_selector, select_in_blocks
@@ -92,7 +92,7 @@ def name_of(device: torch.device) -> str:
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
 def main(device: str, vocab_size: int, positions: int, rounds: int, json_file: Path | None) -> None:
     """Microseconds per position of every keep method and of a copy."""
-    keep_freed_memory()  # as dump-logits does
+    keep_freed_tensors()  # as dump-logits does
     where = torch.device(device)
     generator = torch.Generator(where).manual_seed(0)
     logits = 3 * torch.randn((positions, vocab_size), generator=generator, device=where)

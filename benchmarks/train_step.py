@@ -18,9 +18,9 @@ over a few steps (on a GPU, of its tensors), with everything that Python and tor
 
 from __future__ import annotations
 
-from shards.allocator import keep_freed_memory
+from shards.allocator import keep_freed_row_groups
 
-keep_freed_memory()  # as train-student does; before pyarrow is imported
+keep_freed_row_groups()  # as train-student does; before pyarrow is imported
 
 import json
 import multiprocessing
