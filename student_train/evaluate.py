@@ -42,8 +42,9 @@ from student_train.loss import IGNORE_INDEX, split_evenly
 from student_train.model import head_weight, hidden_states
 from student_train.read_ahead import ReadAhead
 
-# Of float32 logits; a quarter of a training step's blocks, because a few copies of them are made.
-_BLOCK_BYTES = 32 << 20
+# Of a block's float32 logits, of which a few copies are made. What a GPU wants is not measured.
+_CPU_BLOCK_BYTES = 32 << 20
+_GPU_BLOCK_BYTES = 256 << 20
 _READ_AHEAD_BATCHES = 2
 _NUM_SUMS = 6
 _NUM_BINS = 15
@@ -119,7 +120,8 @@ def _batch_sums(
     exact_above = -math.inf if method.exact_above is None else method.exact_above
     sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
     bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64)
-    for block in split_evenly(rows, len(weight), _BLOCK_BYTES, torch.float32):
+    block_bytes = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _GPU_BLOCK_BYTES
+    for block in split_evenly(rows, block_bytes // (4 * len(weight))):
         logits = hidden[block].float() @ weight.float().T
         prediction = predict(logits)
         bins += calibration_bins(prediction, labels[block]).cpu()

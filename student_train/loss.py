@@ -32,10 +32,15 @@ from student_train.distillation import Entries, Objective, Targets, distil, dist
 
 IGNORE_INDEX = -100
 
-# Bytes of a block's float32 logits. Every block adds a [V, D] product to the weight's gradient, so
-# small blocks are slow: on 2 cores of an AMD EPYC at V = 49,152 and D = 256, T = 2,048, blocks of
-# 6, 13, 25, 50 and 100 MB took 2.8, 1.9, 1.5, 1.3 and 1.3 s forward and backward in float32.
-_BLOCK_BYTES = 128 << 20
+# Bytes of a block's logits. Every block adds a [V, D] product to the weight's gradient, so those of
+# few rows are slow. On 2 cores of an Intel Xeon at T = 2,048, blocks of 128, 192, 256, 512 and 683
+# rows take 1.53, 1.40, 1.41, 1.35 and 1.33 s forward and backward in float32 with V = 49,152 and
+# D = 576, 4.70, 4.34, 4.39, 4.16 and 4.13 s with V = 151,936, and all the same with D = 128.
+_CPU_BLOCK_BYTES = 48 << 20
+_CPU_LEAST_ROWS = 192
+# By arithmetic, not measured: at 600 TFLOP/s and 3 TB/s adding that product takes 480 / R of the
+# time of a block's three products, so that R should be thousands.
+_GPU_BLOCK_BYTES = 1 << 30
 
 
 class Loss(NamedTuple):
@@ -56,7 +61,7 @@ def distillation_loss(
     targets: Targets | None,
     objective: Objective,
     *,
-    block_bytes: int = _BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> Loss:
     """Loss of hidden [T, D] under the head weight [V, D] for labels [T] int64, -100 ignored; nats.
 
@@ -82,7 +87,7 @@ class _FusedLoss(torch.autograd.Function):
         labels: Tensor,
         targets: Targets | None,
         objective: Objective,
-        block_bytes: int,
+        block_bytes: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = hidden.dtype
@@ -91,7 +96,10 @@ class _FusedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             blocks = _Blocks(hidden, weight.to(dtype), objective)
             rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-            for block in split_evenly(rows, weight.shape[0], block_bytes, blocks.sum_dtype):
+            row_bytes = weight.shape[0] * blocks.sum_dtype.itemsize
+            if block_bytes is None:
+                block_bytes = _block_bytes(device, row_bytes)
+            for block in split_evenly(rows, block_bytes // row_bytes):
                 blocks.add(block, labels, targets)
         ctx.gradients = blocks.hidden_gradient, blocks.weight_gradient.to(weight.dtype)
         lm, kd = blocks.lm, blocks.kd
@@ -109,12 +117,15 @@ class _FusedLoss(torch.autograd.Function):
         return hidden.mul_(scale), weight.mul_(scale), None, None, None, None
 
 
-def split_evenly(
-    rows: Tensor, num_entries: int, block_bytes: int, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Indices of rows [N] in as few parts of about equal size as keep logits within the bytes."""
-    most = max(1, block_bytes // (num_entries * dtype.itemsize))
-    return rows.tensor_split(-(-len(rows) // most)) if len(rows) else ()
+def split_evenly(rows: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Indices of rows [N] in as few parts of about equal size as hold at most so many, or one."""
+    return rows.tensor_split(-(-len(rows) // max(1, most))) if len(rows) else ()
+
+
+def _block_bytes(device: str, row_bytes: int) -> int:
+    if device != "cpu":
+        return _GPU_BLOCK_BYTES
+    return max(_CPU_BLOCK_BYTES, _CPU_LEAST_ROWS * row_bytes)
 
 
 class _Blocks:
