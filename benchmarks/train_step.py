@@ -56,7 +56,7 @@ from student_train.read_ahead import ReadAhead
 from student_train.speed import StepClock
 from student_train.step import autocast_for, batch_loss, make_optimizer, optimizer_step
 
-CHUNK_ROWS = (256, 512, 1024, 2048, 4096, 8192)  # as many as a step has
+CHUNK_ROWS = (256, 512, 1024, 2048, 4096, 8192)  # those above the rows of a step are left out
 ENTRIES = {"torch": 12, "lm": 12, "kd12": 12, "kd54": 54, "dense": 54}
 ALPHA = 0.5
 MEMORY_STEPS = 3
@@ -285,7 +285,7 @@ def report(
     result: dict[str, object] = dict(about)
     seconds = {name: [step["seconds"] for step in steps] for name, steps in figures.items()}
     click.echo(f"{about['device']}, torch's chunks of {about['torch_chunk_rows']} rows")
-    click.echo(f"{'':8}{'s/step':>10}{'tokens/s':>12}{'data wait':>12}{'peak MiB':>12}{'MFU':>8}")
+    click.echo(f"{'':8}{'s/step':>10}{'tokens/s':>12}{'data wait':>12}{'peak MiB':>12}{'(MFU)':>8}")
     for name, steps in figures.items():
         median = statistics.median(seconds[name])
         speed = statistics.median(step["tokens_per_s"] for step in steps)

@@ -46,7 +46,7 @@ def write_flushed(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except BaseException:
         path.unlink(missing_ok=True)
         raise
 
@@ -57,7 +57,7 @@ def write_new(path: Path, text: str) -> None:
     write_flushed(temporary, text)
     try:
         publish(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
@@ -66,5 +66,9 @@ def replace(path: Path, text: str) -> None:
     """Atomically replace a text file."""
     temporary = temporary_name(path)
     write_flushed(temporary, text)
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)

@@ -22,7 +22,7 @@ class RunError(LogitshardsError):
 
 
 class StoppedError(LogitshardsError):
-    """A run that a signal asked to end: everything so far is kept."""
+    """A run that a signal asked to end: what is on disk is kept."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -6,7 +6,7 @@ of every column chunk that is read, and that the columns fit together; only `ver
 everything. So no single flipped byte reaches a caller as other numbers.
 
 The map is clean page cache, not memory of the process. What the checks cannot see is a file that
-somebody else truncates in the milliseconds in which a row group is read: the process then dies of
+somebody else truncates while a row group is read or the file is verified: the process then dies of
 SIGBUS.
 """
 
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from shards.arrow import from_table
 from shards.checks import problem_with_values
 from shards.checksums import chunk_crc32, file_sha256, footer_sha256
-from shards.errors import ShardCorruptError, ShardFormatError
+from shards.errors import ShardCorruptError, ShardError, ShardFormatError
 from shards.row_group import RowGroup, Totals
 from shards.rows import Row
 from shards.schema import (
@@ -175,8 +175,10 @@ class ShardReader:
     def _check_size(self) -> None:
         try:
             size = self.path.stat().st_size
-        except OSError as error:
+        except FileNotFoundError as error:
             raise self._corrupt(str(error)) from error
+        except OSError as error:
+            raise ShardError(f"{self.path}: cannot be read: {error}") from error
         if size != self.sidecar.bytes:
             raise self._corrupt(f"{size} bytes, {self.sidecar.bytes} in the sidecar")
 

@@ -1,7 +1,8 @@
-"""SIGTERM and SIGUSR1 end a command as Ctrl-C does: by an error, and with a line that says so.
+"""SIGTERM and SIGUSR1 end a command as Ctrl-C does: by an exception, and with a line that says so.
 
-Schedulers send them some time before they kill. The error lets files that are not finished be
-removed, which a process that the signal ends would leave.
+Schedulers send them some time before they kill. The exception lets files that are not finished be
+removed, which a process that the signal ends would leave. A second signal of the same kind does
+what it does to any process: nobody waits for code that does not come back.
 """
 
 from __future__ import annotations
@@ -15,26 +16,40 @@ from typing import NoReturn
 
 from shards.errors import StoppedError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class _Stopped(BaseException):
+    """No Exception, as KeyboardInterrupt is none: libraries catch those and go on."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """A context in which these signals raise StoppedError, wherever the main thread is.
+    """A context that these signals end with StoppedError, wherever the main thread is.
 
-    Python handles signals in the main thread only; in another one this does nothing.
+    One that the process was started to ignore stays ignored. Python handles signals in the main
+    thread only; in another one this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, _stop) for number in _SIGNALS}
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, _stop)
     try:
         yield
+    except _Stopped as error:
+        raise StoppedError(
+            f"stopped by {error.number.name}; the same command continues", error.number
+        ) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
-    name = signal.Signals(number).name
-    raise StoppedError(f"stopped by {name}; the same command continues", number)
+    signal.signal(number, signal.SIG_DFL)
+    raise _Stopped(signal.Signals(number))

@@ -21,12 +21,13 @@ def prepare_blocks(
     model: PreTrainedModel,
     *,
     sequence_length: int,
+    packed: bool,
     autocast: AbstractContextManager[object],
 ) -> None:
     """Do to the blocks what `--gradient-checkpointing` and `--compile` say.
 
-    Compiled ones are tried on a micro batch of full length, forwards and backwards. InputError for
-    a model or a machine that cannot.
+    Compiled ones are tried on a micro batch of full length, as it is trained on. InputError for a
+    model or a machine that cannot.
     """
     name = f"--student {config.student}: {type(model).__name__}"
     if config.gradient_checkpointing:
@@ -43,17 +44,31 @@ def prepare_blocks(
         block.compile()
     shape = (config.micro_batch_sequences, sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=model.device)
+    positions = torch.arange(sequence_length, device=model.device).expand(shape)
     try:
         with autocast:
-            states = hidden_states(model, tokens)
+            states = hidden_states(model, tokens, positions if packed else None)
         states.float().sum().backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:  # those of torch.compile are among them
-        first_line = str(error).strip().partition("\n")[0]
-        raise InputError(f"{name} cannot be compiled here: {first_line}") from error
+        raise InputError(f"{name} does not run with --compile: {first_line(error)}") from error
     model.zero_grad(set_to_none=True)
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The modules that transformers never splits over devices: its decoder blocks, in order."""
+    """The outermost modules that transformers never splits over devices: decoder blocks."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    found: list[torch.nn.Module] = []
+    waiting: list[torch.nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        if type(module).__name__ in names:
+            found.append(module)
+        else:
+            waiting.extend(module.children())
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, that of the cause where torch.compile has one; its type if nothing."""
+    cause = getattr(error, "inner_exception", error)
+    return str(cause).strip().partition("\n")[0] or type(cause).__name__

@@ -26,6 +26,7 @@ Sums are float64 over float32 logits, in blocks as in `loss.py`; each labelled p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -58,11 +59,13 @@ def evaluate(
     device: torch.device,
     autocast: AbstractContextManager[object],
     bytes_of_tokens: Tensor | None = None,
-) -> dict[str, float]:
+    asked_to_end: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """The figures above over a whole split, and `tokens`; leaves the model's mode as it was.
 
     bytes_of_tokens [V] int64 is that of `token_bytes.py`. `autocast` surrounds the model without
-    its head, whose logits are float32 always. InputError if none of the split's positions counts.
+    its head, whose logits are float32 always. None if it was `asked_to_end` before it was through.
+    InputError if none of the split's positions counts.
     """
     method = KeepMethod.of(split.identity)
     totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
@@ -77,6 +80,8 @@ def evaluate(
     batches = sequential_batches(split, batch_lines=batch_sequences, columns=TAIL_COLUMNS)
     with torch.no_grad(), ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead:
         for batch in ahead:
+            if asked_to_end():
+                break
             if bytes_of_tokens is not None:
                 counted = batch.labels[batch.labels != IGNORE_INDEX]
                 num_bytes += int(bytes_of_tokens[counted].sum())
@@ -87,6 +92,8 @@ def evaluate(
             sums += found[0]
             bins += found[1]
     model.train(was_training)
+    if asked_to_end():
+        return None
     nll, kl_kept, kl_bound, weighted, num_agreed, num_known = sums.tolist()
     figures = {
         "tokens": num_tokens,

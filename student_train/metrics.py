@@ -25,7 +25,7 @@ from student_train.run_folder import RunFolder
 class Metrics:
     """Writes figures of steps after `step`; a context manager that closes its files.
 
-    And those of its evaluation, unless it is `evaluated`.
+    Lines of later steps are removed, and the validation line of `step` unless it is `evaluated`.
     `{"step": 3, "kind": "train", ...}`: kind is "train" or "validation" in metrics.jsonl, "speed"
     in speed.jsonl.
     """
@@ -75,7 +75,7 @@ class Metrics:
 def cut_back(file: Path, step: int, *, evaluated: bool = True) -> None:
     """Keep the lines up to a step; what follows it, or is not a whole line, goes.
 
-    If the step is not `evaluated` yet, a line that says so goes too.
+    So does the validation line of the step unless it is `evaluated`.
     """
     if not file.exists():
         return

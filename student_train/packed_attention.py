@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shards.errors import InputError
+from student_train.blocks import first_line
 from student_train.model import hidden_states
 
 _PROBE_LENGTHS = [7, 4, 5]
@@ -37,8 +38,7 @@ def block_at_joints(student: str, model: PreTrainedModel, dataset: Path) -> None
             model.set_attn_implementation("flex_attention")
         error = _error_of_packing(model)
     except (ValueError, TypeError, RuntimeError, ImportError) as cause:  # of torch.compile too
-        first_line = str(cause).strip().partition("\n")[0]
-        raise InputError(f"{refused}: {first_line}") from cause
+        raise InputError(f"{refused}: {first_line(cause)}") from cause
     if not error < _TOLERANCE:
         raise InputError(f"{refused}: one changes what it computes for the next")
 

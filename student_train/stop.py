@@ -1,7 +1,6 @@
 """Signals that end a run at the next step instead of at once: SIGTERM, SIGUSR1 and Ctrl-C.
 
-Schedulers send SIGTERM, or SIGUSR1 on request, some time before they kill. A second signal of the
-same kind acts as it would without this: nobody waits for a step that does not end.
+A second signal of the same kind acts as it would without this, at once (`shards/stop_signals.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +9,9 @@ import signal
 from types import FrameType, TracebackType
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from shards.stop_signals import STOP_SIGNALS
+
+SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 
 
 class StopRequest:

@@ -88,7 +88,9 @@ def _train(
         block_at_joints(config.student, model, packed[0].path)
     length = dataset.identity["sequence_length"]
     autocast = autocast_for(config.dtype, device)
-    prepare_blocks(config, model.train(), sequence_length=length, autocast=autocast)
+    prepare_blocks(
+        config, model.train(), sequence_length=length, packed=bool(packed), autocast=autocast
+    )
     with folder_lock(folder.path, "train-student"):
         folder.start(description)
         training = Training(config, splits, evaluation_dataset, model, folder)

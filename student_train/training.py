@@ -119,7 +119,8 @@ class Training:
             StopRequest() as stop,
         ):
             paused = time.monotonic()
-            self._evaluate_if_due(metrics)
+            self._evaluate_if_due(metrics, stop)
+            self._end_if_asked(metrics, stop, display)
             display.pause(time.monotonic() - paused)
             for step in range(done + 1, num_steps + 1):
                 alpha, rate = alphas.at(step - 1), rates.at(step - 1)
@@ -143,21 +144,27 @@ class Training:
                 last = step == num_steps
                 due = last or _due(step, config.eval_every)
                 self._progress = replace(self._progress, evaluation_due=due)
-                if not stop.received:  # nobody who asks for an end waits for an evaluation
-                    self._evaluate_if_due(metrics)
-                stopped = stop.received
-                if last or stopped or _due(step, config.save_every):
+                self._evaluate_if_due(metrics, stop)
+                if last or _due(step, config.save_every):
                     self._save(metrics)
-                if stopped:
-                    display.clear()
-                    raise StoppedError(
-                        f"{self._folder.path}: {stopped.name} after step {step}, its checkpoint is"
-                        " written; the same command continues",
-                        stopped,
-                    )
+                self._end_if_asked(metrics, stop, display)
                 display.pause(time.monotonic() - paused)
+            self._end_if_asked(metrics, stop, display)
         display.clear()
         self._speed = {"seconds": display.seconds, "tokens_per_s": display.tokens_per_s}
+
+    def _end_if_asked(self, metrics: Metrics, stop: StopRequest, display: TrainProgress) -> None:
+        """After a signal: StoppedError, with a checkpoint of the step."""
+        if stop.received is None:
+            return
+        if self._progress.step > self._saved_step:
+            self._save(metrics)
+        display.clear()
+        raise StoppedError(
+            f"{self._folder.path}: {stop.received.name} after step {self._progress.step}, its"
+            " checkpoint is written; the same command continues",
+            stop.received,
+        )
 
     def _schedules(self, num_steps: int) -> tuple[LearningRate, Alpha]:
         config = self._config
@@ -247,8 +254,11 @@ class Training:
                 self._save(metrics)
             raise
 
-    def _evaluate_if_due(self, metrics: Metrics) -> None:
-        """After the last step, unless it was done; a run that was stopped before it does it now."""
+    def _evaluate_if_due(self, metrics: Metrics, stop: StopRequest) -> None:
+        """Evaluate after the last step, unless that is done or not wanted.
+
+        A signal ends it, and the run that continues makes up for it.
+        """
         if not self._progress.evaluation_due or self._evaluation_dataset is None:
             return
         with self._saved_if_shards_fail(metrics):
@@ -259,7 +269,10 @@ class Training:
                 device=self._device,
                 autocast=self._autocast,
                 bytes_of_tokens=self._bytes_of_tokens,
+                asked_to_end=lambda: stop.received is not None,
             )
+        if figures is None:
+            return
         metrics.write(self._progress.step, VALIDATION, figures)
         self._progress = replace(self._progress, evaluation=figures, evaluation_due=False)
 

@@ -157,11 +157,10 @@ class _BackgroundWriter:
 
     def stop(self) -> None:
         """End the thread after what is queued; what is not whole leaves nothing behind."""
-        if self._stopped:
-            return
-        self._stopped = True
-        self._queue.put(None)
-        self._thread.join()
+        if not self._stopped:
+            self._queue.put(None)
+            self._stopped = True
+        self._thread.join()  # again, if a signal has ended the wait
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -55,7 +55,7 @@ def select_in_blocks(
 def rows_at_once(logits: torch.Tensor, keep: Keep) -> int:
     """How many rows of logits [T, V] a selector should be given, by the memory of a row.
 
-    That is its logits in float32, or what it looks at of the groups that its entries are in.
+    That is its logits in float32, or what sampling looks at of the groups that entries are in.
     """
     block_bytes = CPU_SELECTION_BYTES if logits.device.type == "cpu" else GPU_SELECTION_BYTES
     return max(1, block_bytes // (4 * max(logits.shape[1], 3 * GROUP * keep.max_entries)))
