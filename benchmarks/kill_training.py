@@ -8,6 +8,7 @@ uninterrupted run, and the next run begins. float32 on a CPU, one thread.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -69,7 +70,8 @@ def _phase(out: Path) -> str:
 @click.command()
 @click.option("--kills", default=50, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(kills: int, seed: int) -> None:
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the counts.")
+def main(kills: int, seed: int, json_file: Path | None) -> None:
     """Kill a run, continue it, compare; exit code 1 if anything differs."""
     chance = random.Random(seed)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -113,6 +115,9 @@ def main(kills: int, seed: int) -> None:
     )
     for phase, count in phases.most_common():
         click.echo(f"{count:>4} while {phase}" if phase != "elsewhere" else f"{count:>4} elsewhere")
+    if json_file is not None:
+        counts = {"runs": runs, "kills": dict(phases)}
+        json_file.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

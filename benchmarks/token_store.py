@@ -1,7 +1,8 @@
 """How fast a corpus becomes a token store: text beside the bare tokenizer, tokens by themselves.
 
-The bare tokenizer encodes the same documents in the same batches and keeps nothing. Tokens are the
-text's own, as `.npy`, `.bin` and Parquet. Files lie in the page cache.
+The bare tokenizer encodes the same documents in batches as large and keeps nothing; like a store it
+begins with no word known. Tokens are the text's own, as `.npy`, `.bin` and Parquet. Files lie in
+the page cache.
 """
 
 from __future__ import annotations
@@ -28,16 +29,19 @@ from teacher_dump.rules import TokenisingRules
 from teacher_dump.teacher import load_tokenizer, tokenizer_identity
 from teacher_dump.token_builder import make_encoder
 
-BATCH_CHARACTERS = 1 << 20
+BARE, TEXT = "bare tokenizer", "text.jsonl"
+BATCH_DOCUMENTS = 200  # of the demo's text about a million characters, as the builder takes them
 
 
-def write_inputs(folder: Path, texts: list[str], tokenizer: Any, token_copies: int) -> None:
-    """text.jsonl, and its tokens several times over as tokens.npy, tokens.bin, tokens.parquet."""
+def write_inputs(
+    folder: Path, texts: list[str], tokenizer: Any, *, text_copies: int, token_copies: int
+) -> None:
+    """text.jsonl and its tokens as tokens.npy, tokens.bin, tokens.parquet, several times over."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with (folder / "text.jsonl").open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    with (folder / TEXT).open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in texts * text_copies)
     encoded = make_encoder(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
     documents = [np.array([*e.ids, tokenizer.eos_token_id], np.uint16) for e in encoded]
     flat = np.tile(np.concatenate(documents), token_copies)
@@ -53,9 +57,18 @@ def write_inputs(folder: Path, texts: list[str], tokenizer: Any, token_copies: i
 @click.option(
     "--corpus", type=click.Path(path_type=Path), default=ROOT / "build" / "demo" / "corpus.jsonl"
 )
+@click.option("--text-copies", default=8, show_default=True, help="Size of the text corpus.")
 @click.option("--token-copies", default=40, show_default=True, help="Size of the token corpora.")
 @click.option("--rounds", default=5, show_default=True)
-def main(teacher: Path, corpus: Path, token_copies: int, rounds: int) -> None:
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
+def main(
+    teacher: Path,
+    corpus: Path,
+    text_copies: int,
+    token_copies: int,
+    rounds: int,
+    json_file: Path | None,
+) -> None:
     """Tokens/s of building a token store (`make demo` makes the inputs)."""
     tokenizer = load_tokenizer(teacher)
     texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
@@ -67,18 +80,18 @@ def main(teacher: Path, corpus: Path, token_copies: int, rounds: int) -> None:
         seed=0,
         token_key="tokens",
     )
-    encoder = make_encoder(tokenizer)
 
     def bare() -> int:
-        total = 0
-        for start in range(0, len(texts), 200):
-            part = encoder.encode_batch_fast(texts[start : start + 200], add_special_tokens=False)
-            total += sum(len(encoding.ids) + 1 for encoding in part)
+        encoder, total, all_texts = make_encoder(tokenizer), 0, texts * text_copies
+        for start in range(0, len(all_texts), BATCH_DOCUMENTS):
+            batch = all_texts[start : start + BATCH_DOCUMENTS]
+            encodings = encoder.encode_batch_fast(batch, add_special_tokens=False)
+            total += sum(len(encoding.ids) + 1 for encoding in encodings)
         return total
 
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder)
-        write_inputs(inputs, texts, tokenizer, token_copies)
+        write_inputs(inputs, texts, tokenizer, text_copies=text_copies, token_copies=token_copies)
         number = iter(range(1_000_000))
 
         def build(name: str) -> Callable[[], int]:
@@ -94,8 +107,8 @@ def main(teacher: Path, corpus: Path, token_copies: int, rounds: int) -> None:
 
             return run
 
-        modes: dict[str, Callable[[], int]] = {"bare tokenizer": bare}
-        for file in ("text.jsonl", "tokens.npy", "tokens.bin", "tokens.parquet"):
+        modes: dict[str, Callable[[], int]] = {BARE: bare}
+        for file in (TEXT, "tokens.npy", "tokens.bin", "tokens.parquet"):
             modes[file] = build(file)
         speeds: dict[str, list[float]] = {mode: [] for mode in modes}
         for _ in range(rounds):
@@ -105,10 +118,18 @@ def main(teacher: Path, corpus: Path, token_copies: int, rounds: int) -> None:
                 cores = (time.process_time() - used) / (time.perf_counter() - wall)
                 speeds[mode].append(tokens / (time.perf_counter() - wall) / 1e6)
                 click.echo(f"{mode}: {tokens:,} tokens, {cores:.2f} cores", err=True)
-    for mode, values in speeds.items():
-        click.echo(f"{mode:<16}{statistics.median(values):>8.2f} M tokens/s")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    click.echo(f"peak resident {peak:,.0f} MiB, mapped files included")
+    medians = {mode: statistics.median(values) for mode, values in speeds.items()}
+    for mode, median in medians.items():
+        click.echo(f"{mode:<16}{median:>8.2f} M tokens/s")
+    ratio = statistics.median(
+        store / alone for store, alone in zip(speeds[TEXT], speeds[BARE], strict=True)
+    )
+    click.echo(f"{TEXT} / {BARE}: {ratio:.2f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    click.echo(f"peak resident {peak / 1024:,.0f} MiB, mapped files included")
+    if json_file is not None:
+        figures = {"M tokens/s": medians, f"{TEXT} / {BARE}": ratio, "peak_resident_kib": peak}
+        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

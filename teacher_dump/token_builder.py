@@ -41,6 +41,8 @@ from teacher_dump.token_store import (
 logger = logging.getLogger(__name__)
 
 _BATCH_CHARACTERS = 1 << 20
+# Two: a batch's ids become an array, which holds the interpreter, while the other one is encoded.
+_ENCODING_THREADS = 2
 _RECORD_EVERY_S = 5.0
 
 
@@ -202,12 +204,12 @@ class TokenBuilder:
             raise InputError(f"{batch.file.path}: {error}") from error
 
     def _encoded(self) -> Iterator[tuple[_Batch, list[Encoded | None]]]:
-        """Batches in order, two of them under way while the next is read."""
+        """Batches in order, some of them under way while the next is read."""
         waiting: deque[tuple[_Batch, Future[list[Encoded | None]]]] = deque()
-        with ThreadPoolExecutor(max_workers=1) as pool:
+        with ThreadPoolExecutor(_ENCODING_THREADS) as pool:
             for batch in _batches(self._files, self._rules, self._documents_read):
                 waiting.append((batch, pool.submit(self._encode, batch)))
-                if len(waiting) > 2:
+                if len(waiting) > _ENCODING_THREADS + 1:
                     first, encoded = waiting.popleft()
                     yield first, encoded.result()
             while waiting:
