@@ -9,30 +9,31 @@ shift everything after it.
 
 from __future__ import annotations
 
-import gzip
+import errno
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 
-from shards.errors import InputError
+from shards.errors import InputError, RunError
+from teacher_dump.json_lines import JSONL, open_lines, read_texts
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.tables import num_rows, read_columns
 from teacher_dump.token_corpus import TokenDocument, read_flat, read_lists, read_npy
 
-JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TABLES = (".parquet", ".arrow")
 PLAIN = (".txt", ".md")
 TOKENS = (".npy", ".bin")
 KNOWN = JSONL + TABLES + PLAIN + TOKENS
 
-# What `datasets` writes into a folder that holds several splits, each in a folder of its own.
-_SEVERAL_SPLITS = "dataset_dict.json"
+# What `datasets` writes: into a folder of several splits, each in a folder of its own; beside the
+# files of a split that was saved, which it names; and beside those of a split or of a cache.
+_SEVERAL_SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 
-_RATIO_BYTES = 1 << 20
+# Errors that another file would not have; None: its content is damaged. With others a disk failed.
+_WRONG_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 Document = str | TokenDocument
 
@@ -64,15 +65,9 @@ def list_files(corpus: Sequence[Path], weights: Sequence[float] = ()) -> list[Co
     files: list[CorpusFile] = []
     for given, weight in zip(corpus, weights or [1.0] * len(corpus), strict=True):
         if given.is_dir():
-            if (given / _SEVERAL_SPLITS).exists():
-                names = sorted(path.parent.name for path in given.glob("*/state.json"))
-                raise InputError(f"{given}: several splits ({', '.join(names)}), give one of them")
-            found = sorted(path for path in given.rglob("*") if _is_known(path) and path.is_file())
-            if not found:
-                raise InputError(f"{given}: no corpus file in it, expected {', '.join(KNOWN)}")
             files += [
                 CorpusFile(path=path, name=str(path.relative_to(given)), weight=weight)
-                for path in found
+                for path in _files_below(given)
             ]
         elif not given.exists():
             raise InputError(f"{given}: no such corpus file or folder")
@@ -81,6 +76,40 @@ def list_files(corpus: Sequence[Path], weights: Sequence[float] = ()) -> list[Co
         else:
             files.append(CorpusFile(path=given, name=given.name, weight=weight))
     return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Corpus files, sorted by path; of a dataset that `datasets` saved, those that make it up."""
+    for several in sorted(folder.rglob(_SEVERAL_SPLITS)):
+        names = sorted(path.parent.name for path in several.parent.glob(f"*/{_STATE}"))
+        raise InputError(f"{several.parent}: several splits ({', '.join(names)}), give one of them")
+    found = sorted(path for path in folder.rglob("*") if _is_known(path) and path.is_file())
+    tables = {path.parent for path in found if path.suffix == ".arrow"}
+    saved = {parent: _saved_files(parent) for parent in sorted(tables)}
+    files = [path for path in found if path.suffix != ".arrow" or path in saved[path.parent]]
+    if not files:
+        raise InputError(f"{folder}: no corpus file in it, expected {', '.join(KNOWN)}")
+    return files
+
+
+def _saved_files(folder: Path) -> set[Path]:
+    """The `.arrow` files of a folder, without what `datasets` computed from them later."""
+    state = folder / _STATE
+    if state.exists():
+        try:
+            names = {entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]}
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{state}: not what `datasets` writes ({error!r})") from error
+        for name in sorted(names):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name}: not there, but {_STATE} names it")
+        return {folder / name for name in names}
+    if (folder / _INFO).exists():
+        raise InputError(
+            f"{folder}: a cache of `datasets`, with all splits and whatever was computed from them:"
+            " save a split with save_to_disk, or give its .arrow files"
+        )
+    return set(folder.glob("*.arrow"))
 
 
 def _is_known(path: Path) -> bool:
@@ -94,8 +123,11 @@ def file_sha256(path: Path) -> str:
 
 
 def read_documents(file: CorpusFile, rules: TokenisingRules) -> Iterator[Document]:
-    """The documents of one file, in order; InputError names the file and the line or row."""
-    try:
+    """The documents of one file, in order; InputError names the file and the line or row.
+
+    RunError where the disk fails and not what is on it.
+    """
+    with _reading(file.path):
         if file.name.endswith(TABLES):
             yield from _read_table(file.path, rules)
         elif file.name.endswith(PLAIN):
@@ -105,12 +137,21 @@ def read_documents(file: CorpusFile, rules: TokenisingRules) -> Iterator[Documen
         elif file.name.endswith(".bin"):
             yield from read_flat(file.path, rules.flat_dtype, rules.eos_token_id)
         else:
-            with file.path.open("rb") as raw, _open_lines(file.path, raw) as lines:
-                yield from _read_jsonl(file.path, rules.text_key, lines)
+            with open_lines(file.path) as lines:
+                yield from read_texts(file.path, rules.text_key, lines)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors that name the file."""
+    try:
+        yield
     except UnicodeDecodeError as error:
-        raise InputError(f"{file.path}: not UTF-8 text ({error.reason})") from error
+        raise InputError(f"{path}: not UTF-8 text ({error.reason})") from error
     except (OSError, EOFError) as error:
-        raise InputError(f"{file.path}: cannot be read ({error})") from error
+        if isinstance(error, OSError) and error.errno not in _WRONG_FILE:
+            raise RunError(f"{path}: {error.strerror}; the same command continues") from error
+        raise InputError(f"{path}: cannot be read ({error})") from error
 
 
 def size_of(document: Document) -> int:
@@ -123,8 +164,7 @@ def read_sample(
 ) -> tuple[list[Document], float]:
     """Documents from the front of a file, at least so many characters, and their share of it.
 
-    The share is 1 where the whole file was read. Of compressed lines it is told from how far the
-    reader is.
+    The share is 1 where the whole file was read.
     """
     documents: list[Document] = []
 
@@ -136,11 +176,9 @@ def read_sample(
 
     size = file.path.stat().st_size
     if file.name.endswith(JSONL):
-        with file.path.open("rb") as raw, _open_lines(file.path, raw) as lines:
-            if any(map(is_enough, _read_jsonl(file.path, rules.text_key, lines))):
-                is_zstd = file.name.endswith(".zst")
-                done = lines.tell() / _zstd_ratio(file.path) if is_zstd else raw.tell()
-                return documents, min(1.0, done / size)
+        with _reading(file.path), open_lines(file.path) as lines:
+            if any(map(is_enough, read_texts(file.path, rules.text_key, lines))):
+                return documents, lines.share()
     elif file.name.endswith(PLAIN):
         documents += read_documents(file, rules)
     elif any(map(is_enough, read_documents(file, rules))):
@@ -149,50 +187,6 @@ def read_sample(
         tokens = sum(d.tokens.nbytes for d in documents if isinstance(d, TokenDocument))
         return documents, min(1.0, tokens / size)
     return documents, 1.0
-
-
-def _zstd_ratio(path: Path) -> float:
-    """Bytes per compressed byte at the front of a file: zstd reads ahead by whole blocks."""
-    import zstandard
-
-    with path.open("rb") as raw:
-        compressed = raw.read(_RATIO_BYTES)
-    decompressed = zstandard.ZstdDecompressor().decompressobj().decompress(compressed)
-    return max(1, len(decompressed)) / max(1, len(compressed))
-
-
-def _open_lines(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    if path.name.endswith(".gz"):
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=raw, mode="rb"))
-    if path.name.endswith(".zst"):
-        import zstandard
-
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader)
-    return raw
-
-
-def _read_jsonl(path: Path, text_key: str, lines: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not a line of JSON ({error})") from error
-        text = record.get(text_key) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise InputError(f"{path}:{number}: {_no_text(record, text_key)}")
-        yield text
-
-
-def _no_text(record: object, text_key: str) -> str:
-    if not isinstance(record, dict):
-        return f"expected an object with the key {text_key!r}, found {type(record).__name__}"
-    if text_key in record:
-        return f"{text_key!r} is {type(record[text_key]).__name__}, expected text"
-    keys = ", ".join(map(repr, list(record)[:8])) or "none"
-    return f"no key {text_key!r}, found {keys} (--text-key names the key)"
 
 
 def _read_table(path: Path, rules: TokenisingRules) -> Iterator[Document]:

@@ -17,7 +17,8 @@ import torch
 GROUP = 64
 MEMBERS = 8  # of an interleaved set; groups are whole sets of sets
 
-# Padding of the last group: its probability is 0, and 0 * -1e4 too, unlike 0 * -inf.
+# Padding of the last group, and ids that a model lacks: their probability is 0, and 0 * -1e4 too,
+# unlike 0 * -inf.
 IMPOSSIBLE = -1e4
 
 
@@ -41,13 +42,18 @@ class Workspace:
         return have[:num_rows]
 
     def whole_groups(self, logits: torch.Tensor) -> torch.Tensor:
-        """[T, >= vocab_size] -> [T, V] float32; a view where the logits are that already."""
+        """[T, any] -> [T, V] float32; a view where the logits are that already.
+
+        Columns beyond the vocabulary are left out; those that a model has not got, whose tokenizer
+        is longer, are impossible.
+        """
         vocab = self._vocab_size
         if logits.dtype == torch.float32 and logits.shape[1] == vocab and vocab % GROUP == 0:
             return logits.contiguous()
         padded = self.buffer("logits", logits.shape[0], logits.device)
-        padded[:, :vocab] = logits[:, :vocab]
-        padded[:, vocab:] = IMPOSSIBLE
+        columns = min(vocab, logits.shape[1])
+        padded[:, :columns] = logits[:, :columns]
+        padded[:, columns:] = IMPOSSIBLE
         return padded
 
 

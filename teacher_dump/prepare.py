@@ -74,10 +74,16 @@ def prepare(config: DumpConfig) -> Prepared:
         token_dtype=config.token_dtype,
         bos_token_id=tokenizer.bos_token_id if config.bos else None,
         close_documents=config.eos,
+        teacher_vocab_size=_fewer(teacher.vocab_size, about_tokenizer["vocab_size"]),
     )
     keep = make_keep(config, rules.vocab_size)
     _say_threshold(config, keep)
     return Prepared(teacher=teacher, tokenizer=tokenizer, files=files, rules=rules, keep=keep)
+
+
+def _fewer(known: int | None, vocab_size: int) -> int | None:
+    """A teacher's number of ids where its tokenizer has more of them, else None."""
+    return known if known is not None and known < vocab_size else None
 
 
 def _check_lengths(config: DumpConfig, teacher: Teacher, vocab_size: int) -> None:

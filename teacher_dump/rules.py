@@ -19,7 +19,7 @@ class TokenisingRules:
     labels; without them the column `text_key` is text. `token_dtype` is that of flat `.bin` files,
     None: the narrowest that holds every id. `bos_token_id` begins every document, None: nothing
     does. `close_documents`: the end-of-document token ends every document that does not end with it
-    already.
+    already. `teacher_vocab_size` is given where the teacher knows fewer ids than the tokenizer.
     """
 
     tokenizer_sha256: str
@@ -33,6 +33,12 @@ class TokenisingRules:
     token_dtype: str | None = None
     bos_token_id: int | None = None
     close_documents: bool = True
+    teacher_vocab_size: int | None = None
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that a corpus may hold are below it."""
+        return self.vocab_size if self.teacher_vocab_size is None else self.teacher_vocab_size
 
     @property
     def dtype(self) -> np.dtype[Any]:

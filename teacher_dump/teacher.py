@@ -35,6 +35,7 @@ class Teacher:
     revision: str | None
     architecture: str
     max_length: int | None
+    vocab_size: int | None  # with padding, as its configuration says
     config_sha256: str
     quantized: bool
     code_sha256: str | None  # of Python files of the model's own, where it needs them
@@ -67,17 +68,18 @@ def find_teacher(name: str, revision: str | None, *, trust_remote_code: bool = F
         folder=folder,
         revision=revision,
         architecture=architectures[0],
-        max_length=_max_length(config),
+        max_length=_find(config, "max_position_embeddings", "n_positions"),
+        vocab_size=_find(config, "vocab_size"),
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
         quantized="quantization_config" in config,
         code_sha256=custom_code_sha256(folder, trusted=trust_remote_code),
     )
 
 
-def _max_length(config: Mapping[str, Any]) -> int | None:
-    """Positions of the model, in GPT-2's word too, and of the text part of a multimodal one."""
+def _find(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of these that the model's configuration has, or that of its text part."""
     for part in (config, config.get("text_config") or {}):
-        for key in ("max_position_embeddings", "n_positions"):
+        for key in keys:
             if part.get(key) is not None:
                 return int(part[key])
     return None

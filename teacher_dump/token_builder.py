@@ -23,12 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from shards import durable
-from shards.errors import InputError
+from shards.errors import InputError, RunError
 from shards.rows import BoolArray
 from shards.sealed import seal, unseal
 from teacher_dump.corpus import CorpusFile, Document, file_sha256, read_documents, size_of
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.token_corpus import TokenDocument
 from teacher_dump.token_store import (
     PROGRESS_NAME,
     SPLITS,
@@ -77,11 +76,12 @@ def encode(
     encoded: list[Encoded | None] = []
     for document in documents:
         if isinstance(document, str):
-            tokens = np.array(next(encodings).ids, rules.dtype)
-            content, mask = document.encode("utf-8", "surrogatepass"), None
+            tokens, mask = np.array(next(encodings).ids, rules.dtype), None
+            content = document.encode("utf-8", "surrogatepass")
         else:
-            tokens, mask = _checked(document, rules), document.mask
+            tokens, mask = document.tokens, document.mask
             content = tokens.astype("<u4").tobytes()
+        tokens = _checked(tokens, rules)
         if not len(tokens):
             encoded.append(None)
             continue
@@ -91,15 +91,16 @@ def encode(
     return encoded
 
 
-def _checked(document: TokenDocument, rules: TokenisingRules) -> npt.NDArray[Any]:
-    tokens = document.tokens
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < rules.vocab_size:
-        wrong = tokens[(tokens < 0) | (tokens >= rules.vocab_size)][0]
+def _checked(tokens: npt.NDArray[Any], rules: TokenisingRules) -> npt.NDArray[Any]:
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < rules.num_ids:
+        wrong = int(tokens[(tokens < 0) | (tokens >= rules.num_ids)][0])
+        if 0 <= wrong < rules.vocab_size:
+            raise InputError(f"token {wrong}, but the teacher knows only {rules.num_ids}")
         raise InputError(
             f"token {wrong}, but the tokenizer has {rules.vocab_size}: are the tokens its own, and"
             " is --token-dtype right?"
         )
-    return tokens.astype(rules.dtype)
+    return tokens.astype(rules.dtype, copy=False)
 
 
 def _complete(document: Encoded, rules: TokenisingRules) -> Encoded:
@@ -193,9 +194,15 @@ class TokenBuilder:
             logger.info("tokens: continuing after %d documents", self._documents_read)
         for split in SPLITS:
             for column in self._columns:
-                size = self._sizes[split][column.counts]
-                with column.path(self._folder, split).open("ab") as stream:
-                    stream.truncate(column.dtype.itemsize * size)
+                size = column.dtype.itemsize * self._sizes[split][column.counts]
+                path = column.path(self._folder, split)
+                with path.open("ab") as stream:
+                    if stream.tell() < size:
+                        raise RunError(
+                            f"{path}: shorter than {PROGRESS_NAME} says; remove {self._folder} to"
+                            " tokenise from the start"
+                        )
+                    stream.truncate(size)
 
     def _encode(self, batch: _Batch) -> list[Encoded | None]:
         try:

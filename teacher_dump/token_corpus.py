@@ -102,6 +102,8 @@ def _flat_lists(
     import pyarrow as pa
 
     column = columns[key]
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
     values = column.values if is_list else None
     if values is None or column.null_count:
@@ -143,6 +145,8 @@ def _read_megatron(path: Path, index: Path) -> Iterator[TokenDocument]:
     lengths = _map(index, np.int32, 34, num_pieces)
     pointers = _map(index, np.int64, 34 + 4 * num_pieces, num_pieces)
     borders = _map(index, np.int64, 34 + 12 * num_pieces, num_borders)
+    if np.any(borders < 0) or np.any(borders > num_pieces) or np.any(np.diff(borders) < 0):
+        raise InputError(f"{index}: a damaged index, its documents are not in order")
     dtype = np.dtype(_MEGATRON_TYPES[code])
     tokens = _map(path, dtype, 0, path.stat().st_size // dtype.itemsize)
     for number in range(num_borders - 1):

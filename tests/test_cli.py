@@ -175,6 +175,13 @@ def test_bad_options_of_sampling_end_in_one_line_and_leave_nothing(
     assert not out.exists()
 
 
+# Frames of whole lines: one that is cut off ends like a file that is whole.
+TWO_FRAMES = b"".join(
+    zstandard.compress(b"".join(b'{"text": "w%d"}\n' % number for number in part))
+    for part in (range(1, 100), range(100, 199))
+)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -189,6 +196,10 @@ def test_bad_options_of_sampling_end_in_one_line_and_leave_nothing(
         ("number.jsonl", b'{"text": 3}\n', "number.jsonl:1: 'text' is int"),
         ("latin.txt", b"caf\xe9", "latin.txt: not UTF-8"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "w1"}\n' * 99)[:-9], "cut.jsonl.gz"),
+        ("cut.jsonl.zst", zstandard.compress(b'{"text": "w1"}\n' * 99)[:-4], "cut.jsonl.zst"),
+        ("cut-between-lines.jsonl.zst", TWO_FRAMES[: len(TWO_FRAMES) - 9], "Truncated"),
+        ("bad.jsonl.zst", TWO_FRAMES[:9] + b"?" + TWO_FRAMES[10:], "bad.jsonl.zst"),
+        ("bad.jsonl.gz", gzip.compress(b'{"text": "w1"}\n' * 99)[:20] + b"????", "bad.jsonl.gz"),
         ("not.parquet", b"PAR1 nothing PAR1", "not.parquet: not a Parquet file"),
         ("corpus.doc", b"text", "not a kind of corpus file"),
     ],
@@ -228,8 +239,11 @@ def test_every_kind_of_corpus_file_gives_the_same_tokens(
 ) -> None:
     lines = write_corpus(tmp_path / "a.jsonl", num_documents=30)
     texts = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
+    whole = lines.read_bytes().splitlines(keepends=True)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
-    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines.read_bytes()))
+    pieces = [b"".join(part) for part in (whole[:7], whole[7:], [])]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, pieces)))
+    (tmp_path / "b.jsonl.gz").write_bytes(b"".join(map(gzip.compress, pieces)))
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -237,7 +251,7 @@ def test_every_kind_of_corpus_file_gives_the_same_tokens(
         (folder / f"{number:03}.txt").write_text(text, encoding="utf-8")
     hashes = set()
     for number, corpus in enumerate(
-        ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "folder"]
+        ["a.jsonl", "a.jsonl.gz", "b.jsonl.gz", "a.jsonl.zst", "a.parquet", "folder"]
     ):
         out = tmp_path / f"out{number}"
         code, output = _dump(*_options(tiny_teacher, tmp_path / corpus, out, "--max-tokens", "40"))

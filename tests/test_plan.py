@@ -86,7 +86,7 @@ def test_tokens_of_a_corpus_of_many_files_are_estimated_from_its_parts(
     assert sample.num_tokens == pytest.approx(exact, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet", "npy"])
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "frames.jsonl.zst", "parquet", "npy"])
 def test_tokens_of_one_large_file_are_estimated_from_its_front(
     kind: str, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +97,10 @@ def test_tokens_of_one_large_file_are_estimated_from_its_front(
         corpus.write_bytes(gzip.compress(lines.read_bytes(), 1))
     elif kind == "jsonl.zst":
         corpus.write_bytes(zstandard.compress(lines.read_bytes()))
+    elif kind == "frames.jsonl.zst":
+        whole = lines.read_bytes().splitlines(keepends=True)
+        parts = [b"".join(whole[start : start + 50]) for start in range(0, len(whole), 50)]
+        corpus.write_bytes(b"".join(map(zstandard.compress, parts)))
     elif kind == "parquet":
         texts = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
         pq.write_table(pa.table({"text": texts}), corpus)

@@ -123,6 +123,14 @@ def test_rows_of_an_npy_are_documents_that_are_closed(tokenizer: Any, tmp_path: 
     assert tokens_of(begun).tolist() == [9, 1, 2, 3, 4, 0, 9, 5, 6, 7, 8, 0, 9, 10, 11, 12, 0]
 
 
+def test_lists_of_a_fixed_size_are_documents_too(tokenizer: Any, tmp_path: Path) -> None:
+    flat = np.arange(1, 61) % TOKENIZER_LENGTH
+    table = pa.table({"tokens": pa.FixedSizeListArray.from_arrays(pa.array(flat), 4)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    store = build(tmp_path / "store", tmp_path / "a.parquet", tokenizer, token_key="tokens")
+    assert np.array_equal(tokens_of(store).reshape(-1, 5)[:, :4], flat.reshape(-1, 4))
+
+
 def test_weights_repeat_and_leave_out_whole_documents(tokenizer: Any, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(1, 201).reshape(200, 1))
     twice = tokens_of(build(tmp_path / "2", tmp_path / "a.npy", tokenizer, weights=[2.0]))
@@ -182,6 +190,15 @@ def replaced(token: int) -> np.ndarray:
     return np.where(FLAT.max() == FLAT, token, FLAT)
 
 
+def borders_beyond(path: Path) -> None:
+    """The last document ends two pieces after the last one."""
+    write_megatron(path, DOCUMENTS, "uint16", 8)
+    index = path.with_suffix(".idx")
+    content = bytearray(index.read_bytes())
+    content[-8:] = struct.pack("<q", struct.unpack("<q", content[-8:])[0] + 2)
+    index.write_bytes(content)
+
+
 def foreign_index(path: Path) -> None:
     FLAT.astype(np.uint16).tofile(path)
     path.with_suffix(".idx").write_bytes(b"something else of the same name, and long enough")
@@ -203,6 +220,7 @@ def foreign_index(path: Path) -> None:
         ("a.bin", cut_index, "a damaged index"),
         ("a.bin", short_data, "shorter than its index says, at document"),
         ("a.bin", foreign_index, "not an index of Megatron-LM"),
+        ("a.bin", borders_beyond, "a damaged index, its documents are not in order"),
         ("a.parquet", lambda path: pq.write_table(pa.table({"ids": [[1]]}), path), "no column"),
         (
             "a.parquet",
@@ -250,12 +268,47 @@ def test_a_mask_of_another_length_is_refused_with_its_row(tokenizer: Any, tmp_pa
         )
 
 
-def test_a_dataset_of_several_splits_is_not_read_as_one(tmp_path: Path) -> None:
+def test_a_dataset_on_disk_is_what_was_saved_and_not_what_was_computed_from_it(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    import datasets
+
+    rows = [d.tolist() for d in DOCUMENTS]
+    splits = {
+        "train": datasets.Dataset.from_dict({"tokens": rows}),
+        "test": datasets.Dataset.from_dict({"tokens": rows[:2]}),
+    }
+    folder = tmp_path / "saved"
+    datasets.DatasetDict(splits).save_to_disk(folder, num_shards={"train": 3, "test": 1})
+    loaded = datasets.load_from_disk(folder / "train")
+    loaded.map(lambda row: {"tokens": row["tokens"][:1]})
+    loaded.shuffle(seed=0)
+    cached = {path.name for path in (folder / "train").glob("cache-*.arrow")}
+    assert len(cached) == 2
+    assert len(list_files([folder / "train"])) == 3
+    store = build(tmp_path / "store", folder / "train", tokenizer, token_key="tokens")
+    assert np.array_equal(tokens_of(store), FLAT)
+    for parent in (folder, tmp_path):
+        with pytest.raises(InputError, match=r"saved: several splits \(test, train\), give one"):
+            list_files([parent])
+    (folder / "train" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(InputError, match=r"data-00001-of-00003.arrow: not there, but"):
+        list_files([folder / "train"])
+
+
+def test_a_cache_of_a_hub_dataset_is_not_read_as_one_corpus(tmp_path: Path) -> None:
     for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-        (tmp_path / split / "state.json").write_text("{}")
-        write_arrow(tmp_path / split / "data-00000-of-00001.arrow")
-    (tmp_path / "dataset_dict.json").write_text("{}")
-    with pytest.raises(InputError, match=r"several splits \(test, train\), give one of them"):
+        write_arrow(tmp_path / f"data-{split}.arrow")
+    assert len(list_files([tmp_path])) == 2
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(InputError, match="a cache of `datasets`, with all splits"):
         list_files([tmp_path])
-    assert len(list_files([tmp_path / "train"])) == 1
+    assert len(list_files([tmp_path / "data-train.arrow"])) == 1
+
+
+def test_a_token_that_the_teacher_lacks_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", FLAT)
+    fewer = int(FLAT.max())
+    with pytest.raises(InputError, match=f"a.npy: token {fewer}, but the teacher knows only"):
+        build(tmp_path / "store", tmp_path / "a.npy", tokenizer, teacher_vocab_size=fewer)
+    build(tmp_path / "store2", tmp_path / "a.npy", tokenizer, teacher_vocab_size=fewer + 1)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards.errors import RunError
 from teacher_dump import sequences, token_builder
-from teacher_dump.corpus import list_files
+from teacher_dump.corpus import CorpusFile, list_files, read_documents
 from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import JoinedSequences, SeparateSequences
@@ -90,6 +91,12 @@ def test_separate_documents_have_sequences_of_their_own(
     assert split.mean_positions == (-(-sum(sizes) // len(sizes)) if sizes else length)
 
 
+def stop(documents: int, tokens: int) -> None:
+    """What interrupts a store that is being made."""
+    if documents > 100:
+        raise KeyboardInterrupt
+
+
 def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,10 +106,6 @@ def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
     whole = open_or_build(tmp_path / "whole", corpus, tokenizer, rules, lambda *_: None)
     monkeypatch.setattr(token_builder, "_BATCH_CHARACTERS", 2000)
     monkeypatch.setattr(token_builder, "_RECORD_EVERY_S", 0.0)
-
-    def stop(documents: int, tokens: int) -> None:
-        if documents > 100:
-            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         open_or_build(tmp_path / "cut", corpus, tokenizer, rules, stop)
@@ -117,6 +120,34 @@ def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
     assert seen[0] > 80  # what was recorded was not encoded again
     for name in ("train.tokens", "train.documents", "validation.tokens", "validation.documents"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_store_that_is_shorter_than_its_record_is_not_filled_with_zeros(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = list_files([write_corpus(tmp_path / "corpus.jsonl", num_documents=200)])
+    tokenizer = load_tokenizer(tiny_teacher)
+    monkeypatch.setattr(token_builder, "_BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(token_builder, "_RECORD_EVERY_S", 0.0)
+
+    store = tmp_path / "store"
+    with pytest.raises(KeyboardInterrupt):
+        open_or_build(store, corpus, tokenizer, rules_of(tokenizer), stop)
+    (store / "train.tokens").write_bytes(b"")
+    with pytest.raises(RunError, match=r"train.tokens: shorter than progress.json says; remove"):
+        open_or_build(store, corpus, tokenizer, rules_of(tokenizer), lambda *_: None)
+
+
+def test_a_disk_that_fails_loses_no_tokens(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    write_corpus(corpus / "a.jsonl", num_documents=3)
+    (corpus / "b.jsonl").symlink_to("/proc/self/mem")  # opens, and fails to be read with EIO
+    rules = rules_of(load_tokenizer(tiny_teacher))
+    files = [CorpusFile(path=corpus / name, name=name) for name in ("a.jsonl", "b.jsonl")]
+    assert len(list(read_documents(files[0], rules))) == 3
+    with pytest.raises(RunError, match=r"b.jsonl: Input/output error; the same command"):
+        list(read_documents(files[1], rules))
 
 
 def test_documents_are_held_out_whole_and_equal_ones_together(
