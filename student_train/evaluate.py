@@ -18,7 +18,8 @@ softmax at temperature 1, p the kept probabilities, or weights, as they were sto
   sidecars: an unbiased estimate of the KL of the full distributions. Of sampling keep methods at
   temperature 1
 - top1_agreement: how often the student's most likely token is the teacher's, where that is known;
-  not of draws, where chance decides over all entries
+  not of draws, where chance decides over all entries. Of entries that are equally large as they are
+  stored any may have been the teacher's largest, and each counts
 
 Sums are float64 over float32 logits, in blocks as in `loss.py`; each labelled position counts once.
 """
@@ -68,12 +69,10 @@ def evaluate(
     InputError if none of the split's positions counts.
     """
     method = KeepMethod.of(split.identity)
-    totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
+    totals = counted_totals(split)
     num_tokens = totals.tokens
-    if not num_tokens:
-        raise InputError(f"{split.path}: none of its positions counts, nothing can be evaluated")
-    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
-    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64)
+    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
+    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=device)
     num_bytes = 0
     was_training = model.training
     model.eval()
@@ -88,9 +87,7 @@ def evaluate(
             batch = batch.to(device)
             with autocast:
                 hidden = hidden_states(model, batch.input_ids, batch.position_ids)
-            found = _batch_sums(hidden, head_weight(model), batch, method)
-            sums += found[0]
-            bins += found[1]
+            _add_batch(sums, bins, hidden, head_weight(model), batch, method)
     model.train(was_training)
     if asked_to_end():
         return None
@@ -98,7 +95,7 @@ def evaluate(
     figures = {
         "tokens": num_tokens,
         "cross_entropy": nll / num_tokens,
-        "perplexity": math.exp(nll / num_tokens),
+        "perplexity": _exp(nll / num_tokens),
         "calibration_error": (bins[1] - bins[2]).abs().sum().item() / num_tokens,
         "teacher_cross_entropy": totals.teacher_nll / num_tokens,
     }
@@ -113,10 +110,26 @@ def evaluate(
     return figures
 
 
-def _batch_sums(
-    hidden: Tensor, weight: Tensor, batch: Batch, method: KeepMethod
-) -> tuple[Tensor, Tensor]:
-    """`position_sums` and `calibration_bins` of a batch's labelled positions, block by block."""
+def counted_totals(split: Split) -> Totals:
+    """Sums over a split from its sidecars. InputError if none of its positions counts."""
+    totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
+    if not totals.tokens:
+        raise InputError(f"{split.path}: none of its positions counts, nothing can be evaluated")
+    return totals
+
+
+def _exp(value: float) -> float:
+    """The exponential, infinite where a float has no room for it."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _add_batch(
+    sums: Tensor, bins: Tensor, hidden: Tensor, weight: Tensor, batch: Batch, method: KeepMethod
+) -> None:
+    """Add `position_sums` and `calibration_bins` of a batch's labelled positions, by blocks."""
     assert batch.ids is not None
     assert batch.logprobs is not None
     labels = batch.labels.flatten()
@@ -125,13 +138,11 @@ def _batch_sums(
     tails = None if batch.tail_logmass is None else batch.tail_logmass.flatten()
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     exact_above = -math.inf if method.exact_above is None else method.exact_above
-    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64)
-    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64)
     block_bytes = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _GPU_BLOCK_BYTES
     for block in split_evenly(rows, block_bytes // (4 * len(weight))):
         logits = hidden[block].float() @ weight.float().T
         prediction = predict(logits)
-        bins += calibration_bins(prediction, labels[block]).cpu()
+        bins += calibration_bins(prediction, labels[block])
         sums += position_sums(
             logits,
             prediction,
@@ -140,8 +151,7 @@ def _batch_sums(
             logprobs[block],
             None if tails is None else tails[block],
             exact_above,
-        ).cpu()
-    return sums, bins
+        )
 
 
 class Prediction(NamedTuple):
@@ -197,7 +207,8 @@ def position_sums(
     agreed = known = with_entries
     if ids.shape[1]:  # entries are largest first
         known = logprobs[:, 0] > exact_above
-        agreed = known & (prediction.token == ids[:, 0])
+        leading = kept & (logprobs == logprobs[:, :1])
+        agreed = known & (leading & (ids == prediction.token[:, None])).any(1)
     teacher = logprobs.double()
     weighted = torch.where(kept, teacher.exp() * -student.double(), 0.0).sum(1)
     kl_kept = _kl(teacher, student)

@@ -58,6 +58,7 @@ def reference(model: LlamaForCausalLM, rows: list[Row]) -> dict[str, float]:
             nll -= math.log(q[t, row.tokens[t + 1]])
             kept = slice(ends[t] - row.counts[t], ends[t])
             ids, p = row.ids[kept], np.exp(row.logprobs[kept].astype(float))
+            agreed += q[t].argmax() in ids[p == p.max()]
             w = p / p.sum()
             kl_kept += (w * np.log(w / q[t, ids])).sum()
             assert row.tail_logmass is not None
@@ -65,7 +66,6 @@ def reference(model: LlamaForCausalLM, rows: list[Row]) -> dict[str, float]:
             p, tail = p / total, math.exp(row.tail_logmass[t]) / total
             rest = np.delete(q[t], ids).sum()
             kl_bound += (p * np.log(p / q[t, ids])).sum() + tail * math.log(tail / rest)
-            agreed += q[t].argmax() == ids[0]
             confidence = float(q[t].max())
             hit = bool(q[t].argmax() == row.tokens[t + 1])
             bins.setdefault(min(14, int(confidence * 15)), []).append((confidence, hit))
@@ -105,7 +105,7 @@ def test_the_figures_of_sampled_shards_equal_their_definitions(
             tokens += row.loss_mask is None or bool(row.loss_mask[t])
             if len(ids) and row.logprobs[kept][0] > LOG_THRESHOLD:
                 known += 1
-                agreed += q[t].argmax() == ids[0]
+                agreed += q[t].argmax() in ids[weights == weights.max()]
     found = evaluate(
         model,
         dataset.split("validation"),
@@ -176,6 +176,28 @@ def test_a_student_that_equals_the_teacher_has_a_bound_of_zero() -> None:
     assert agreed == num == 1
 
 
+@pytest.mark.parametrize(
+    ("stored", "most_likely", "agrees"),
+    [
+        ([0.4, 0.4, 0.2], 0, True),
+        ([0.4, 0.4, 0.2], 1, True),
+        ([0.4, 0.4, 0.2], 2, False),
+        ([0.4, 0.3, 0.3], 1, False),
+        ([0.4, 0.4, 0.2], 7, False),
+        ([0.5], 0, True),
+    ],
+)
+def test_of_entries_that_are_stored_as_equally_large_each_may_be_the_teachers(
+    stored: list[float], most_likely: int, agrees: bool
+) -> None:
+    ids, logprobs = entries(stored, [0.3, 0.3, 0.3, 0.1])
+    logits = torch.zeros(1, 9)
+    logits[0, most_likely] = 3.0
+    labels = torch.zeros(1, dtype=torch.int64)
+    *_, agreed, known = position_sums(logits, labels, ids[:1], logprobs[:1], None).tolist()
+    assert (agreed, known) == (agrees, 1)
+
+
 def test_the_bound_is_never_above_the_divergence_of_the_full_distributions() -> None:
     random = torch.Generator().manual_seed(0)
     p = torch.softmax(2 * torch.randn(200, 30, generator=random).double(), 1)
@@ -235,6 +257,16 @@ def test_positions_of_which_nothing_was_kept_count_only_for_the_cross_entropy() 
     torch.testing.assert_close(both[1:], first[1:])
     nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     assert both[0].item() == pytest.approx(nll.item(), rel=1e-6)
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    split = Dataset.open(make_dataset(tmp_path / "dataset")).split("validation")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    found = evaluate(model, split, batch_sequences=4, device=CPU, autocast=nullcontext())
+    assert 709 < found["cross_entropy"] < math.inf == found["perplexity"]
 
 
 def test_without_a_tail_there_is_no_bound() -> None:
