@@ -6,8 +6,9 @@
 
 Learning rate, random numbers and the datasets of a step are functions of its number, the order of a
 dataset one of the number of its sequences that came before (`schedules.py`, `training.py`,
-`mixture.py`, `order.py`), so nothing of them is stored. The newest checkpoint is complete before an
-older one is removed, and a kill at any moment leaves one to go on from.
+`mixture.py`, `order.py`), so nothing of them is stored, nor are AdamW's options, which are those of
+the command and the machine: a run of a GPU can be continued without one. The newest checkpoint is
+complete before an older one is removed, and a kill at any moment leaves one to go on from.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import load_model, save_model
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from shards import durable
 from shards.errors import RunError
 from student_train.run_folder import publish_folder, remove_folder, remove_unpublished
 
@@ -54,10 +56,10 @@ def save(folder: Path, model: PreTrainedModel, optimizer: Optimizer, progress: P
     def fill(path: Path) -> None:
         save_model(model, str(path / _MODEL))
         torch.save(optimizer.state_dict(), path / _OPTIMIZER)
-        (path / _PROGRESS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
+        (path / _PROGRESS).write_text(_to_text(progress), encoding="utf-8")
 
     try:
-        publish_folder(folder / f"{_PREFIX}{progress.step:08}", fill)
+        publish_folder(folder / _name(progress.step), fill)
         for old in _checkpoints(folder)[:-_KEPT]:
             remove_folder(old)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -65,6 +67,11 @@ def save(folder: Path, model: PreTrainedModel, optimizer: Optimizer, progress: P
             f"{folder}: the checkpoint of step {progress.step} cannot be written: {error};"
             " the one before it is kept, and the same command continues from there"
         ) from error
+
+
+def record(folder: Path, progress: Progress) -> None:
+    """Replace the progress of a checkpoint that is there, of the same step. OSError if it fails."""
+    durable.replace(folder / _name(progress.step) / _PROGRESS, _to_text(progress))
 
 
 def load_newest(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> Progress | None:
@@ -78,15 +85,32 @@ def load_newest(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> P
         return None
     path = checkpoints[-1]
     try:
+        _remove_unrecorded(path)
         progress = Progress(**json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
         load_model(model, path / _MODEL)
-        optimizer.load_state_dict(torch.load(path / _OPTIMIZER, weights_only=True))
+        state = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise RunError(
             f"{path}: the checkpoint cannot be read ({error}); without this folder the same command"
             " continues from the checkpoint before it"
         ) from error
     return progress
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:08}"
+
+
+def _to_text(progress: Progress) -> str:
+    return json.dumps(asdict(progress)) + "\n"
+
+
+def _remove_unrecorded(path: Path) -> None:
+    """Remove what a kill left of a progress that was being replaced."""
+    for entry in list(path.iterdir()):
+        if durable.is_temporary_name_of(entry.name, _PROGRESS):
+            entry.unlink()
 
 
 def _checkpoints(folder: Path) -> list[Path]:

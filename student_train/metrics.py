@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
@@ -18,6 +19,7 @@ from typing import Self, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from shards import durable
+from student_train.figure_lines import read_lines
 from student_train.prepare import VALIDATION
 from student_train.run_folder import RunFolder
 
@@ -33,9 +35,12 @@ class Metrics:
     def __init__(self, folder: RunFolder, *, step: int, evaluated: bool = True) -> None:
         cut_back(folder.metrics, step, evaluated=evaluated)
         cut_back(folder.speed, step)
-        self._file = folder.metrics.open("a", encoding="utf-8")
-        self._speed_file = folder.speed.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+        with ExitStack() as files:
+            self._file = files.enter_context(folder.metrics.open("a", encoding="utf-8"))
+            self._speed_file = files.enter_context(folder.speed.open("a", encoding="utf-8"))
+            self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
+            files.callback(self._tensorboard.close)
+            self._files = files.pop_all()
 
     def write(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
         """Add one line of what a step or an evaluation computed."""
@@ -60,9 +65,7 @@ class Metrics:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._speed_file.close()
-        self._tensorboard.close()
+        self._files.close()
 
     def _write(self, file: TextIO, step: int, kind: str, figures: Mapping[str, float]) -> None:
         """One line, which another process can read at once."""
@@ -75,17 +78,15 @@ class Metrics:
 def cut_back(file: Path, step: int, *, evaluated: bool = True) -> None:
     """Keep the lines up to a step; what follows it, or is not a whole line, goes.
 
-    So does the validation line of the step unless it is `evaluated`.
+    So does the validation line of the step unless it is `evaluated`. InputError for a line that
+    cannot be read.
     """
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        found = json.loads(line)
+    for text, found in read_lines(file):
         is_evaluation = found["step"] == step and found["kind"] == VALIDATION
         if found["step"] > step or (is_evaluation and not evaluated):
             break
-        kept.append(line)
+        kept.append(text.decode())
     durable.replace(file, "".join(kept))

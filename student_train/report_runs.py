@@ -1,20 +1,18 @@
 """Runs as a report sees them: settings, summary and figures, read from their folders as they are.
 
-A run may be going on while it is read: it has no summary then, and its last line may be half
-written, which is left out. A whole line that cannot be read is an error, not a gap.
+A run may be going on while it is read: it has no summary then.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
+from student_train.figure_lines import is_number, read_lines
 from student_train.report_series import Series
 from student_train.run_folder import RunFolder
 from student_train.tasks import TaskFigures, read_tasks, task_figures
@@ -75,7 +73,7 @@ def _read_run(path: Path, name: str, most: int) -> RunRecord:
     step, tokens = 0, 0.0
     for file in (folder.metrics, folder.speed):
         at = 0.0
-        for line in _lines(file):
+        for _, line in read_lines(file):
             if line["kind"] != "validation":  # whose tokens are those of the validation split
                 at = line["tokens"]
             _add(series, line, at, most)
@@ -96,44 +94,12 @@ def _read_run(path: Path, name: str, most: int) -> RunRecord:
 def _add(series: dict[str, Series], line: Mapping[str, Any], at: float, most: int) -> None:
     """Add the figures of a line, at so many tokens, to their series."""
     for figure, value in line.items():
-        if figure in _NOT_FIGURES or not _is_number(value) or (figure == "kd" and not value):
+        if figure in _NOT_FIGURES or not is_number(value) or (figure == "kd" and not value):
             continue  # kd is not computed where alpha is 0, and written as 0
         key = f"{line['kind']}/{figure}"
         if key not in series:
             series[key] = Series(most)
         series[key].add(at, value)
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file; none if there is no file, as of a run that has just begun."""
-    if not file.is_file():
-        return
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.endswith(b"\n"):
-                    yield _parse(line, f"{file}:{number}")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
-
-
-def _parse(text: bytes, place: str) -> dict[str, Any]:
-    try:
-        line: dict[str, Any] = json.loads(text)
-        sound = isinstance(line["step"], int) and isinstance(line["kind"], str)
-        if sound and (line["kind"] == "validation" or _is_number(line["tokens"])):
-            return line
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise InputError(
-        f"{place}: not a line of figures (step, kind, tokens); the same train-student command"
-        " writes it again if it is of an unfinished run"
-    )
-
-
-def _is_number(value: object) -> bool:
-    """A number that can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _shortest_names(places: Sequence[Path]) -> list[str]:

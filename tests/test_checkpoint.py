@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def trained(seed: int = 0) -> tuple[LlamaForCausalLM, torch.optim.AdamW]:
 
 def test_a_checkpoint_restores_weights_moments_and_progress_exactly(tmp_path: Path) -> None:
     model, optimizer = trained()
-    progress = Progress(step=3, tokens=100, sequences=7, evaluation={"cross_entropy": 0.1})
+    progress = Progress(step=3, tokens=100, sequences=[7], evaluation={"cross_entropy": 0.1})
     checkpoint.save(tmp_path, model, optimizer, progress)
     other, other_optimizer = trained(seed=1)
     assert checkpoint.load_newest(tmp_path, other, other_optimizer) == progress
@@ -53,6 +54,37 @@ def test_a_checkpoint_restores_weights_moments_and_progress_exactly(tmp_path: Pa
             assert torch.equal(other_optimizer.state_dict()["state"][index][name], value)
 
 
+def test_an_evaluation_is_recorded_in_the_checkpoint_of_its_step(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    due = Progress(step=3, tokens=100, sequences=[7], evaluation_due=True)
+    checkpoint.save(tmp_path, model, optimizer, due)
+    evaluated = replace(due, evaluation={"cross_entropy": 0.1}, evaluation_due=False)
+    checkpoint.record(tmp_path, evaluated)
+    left = tmp_path / "step-00000003" / ".progress.json.0123456789abcdef.tmp"
+    left.write_text("half of another")
+    assert checkpoint.load_newest(tmp_path, model, optimizer) == evaluated
+    assert not left.exists()
+
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one_and_options_are_those_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    optimizer.param_groups[0]["fused"] = True
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.serialization.location_tag", lambda _: "cuda:0")
+        checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "step-00000001" / "optimizer.pt", weights_only=True)
+    other, other_optimizer = trained(seed=1)
+    checkpoint.load_newest(tmp_path, other, other_optimizer)
+    assert not other_optimizer.param_groups[0]["fused"]
+    for expected, found in zip(
+        optimizer.state.values(), other_optimizer.state.values(), strict=True
+    ):
+        assert torch.equal(found["exp_avg"], expected["exp_avg"])
+
+
 def test_without_a_checkpoint_nothing_changes(tmp_path: Path) -> None:
     model, optimizer = trained()
     assert checkpoint.load_newest(tmp_path / "none", model, optimizer) is None
@@ -61,27 +93,27 @@ def test_without_a_checkpoint_nothing_changes(tmp_path: Path) -> None:
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (9, 10, 100):
-        checkpoint.save(tmp_path, model, optimizer, Progress(step=step, tokens=step, sequences=7))
+        checkpoint.save(tmp_path, model, optimizer, Progress(step=step, tokens=step, sequences=[7]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
     found = checkpoint.load_newest(tmp_path, model, optimizer)
-    assert found == Progress(step=100, tokens=100, sequences=7)
+    assert found == Progress(step=100, tokens=100, sequences=[7])
 
 
 def test_what_was_killed_while_it_was_written_is_ignored_and_removed(tmp_path: Path) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=7))
+    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
     half = tmp_path / ".step-00000002.0123456789abcdef.tmp"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     found = checkpoint.load_newest(tmp_path, model, optimizer)
-    assert found == Progress(step=1, tokens=1, sequences=7)
+    assert found == Progress(step=1, tokens=1, sequences=[7])
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "progress.json"])
 def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=7))
+    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
     file = tmp_path / "step-00000001" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(RunError, match="step-00000001"):
@@ -102,9 +134,13 @@ def test_a_folder_that_cannot_be_filled_leaves_the_one_before_it(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [final]
 
 
+def line(step: int, kind: str = "train") -> str:
+    return json.dumps({"step": step, "kind": kind, "tokens": 100 * step}) + "\n"
+
+
 def test_metrics_are_cut_back_to_a_step_and_half_a_line_goes(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    whole = [json.dumps({"step": step, "kind": "train"}) + "\n" for step in (1, 2, 2, 3)]
+    whole = [line(step) for step in (1, 2, 2, 3)]
     for text, step, expected in (
         ("".join(whole), 2, "".join(whole[:3])),
         ("".join(whole), 0, ""),
@@ -119,10 +155,22 @@ def test_metrics_are_cut_back_to_a_step_and_half_a_line_goes(tmp_path: Path) -> 
 def test_an_evaluation_that_is_made_again_is_cut_too(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     kinds = [(1, "train"), (1, "validation"), (2, "train"), (2, "validation"), (3, "train")]
-    whole = [json.dumps({"step": step, "kind": kind}) + "\n" for step, kind in kinds]
+    whole = [line(step, kind) for step, kind in kinds]
     file.write_text("".join(whole))
     cut_back(file, 2, evaluated=False)
     assert file.read_text() == "".join(whole[:3])
+
+
+@pytest.mark.parametrize("damaged", ["nonsense\n", "\0\0\n", '{"step": 2}\n', "[2]\n"])
+def test_a_whole_line_that_is_not_of_figures_is_named_and_nothing_is_cut(
+    damaged: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    content = line(1) + damaged + line(3)
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a line of figures.* delete it"):
+        cut_back(file, 3)
+    assert file.read_text() == content
 
 
 def test_metrics_can_be_read_while_they_are_written(tmp_path: Path) -> None:
@@ -130,10 +178,10 @@ def test_metrics_can_be_read_while_they_are_written(tmp_path: Path) -> None:
     with Metrics(folder, step=0) as metrics:
         metrics.write(1, "train", {"loss": 0.5})
         metrics.write_speed(1, {"tokens_per_s": 2.0})
-        line = json.loads(folder.metrics.read_text())
-        assert line == {"step": 1, "kind": "train", "loss": 0.5}
-        line = json.loads(folder.speed.read_text())
-        assert line == {"step": 1, "kind": "speed", "tokens_per_s": 2.0}
+        found = json.loads(folder.metrics.read_text())
+        assert found == {"step": 1, "kind": "train", "loss": 0.5}
+        found = json.loads(folder.speed.read_text())
+        assert found == {"step": 1, "kind": "speed", "tokens_per_s": 2.0}
 
 
 def test_a_file_where_the_run_folder_should_be_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Lines of metrics.jsonl and speed.jsonl as they are read again, by a report or by the run itself.
+
+A run may be going on, or have been killed: the last line may be half written and is left out. A
+whole line that cannot be read is an error, not a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shards.errors import InputError
+
+
+class FigureLine(NamedTuple):
+    """A line as it stands in the file, and what it says: step, kind, figures."""
+
+    text: bytes
+    figures: dict[str, Any]
+
+
+def read_lines(file: Path) -> Iterator[FigureLine]:
+    """The whole lines of a file; none if there is no file, as of a run that has just begun.
+
+    InputError, with the number of the line, for one that is not of figures.
+    """
+    if not file.is_file():
+        return
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.endswith(b"\n"):
+                    yield FigureLine(line, _parse(line, f"{file}:{number}"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def is_number(value: object) -> bool:
+    """A number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _parse(text: bytes, place: str) -> dict[str, Any]:
+    try:
+        line: dict[str, Any] = json.loads(text)
+        sound = isinstance(line["step"], int) and isinstance(line["kind"], str)
+        if sound and (line["kind"] == "validation" or is_number(line["tokens"])):
+            return line
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise InputError(
+        f"{place}: not a line of figures (step, kind, tokens); delete it, and the run continues and"
+        " is shown without them"
+    )
