@@ -23,8 +23,9 @@ class TrainConfig:
 
     `student` is a preset, a Hugging Face config.json or a model folder. `tokens` and `batch_tokens`
     count labelled positions; more `tokens` than the dataset has are further epochs. A learning rate
-    of None is the preset's own. `save_every` and `eval_every` are optimizer steps, None: only at
-    the end. `shards` are datasets of one tokenizer, `weights` the share of the batch lines that
+    of None is the preset's own. `save_every` and `eval_every` are optimizer steps; None saves every
+    ten minutes or so (`saving.py`) and evaluates only at the end, which is saved and evaluated
+    always. `shards` are datasets of one tokenizer, `weights` the share of the batch lines that
     each of them gives, at any scale; none: by size. `eval_shards` None evaluates on the validation
     split of the first of `shards`. `eval_tasks` are names or YAML files of lm-evaluation-harness.
     """

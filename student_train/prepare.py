@@ -9,6 +9,9 @@ from shards.dataset import Dataset, Split
 from shards.errors import IdentityMismatchError, InputError
 from shards.keep_method import KeepMethod
 from student_train.config import TrainConfig
+from student_train.distillation import Objective
+from student_train.evaluate import counted_totals
+from student_train.schedules import Alpha, LearningRate, learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,39 @@ def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
     return step_sequences, -(-config.tokens // step_tokens)
 
 
+def plan_schedules(config: TrainConfig, num_steps: int) -> tuple[LearningRate, Alpha]:
+    """Learning rate and alpha of every step."""
+    rates = learning_rate(
+        config.lr_schedule,
+        peak=config.learning_rate or 0.0,
+        num_steps=num_steps,
+        warmup_fraction=config.warmup_fraction,
+        decay_fraction=config.decay_fraction,
+        floor=config.min_learning_rate_ratio,
+    )
+    alphas = Alpha(
+        kind=config.alpha_schedule,
+        peak=config.alpha,
+        num_steps=num_steps,
+        warmup_fraction=config.warmup_fraction,
+        decay_fraction=config.decay_fraction,
+    )
+    return rates, alphas
+
+
+def make_objective(config: TrainConfig, split: Split) -> Objective:
+    """What is minimised on a split and those that it mixes with, at the highest alpha."""
+    return Objective(
+        kind=config.loss,
+        alpha=config.alpha,
+        temperature=config.temperature,
+        sampled=KeepMethod.of(split.identity).is_sampled,
+        bucket=config.tail == "bucket",
+        student_temperature=config.student_temperature,
+        adaptive_temperature=config.adaptive_temperature,
+    )
+
+
 def check_objective(config: TrainConfig, dataset: Dataset) -> None:
     """InputError for what sampled weights do not carry: they are of one temperature."""
     method = KeepMethod.of(dataset.identity)
@@ -114,12 +150,16 @@ def check_objective(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | None:
-    """The dataset whose validation split is used; None, and said so, if it has none."""
+    """The dataset whose validation split is used; None, and said so, if it has none.
+
+    InputError if none of the split's positions counts.
+    """
     found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
     _check_tokenizers("--eval-shards", found, dataset)
     if VALIDATION not in found.split_names:
         logger.info("%s: no validation split, so nothing is evaluated", found.path)
         return None
+    counted_totals(found.split(VALIDATION))
     return found
 
 

@@ -10,7 +10,8 @@
 
 Continuing with other settings would give a student that no single command describes, so it is
 refused, naming every difference. Paths may change, and so may `save_every` and `eval_tasks`: the
-student does not depend on them.
+student does not depend on them. So may `micro_batch_sequences` and `gradient_checkpointing`, for a
+run that had too little memory: they change how sums are rounded, and nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from shards.errors import InputError
 from shards.identity import Json, differences
 from student_train.config import TrainConfig
 
-_NOT_COMPARED = ("shards", "eval_shards", "eval_tasks", "out", "save_every")
+_NOT_COMPARED = (
+    *("shards", "eval_shards", "eval_tasks", "out", "save_every"),
+    *("micro_batch_sequences", "gradient_checkpointing"),
+)
 _RUN = "run.json"
 _SUMMARY = "summary.json"
 

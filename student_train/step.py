@@ -17,7 +17,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
+from shards.errors import RunError
 from student_train.batches import Batch
+from student_train.blocks import first_line
 from student_train.config import TrainConfig
 from student_train.distillation import Objective, Targets
 from student_train.loss import Loss, distillation_loss
@@ -40,7 +42,7 @@ class StepResult:
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and none on norms and biases."""
+    """AdamW with weight decay on matrices and none on norms and biases; fused on a GPU."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     return torch.optim.AdamW(
@@ -49,6 +51,7 @@ def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.A
             {"params": others, "weight_decay": 0.0},
         ],
         betas=(config.beta1, config.beta2),
+        fused=model.device.type == "cuda",
     )
 
 
@@ -69,6 +72,7 @@ def optimizer_step(
     """Train on the micro batches of one step, which may be on another device than the model.
 
     `loss_of` gives the summed loss of a batch, `batch_loss` unless something else is compared.
+    torch.OutOfMemoryError leaves the weights as they were; RunError if memory ran out after that.
     """
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(3, device=head_weight(model).device)
@@ -82,11 +86,15 @@ def optimizer_step(
         num_tokens += batch.num_valid
         num_sequences.append(batch.num_sequences)
     scale = 1 / max(1, num_tokens)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(scale)
+    torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], scale)
     norm = clip_grad_norm_(model.parameters(), gradient_clip or math.inf)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"AdamW ran out of memory in the middle of a step ({first_line(error)}); the same"
+            " command with a smaller --micro-batch-sequences continues from the last checkpoint"
+        ) from error
     loss_mean, lm, kd = (sums * scale).tolist()
     return StepResult(
         num_tokens=num_tokens,

@@ -7,16 +7,20 @@ that are left (`training.py`), then with the tasks that are left (`tasks.py`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from shards.dataset import Dataset
+from shards.errors import RunError
 from shards.folder_lock import folder_lock
 from shards.identity import Json
-from student_train.blocks import prepare_blocks
+from student_train.blocks import first_line, prepare_blocks
 from student_train.config import TrainConfig
 from student_train.lines import packed_length
 from student_train.model import check_sizes, default_learning_rate, export, make_student
@@ -36,6 +40,11 @@ def run(config: TrainConfig) -> dict[str, Json]:
     InputError, ShardError or IdentityMismatchError for what does not fit together, before anything
     is written; RunError for a run that fails.
     """
+    with _failures_named(config.out):
+        return _run(config)
+
+
+def _run(config: TrainConfig) -> dict[str, Json]:
     disable_progress_bar()
     datasets = open_datasets(config)
     evaluation_dataset = find_evaluation_dataset(config, datasets[0])
@@ -65,6 +74,24 @@ def run(config: TrainConfig) -> dict[str, Json]:
     for task, figures in task_figures(read_tasks(folder.tasks)).items():
         summary |= {f"{task}_{metric}": value for metric, value in figures.items()}
     return summary
+
+
+@contextmanager
+def _failures_named(out: Path) -> Iterator[None]:
+    """RunError for what a disk or a device has no room for, wherever in a run it shows."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{out}: out of memory ({first_line(error)}); the same command with a smaller"
+            " --micro-batch-sequences continues"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        path = getattr(error, "filename", None) or out
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RunError(
+            f"{path}: {reason}; what was saved is kept, and the same command continues"
+        ) from error
 
 
 def _train(

@@ -12,8 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -21,9 +20,8 @@ import torch
 from transformers import PreTrainedModel
 
 from shards.dataset import Dataset, Split
-from shards.errors import RunError, ShardError, StoppedError
+from shards.errors import RunError, StoppedError
 from shards.identity import Json
-from shards.keep_method import KeepMethod
 from student_train import checkpoint
 from student_train.batches import (
     TAIL_COLUMNS,
@@ -34,18 +32,18 @@ from student_train.batches import (
 )
 from student_train.checkpoint import Progress
 from student_train.config import TrainConfig
-from student_train.distillation import Objective
 from student_train.evaluate import evaluate
+from student_train.figure_lines import read_lines
 from student_train.flops import peak_tokens_per_s
 from student_train.lines import Source
 from student_train.metrics import Metrics
 from student_train.mixture import choices, order_seed
 from student_train.model import num_parameters
-from student_train.prepare import VALIDATION, shares
+from student_train.prepare import VALIDATION, make_objective, plan_schedules, shares
 from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder
-from student_train.schedules import Alpha, LearningRate, learning_rate
+from student_train.saving import Saver
 from student_train.speed import StepClock
 from student_train.step import (
     StepResult,
@@ -61,6 +59,17 @@ logger = logging.getLogger(__name__)
 
 _READ_AHEAD_BATCHES = 4
 TRAIN = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Process:
+    """What the process has that runs the steps now, and the next one has anew."""
+
+    metrics: Metrics
+    stop: StopRequest
+    saver: Saver
+    clock: StepClock
+    display: TrainProgress
 
 
 class Training:
@@ -82,117 +91,89 @@ class Training:
         self._folder = folder
         self._device = model.device
         self._autocast = autocast_for(config.dtype, self._device)
-        self._objective = Objective(
-            kind=config.loss,
-            alpha=config.alpha,
-            temperature=config.temperature,
-            sampled=KeepMethod.of(splits[0].identity).is_sampled,
-            bucket=config.tail == "bucket",
-            student_temperature=config.student_temperature,
-            adaptive_temperature=config.adaptive_temperature,
-        )
+        self._objective = make_objective(config, splits[0])
         self._model = model.train()
         self._optimizer = make_optimizer(model, config)
         found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
         self._progress = found or Progress(step=0, tokens=0, sequences=[0] * len(splits))
-        self._saved_step = self._progress.step
         self._bytes_of_tokens = (
             None if evaluation_dataset is None else token_bytes(evaluation_dataset)
         )
-        self._speed: dict[str, Json] = {}
 
     def train(self, step_sequences: int, num_steps: int) -> None:
         """All steps that are left, with their evaluations and checkpoints."""
         config, done = self._config, self._progress.step
         self._log_start(step_sequences, num_steps)
-        rates, alphas = self._schedules(num_steps)
+        rates, alphas = plan_schedules(config, num_steps)
         step_batches = -(-step_sequences // config.micro_batch_sequences)
-        batches = self._batches(step_sequences)
         peak = peak_tokens_per_s(self._model, self._length, config.dtype, self._device)
-        clock = StepClock(self._device, peak)
-        display = TrainProgress(done, num_steps, peak)
         with (
             Metrics(
                 self._folder, step=done, evaluated=not self._progress.evaluation_due
             ) as metrics,
-            ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead,
+            ReadAhead(self._batches(step_sequences), _READ_AHEAD_BATCHES) as ahead,
             StopRequest() as stop,
         ):
-            paused = time.monotonic()
-            self._evaluate_if_due(metrics, stop)
-            self._end_if_asked(metrics, stop, display)
-            display.pause(time.monotonic() - paused)
+            process = _Process(
+                metrics=metrics,
+                stop=stop,
+                saver=Saver(
+                    self._folder,
+                    metrics,
+                    self._model,
+                    self._optimizer,
+                    step=done,
+                    every=config.save_every,
+                ),
+                clock=StepClock(self._device, peak),
+                display=TrainProgress(done, num_steps, peak),
+            )
+            self._after_step(process, save=False)
             for step in range(done + 1, num_steps + 1):
-                alpha, rate = alphas.at(step - 1), rates.at(step - 1)
-                with self._saved_if_shards_fail(metrics):
-                    micro_batches = clock.waiting(islice(ahead, step_batches))
-                    result = self._step(step, alpha, rate, micro_batches)
-                speed = clock.step_done(result.num_tokens)
-                figures = {
-                    "tokens": self._progress.tokens,
-                    "loss": result.loss,
-                    "lm": result.lm,
-                    "kd": result.kd,
-                    "alpha": alpha,
-                    "learning_rate": rate,
-                    "gradient_norm": result.gradient_norm,
-                }
-                display.trained(step, result.num_tokens, figures)
-                metrics.write(step, TRAIN, figures)
-                metrics.write_speed(step, {"tokens": self._progress.tokens, **speed})
-                paused = time.monotonic()
+                batches = islice(ahead, step_batches)
+                self._train_step(process, step, alphas.at(step - 1), rates.at(step - 1), batches)
                 last = step == num_steps
-                due = last or _due(step, config.eval_every)
-                self._progress = replace(self._progress, evaluation_due=due)
-                self._evaluate_if_due(metrics, stop)
-                if last or _due(step, config.save_every):
-                    self._save(metrics)
-                self._end_if_asked(metrics, stop, display)
-                display.pause(time.monotonic() - paused)
-            self._end_if_asked(metrics, stop, display)
-        display.clear()
-        self._speed = {"seconds": display.seconds, "tokens_per_s": display.tokens_per_s}
+                due = config.eval_every is not None and step % config.eval_every == 0
+                self._progress = replace(self._progress, evaluation_due=last or due)
+                self._after_step(process, save=last or process.saver.due(step))
+            self._end_if_asked(process)
+        process.display.clear()
 
-    def _end_if_asked(self, metrics: Metrics, stop: StopRequest, display: TrainProgress) -> None:
+    def _after_step(self, process: _Process, *, save: bool) -> None:
+        """Save a step, then evaluate it: whatever ends an evaluation, the step is there."""
+        paused = time.monotonic()
+        if save:
+            process.saver.save(self._progress)
+        with process.saver.kept(lambda: self._progress):
+            self._evaluate_if_due(process)
+        self._end_if_asked(process)
+        process.display.pause(time.monotonic() - paused)
+
+    def _end_if_asked(self, process: _Process) -> None:
         """After a signal: StoppedError, with a checkpoint of the step."""
-        if stop.received is None:
+        received = process.stop.received
+        if received is None:
             return
-        if self._progress.step > self._saved_step:
-            self._save(metrics)
-        display.clear()
+        process.saver.save(self._progress)
+        process.display.clear()
         raise StoppedError(
-            f"{self._folder.path}: {stop.received.name} after step {self._progress.step}, its"
+            f"{self._folder.path}: {received.name} after step {self._progress.step}, its"
             " checkpoint is written; the same command continues",
-            stop.received,
+            received,
         )
-
-    def _schedules(self, num_steps: int) -> tuple[LearningRate, Alpha]:
-        config = self._config
-        rates = learning_rate(
-            config.lr_schedule,
-            peak=config.learning_rate or 0.0,
-            num_steps=num_steps,
-            warmup_fraction=config.warmup_fraction,
-            decay_fraction=config.decay_fraction,
-            floor=config.min_learning_rate_ratio,
-        )
-        alphas = Alpha(
-            kind=config.alpha_schedule,
-            peak=config.alpha,
-            num_steps=num_steps,
-            warmup_fraction=config.warmup_fraction,
-            decay_fraction=config.decay_fraction,
-        )
-        return rates, alphas
 
     def summary(self) -> dict[str, Json]:
-        """What came out, flat: where it lies, its size, figures of the last evaluation, speed."""
+        """What came out, flat: where it lies, its size, figures of the last evaluation, speed.
+
+        The speed is that of all processes that worked on the run.
+        """
         total, beside = num_parameters(self._model)
         epochs = [
             done / split.num_sequences
             for done, split in zip(self._progress.sequences, self._splits, strict=True)
         ]
         evaluation = self._progress.evaluation or {}
+        seconds = sum(line["seconds"] for _, line in read_lines(self._folder.speed))
         return {
             "model": str(self._folder.model),
             "parameters": total,
@@ -201,8 +182,29 @@ class Training:
             "tokens": self._progress.tokens,
             "epochs": epochs,
             **{f"{VALIDATION}_{name}": value for name, value in evaluation.items()},
-            **self._speed,
+            "seconds": seconds,
+            "tokens_per_s": self._progress.tokens / max(seconds, 1e-9),
         }
+
+    def _train_step(
+        self, process: _Process, step: int, alpha: float, rate: float, batches: Iterator[Batch]
+    ) -> None:
+        """One step and its figures. RunError if the loss is not a number any more."""
+        with process.saver.kept(lambda: self._progress):
+            result = self._step(step, alpha, rate, process.clock.waiting(batches))
+        speed = process.clock.step_done(result.num_tokens)
+        figures = {
+            "tokens": self._progress.tokens,
+            "loss": result.loss,
+            "lm": result.lm,
+            "kd": result.kd,
+            "alpha": alpha,
+            "learning_rate": rate,
+            "gradient_norm": result.gradient_norm,
+        }
+        process.display.trained(step, result.num_tokens, figures)
+        process.metrics.write(step, TRAIN, figures)
+        process.metrics.write_speed(step, {"tokens": self._progress.tokens, **speed})
 
     def _step(self, step: int, alpha: float, rate: float, batches: Iterator[Batch]) -> StepResult:
         """One step. RunError if the loss is not a number any more."""
@@ -227,54 +229,33 @@ class Training:
             step=step,
             tokens=self._progress.tokens + result.num_tokens,
             sequences=[
-                before + found
-                for before, found in zip(
-                    self._progress.sequences, result.num_sequences, strict=True
-                )
+                sum(counts)
+                for counts in zip(self._progress.sequences, result.num_sequences, strict=True)
             ],
         )
         return result
 
-    def _save(self, metrics: Metrics) -> None:
-        metrics.flush()
-        checkpoint.save(self._folder.checkpoints, self._model, self._optimizer, self._progress)
-        self._saved_step = self._progress.step
-
-    @contextmanager
-    def _saved_if_shards_fail(self, metrics: Metrics) -> Iterator[None]:
-        """Keep the steps that are done when a shard goes bad or vanishes under the run.
-
-        A step takes its batches before it touches the weights, which are thus those of the last
-        whole step; an evaluation does not touch them.
-        """
-        try:
-            yield
-        except ShardError:
-            if self._progress.step > self._saved_step:
-                self._save(metrics)
-            raise
-
-    def _evaluate_if_due(self, metrics: Metrics, stop: StopRequest) -> None:
+    def _evaluate_if_due(self, process: _Process) -> None:
         """Evaluate after the last step, unless that is done or not wanted.
 
         A signal ends it, and the run that continues makes up for it.
         """
         if not self._progress.evaluation_due or self._evaluation_dataset is None:
             return
-        with self._saved_if_shards_fail(metrics):
-            figures = evaluate(
-                self._model,
-                self._evaluation_dataset.split(VALIDATION),
-                batch_sequences=self._config.micro_batch_sequences,
-                device=self._device,
-                autocast=self._autocast,
-                bytes_of_tokens=self._bytes_of_tokens,
-                asked_to_end=lambda: stop.received is not None,
-            )
+        figures = evaluate(
+            self._model,
+            self._evaluation_dataset.split(VALIDATION),
+            batch_sequences=self._config.micro_batch_sequences,
+            device=self._device,
+            autocast=self._autocast,
+            bytes_of_tokens=self._bytes_of_tokens,
+            asked_to_end=lambda: process.stop.received is not None,
+        )
         if figures is None:
             return
-        metrics.write(self._progress.step, VALIDATION, figures)
+        process.metrics.write(self._progress.step, VALIDATION, figures)
         self._progress = replace(self._progress, evaluation=figures, evaluation_due=False)
+        process.saver.record(self._progress)
 
     def _batches(self, step_sequences: int) -> Iterator[Batch]:
         seed, first_line = self._config.seed, self._progress.step * step_sequences
@@ -317,7 +298,3 @@ class Training:
                 )
         if self._progress.step:
             logger.info("continuing after step %d", self._progress.step)
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

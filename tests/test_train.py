@@ -17,21 +17,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.backends.registry import lookup_backend
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shards import dataset
 from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError, RunError, ShardError, StoppedError
 from student_train import checkpoint, training
 from student_train.blocks import decoder_blocks
-from student_train.config import TrainConfig
 from student_train.evaluate import evaluate
 from student_train.prepare import check_objective
 from student_train.report import write_report
 from student_train.train import run
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset, make_tokenizer
-
-STEP_SEQUENCES = 4
+from tests.tiny_runs import (
+    STEP_SEQUENCES,
+    assert_same_run,
+    lines,
+    make_config,
+    weights,
+    write_student,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +61,7 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A config file of a very small Llama."""
-    folder = tmp_path_factory.mktemp("student")
-    LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        max_position_embeddings=64,
-    ).save_pretrained(folder)
-    return str((folder / "config.json").rename(folder / "student.json"))
+    return write_student(tmp_path_factory.mktemp("student"))
 
 
 # Steps large enough, and evaluations often enough, to see a student learn.
@@ -77,34 +70,6 @@ LEARNING: dict[str, Any] = {
     "micro_batch_sequences": 16,
     "eval_every": 10,
 }
-
-
-def make_config(shards: Path, student: str, out: Path, **changes: Any) -> TrainConfig:
-    config = TrainConfig(
-        shards=[shards],
-        student=student,
-        out=out,
-        tokens=6 * STEP_SEQUENCES * SEQUENCE_LENGTH,
-        batch_tokens=STEP_SEQUENCES * SEQUENCE_LENGTH,
-        micro_batch_sequences=3,
-        learning_rate=1e-2,
-        dtype="float32",
-    )
-    return replace(config, **changes)
-
-
-def lines(out: Path, kind: str = "train") -> list[dict[str, Any]]:
-    content = (out / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, content) if line["kind"] == kind]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model" / "model.safetensors")
-
-
-def assert_same_weights(found: Path, expected: Path) -> None:
-    for name, weight in weights(expected).items():
-        assert torch.equal(weights(found)[name], weight), name
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -211,8 +176,7 @@ def test_a_run_that_stops_after_any_checkpoint_goes_on_as_if_it_had_not(
     shutil.rmtree(out / "model")
     shutil.rmtree(out / "checkpoints" / "step-00000006")  # the one of step 5 is left
     run(replace(whole, out=out))
-    assert_same_weights(out, whole.out)
-    assert (out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+    assert_same_run(out, whole.out)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -249,8 +213,7 @@ def test_a_shard_that_fails_in_the_middle_is_named_and_every_step_before_it_is_k
     assert [line["step"] for line in lines(config.out)] == list(range(1, step + 1))
     shard.write_bytes(content)
     assert run(config)["validation_cross_entropy"] == run(whole)["validation_cross_entropy"]
-    assert_same_weights(config.out, whole.out)
-    assert (config.out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+    assert_same_run(config.out, whole.out)
 
 
 @pytest.fixture
@@ -276,7 +239,6 @@ def test_a_signal_ends_a_run_after_a_step_and_an_evaluation_is_made_up_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluated = comes == "while it is saved" and step != 3
     whole = make_config(shards, student, tmp_path / "whole", eval_every=2, save_every=1)
     expected = run(whole)
     config = replace(whole, out=tmp_path / "out")
@@ -302,15 +264,14 @@ def test_a_signal_ends_a_run_after_a_step_and_an_evaluation_is_made_up_for(
         assert f"after step {stopped}," in str(found.value)
         assert stopped == (step if comes != "in the evaluation" or step != 3 else 4)
         validated = [line["step"] for line in lines(config.out, "validation")]
-        assert validated == [n for n in (2, 4, 6) if n < stopped or (n == stopped and evaluated)]
+        assert validated == [n for n in (2, 4, 6) if n < stopped]
         if comes != "in the evaluation":
             break
         signals.clear()
     monkeypatch.undo()
     found = run(config)
     assert found["validation_cross_entropy"] == expected["validation_cross_entropy"]
-    assert_same_weights(config.out, whole.out)
-    assert (config.out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+    assert_same_run(config.out, whole.out)
 
 
 def test_a_student_learns_from_packed_documents_and_resumes_among_them(
@@ -331,8 +292,7 @@ def test_a_student_learns_from_packed_documents_and_resumes_among_them(
     shutil.rmtree(out / "model")
     shutil.rmtree(out / "checkpoints" / "step-00000094")  # the one of step 90 is left
     run(replace(whole, out=out))
-    assert_same_weights(out, whole.out)
-    assert (out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+    assert_same_run(out, whole.out)
 
 
 def test_several_datasets_are_mixed_by_their_weights_and_resumed(
@@ -355,8 +315,7 @@ def test_several_datasets_are_mixed_by_their_weights_and_resumed(
     for step in range(3, 11):
         shutil.rmtree(out / "checkpoints" / f"step-{step:08}")
     run(replace(whole, out=out))
-    assert_same_weights(out, whole.out)
-    assert (out / "metrics.jsonl").read_text() == (whole.out / "metrics.jsonl").read_text()
+    assert_same_run(out, whole.out)
     with pytest.raises(InputError, match="dataset_2: nothing here, "):
         run(replace(whole, shards=[shards], weights=[]))
     with pytest.raises(InputError, match=r"dataset.*tokens_sha256: \"5\" here, \"0\" there"):
@@ -492,7 +451,7 @@ def test_the_seed_decides_weights_and_order(shards: Path, student: str, tmp_path
     ]
     for config in configs:
         run(config)
-    assert_same_weights(configs[1].out, configs[0].out)
+    assert_same_run(configs[1].out, configs[0].out)
     assert lines(configs[2].out)[0]["loss"] != lines(configs[0].out)[0]["loss"]
 
 
