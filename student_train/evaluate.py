@@ -39,7 +39,7 @@ from shards.dataset import Split
 from shards.errors import InputError
 from shards.keep_method import KeepMethod
 from shards.row_group import Totals
-from student_train.batches import TAIL_COLUMNS, Batch, sequential_batches
+from student_train.batches import TAIL_COLUMNS, Batch, for_device, sequential_batches
 from student_train.loss import IGNORE_INDEX, split_evenly
 from student_train.model import head_weight, hidden_states
 from student_train.read_ahead import ReadAhead
@@ -77,7 +77,10 @@ def evaluate(
     was_training = model.training
     model.eval()
     batches = sequential_batches(split, batch_lines=batch_sequences, columns=TAIL_COLUMNS)
-    with torch.no_grad(), ReadAhead(batches, _READ_AHEAD_BATCHES) as ahead:
+    with (
+        torch.no_grad(),
+        ReadAhead(for_device(batches, device), _READ_AHEAD_BATCHES) as ahead,
+    ):
         for batch in ahead:
             if asked_to_end():
                 break

@@ -28,6 +28,7 @@ from student_train.batches import (
     TARGET_COLUMNS,
     TOKEN_COLUMNS,
     Batch,
+    for_device,
     training_batches,
 )
 from student_train.checkpoint import Progress
@@ -259,7 +260,7 @@ class Training:
 
     def _batches(self, step_sequences: int) -> Iterator[Batch]:
         seed, first_line = self._config.seed, self._progress.step * step_sequences
-        return training_batches(
+        batches = training_batches(
             [
                 Source.of(split, seed=order_seed(seed, number), start=start)
                 for number, (split, start) in enumerate(
@@ -271,6 +272,7 @@ class Training:
             micro_batch_lines=self._config.micro_batch_sequences,
             columns=self._columns(),
         )
+        return for_device(batches, self._device)
 
     def _columns(self) -> tuple[str, ...]:
         if self._config.reads_tail:
@@ -290,11 +292,9 @@ class Training:
         if len(self._splits) > 1:
             positions = num_steps * step_sequences * self._length
             for split, share in zip(self._splits, self._shares, strict=True):
+                epochs = share * positions / split.num_positions
                 logger.info(
-                    "%s: %.1f %% of the lines, %.2f epochs",
-                    split.path,
-                    100 * share,
-                    share * positions / split.num_positions,
+                    "%s: %.1f %% of the lines, %.2f epochs", split.path, 100 * share, epochs
                 )
         if self._progress.step:
             logger.info("continuing after step %d", self._progress.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from student_train.batches import (
     TARGET_COLUMNS,
     TOKEN_COLUMNS,
     Batch,
+    for_device,
     sequential_batches,
     training_batches,
 )
@@ -38,7 +39,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Dataset.open(make_dataset(folder, masked=request.param))
 
 
-def batches(dataset: Dataset, first_step: int = 0, columns: object = None) -> Iterator[Batch]:
+def batches(dataset: Dataset, first_step: int = 0, columns: object = None) -> Generator[Batch]:
     start = first_step * STEP_SEQUENCES
     return training_batches(
         [Source.of(dataset.split("train"), seed=1, start=start)],
@@ -135,6 +136,29 @@ def test_entry_columns_that_are_not_asked_for_are_not_read(tmp_path: Path) -> No
     assert all(map(torch.equal, found, expected))
     with pytest.raises(ShardCorruptError):
         list(islice(batches(dataset), 9))
+
+
+def test_batches_for_a_gpu_are_pinned_where_they_are_read_and_others_left_alone(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(islice(batches(dataset), 4))
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:  # no machine without a GPU can
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    for device in ("cpu", "cuda"):
+        source = batches(dataset)
+        with ReadAhead(for_device(source, torch.device(device)), depth=2) as ahead:
+            found = list(islice(ahead, 4))
+        assert bool(pinned) == (device == "cuda")
+        assert list(source) == []  # it was closed
+        for batch, other in zip(found, expected, strict=True):
+            assert torch.equal(batch.input_ids, other.input_ids)
+            assert torch.equal(batch.logprobs, other.logprobs)  # type: ignore[arg-type]
+            assert batch.num_valid == other.num_valid
 
 
 def numbers(stop: int, *, fail_at: int | None = None) -> Iterator[int]:

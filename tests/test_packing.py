@@ -93,7 +93,7 @@ def test_an_epoch_of_packed_lines_holds_every_row_exactly_once_unshifted(dataset
     rows = {row.tokens[:-1].tobytes(): row for row in dataset.split("train").rows()}
     left = Counter(row.tokens[:-1].tobytes() for row in dataset.split("train").rows())
     for batch in packed_batches(dataset):
-        assert batch.input_ids.shape[1] <= SEQUENCE_LENGTH
+        assert batch.input_ids.shape[1] == SEQUENCE_LENGTH  # so that nothing is compiled again
         found = [piece for _, piece in pieces(batch)]
         assert (len(found),) == batch.num_sequences
         for piece in found[: left.total()]:
@@ -119,6 +119,7 @@ def test_a_step_is_entered_by_the_number_of_sequences_before_it(dataset: Dataset
 def test_an_evaluation_sees_every_row_once(dataset: Dataset) -> None:
     split = dataset.split("train")
     batches = list(sequential_batches(split, batch_lines=2, columns=TAIL_COLUMNS))
+    assert {batch.labels.shape[1] for batch in batches} == {SEQUENCE_LENGTH}
     assert sum(batch.num_sequences[0] for batch in batches) == split.num_sequences
     assert sum(batch.num_valid for batch in batches) == sum(s.tokens for s in split.sidecars())
 
