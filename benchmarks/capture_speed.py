@@ -74,6 +74,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     from teacher_dump.collector import ShardCollector, ShardPlan, make_row
     from teacher_dump.config import DumpConfig
     from teacher_dump.engines import start_engine
+    from teacher_dump.head import block_rows
     from teacher_dump.keep import make_keep
     from teacher_dump.teacher import load_tokenizer, tokenizer_identity
 
@@ -85,7 +86,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     if mode == "limit":
 
         def largest(self: Any, hidden: Any, labels: Any, keys: Any) -> Any:
-            rows = self.block_rows(hidden.device)
+            rows = block_rows(hidden.device, self.keep.vocab_size)
             return torch.cat(
                 [self.compute_logits(block)[:, :1].float() for block in torch.split(hidden, rows)]
             )

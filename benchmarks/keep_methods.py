@@ -124,7 +124,7 @@ def measure(teacher: Path, corpus: Path, num_sequences: int, length: int) -> lis
             for number, options in enumerate(METHODS)
         ]
         for sequence in sequences:
-            logits = engine.logits(sequence.tokens[:-1]).cpu()
+            logits = torch.cat(list(engine.logits(sequence.tokens[:-1]))).cpu()
             probs = torch.softmax(logits[:, :vocab_size], -1).numpy()
             for method in methods:
                 method.add(sequence, logits, probs)

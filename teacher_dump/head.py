@@ -18,6 +18,25 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+# Logits of a block. On a CPU the head is fastest with 512 rows of a vocabulary of 49,152 or more. A
+# GPU wants full tiles.
+CPU_BLOCK_BYTES = 128 << 20
+GPU_BLOCK_BYTES = 256 << 20
+
+
+def block_rows(device: torch.device, vocab_size: int) -> int:
+    """Rows whose float32 logits fill one block, as many as a matrix product likes.
+
+    On 2 cores of an Intel Xeon 682 rows of a vocabulary of 49,152 take a third more time each than
+    512, and 640 take 5 % more.
+    """
+    block_bytes = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+    rows = max(1, block_bytes // (4 * vocab_size))
+    for multiple, at_least in ((256, 512), (64, 64)):
+        if rows >= at_least:
+            return rows // multiple * multiple
+    return rows
+
 
 class WideHead(nn.Module):
     """weight [V, D], bias [V]: a head that runs in another dtype, cast once, not at each call."""

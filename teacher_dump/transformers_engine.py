@@ -1,8 +1,8 @@
 """Engine `transformers`: the reference for tests, and for models that vLLM lacks.
 
 One sequence at a time through the model's own forward, so that soft-capping, scaling and whatever
-else a model does to its logits is included. The head runs in `head_dtype`, as in the vLLM engine.
-Memory holds one sequence's logits: L x V in float32 (400 MB at L = 2,048, V = 49,152).
+else a model does to its logits is included (`logit_blocks`). The head runs in `head_dtype`, as in
+the vLLM engine, a block of positions at a time.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from shards.errors import InputError
+from shards.errors import InputError, RunError
 from shards.rows import Int32Array
 from teacher_dump.architectures import CAUSAL_SUFFIXES
 from teacher_dump.engine_options import EngineOptions
-from teacher_dump.head import WideHead
+from teacher_dump.head import WideHead, block_rows
+from teacher_dump.logit_blocks import LogitBlocks
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key
 from teacher_dump.selection import make_selector, select_in_blocks
@@ -86,21 +87,33 @@ class TransformersEngine:
         self._model = model.to(self._device).eval()
         self._keep, self._seed = options.keep, options.seed
         self._select = make_selector(options.keep)
+        rows = block_rows(self._device, options.keep.vocab_size)
+        self._blocks = LogitBlocks(self._model, rows)
 
     @torch.inference_mode()
-    def logits(self, tokens: Int32Array) -> torch.Tensor:
-        """tokens [T] -> logits [T, V] float32 on the engine's device, padded columns included."""
-        ids = torch.from_numpy(tokens).to(self._device, torch.int64)
-        logits: torch.Tensor = self._model(ids[None], use_cache=False).logits[0]
-        return logits.float()
+    def logits(self, tokens: Int32Array) -> Iterator[torch.Tensor]:
+        """tokens [T] -> logits [R, V] float32 by blocks, on the engine's device, with padding."""
+        yield from self._blocks(torch.from_numpy(tokens).to(self._device, torch.int64))
 
     @torch.inference_mode()
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""
         for sequence in sequences:
-            logits = self.logits(sequence.tokens[:-1])
             labels = torch.from_numpy(sequence.tokens[1:]).to(self._device, torch.int64)
             key = sequence_key(self._seed, sequence.split, sequence.number)
-            keys = torch.from_numpy(position_keys(key, 0, len(logits))).to(self._device)
-            packed = select_in_blocks(self._select, logits, labels, keys)
-            yield sequence, unpack(packed.cpu().numpy(), self._keep)
+            keys = torch.from_numpy(position_keys(key, 0, len(labels))).to(self._device)
+            try:
+                packed = self._packed(sequence.tokens[:-1], labels, keys).cpu()
+            except Exception as error:
+                raise RunError(f"the engine stopped: {type(error).__name__}: {error}") from error
+            yield sequence, unpack(packed.numpy(), self._keep)
+
+    def _packed(self, tokens: Int32Array, labels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """tokens, labels, keys [T] -> what the selector makes of their positions, [T, W]."""
+        packed: list[torch.Tensor] = []
+        done = 0
+        for logits in self.logits(tokens):
+            part = slice(done, done + len(logits))
+            packed.append(select_in_blocks(self._select, logits, labels[part], keys[part]))
+            done = part.stop
+        return torch.cat(packed)

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 from vllm.model_executor.layers.pooler.abstract import Pooler
 
-from teacher_dump.head import WideHead
+from teacher_dump.head import WideHead, block_rows
 from teacher_dump.keep import Keep, from_plain
 from teacher_dump.random_keys import position_keys
 from teacher_dump.selection import make_selector, select_in_blocks
@@ -34,11 +34,6 @@ CONFIG_KEY = "logitshards"  # in vLLM's additional_config
 # In PoolingParams.extra_kwargs: int32 bytes, one per prompt token, and the sequence's random key.
 LABELS_KEY = "labels"
 RANDOM_KEY = "random_key"
-
-# Logits of a block. On a CPU the head is fastest with 512 rows of a vocabulary of 49,152 or more. A
-# GPU wants full tiles.
-CPU_HEAD_BYTES = 128 << 20
-GPU_HEAD_BYTES = 256 << 20
 
 
 class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
@@ -58,24 +53,11 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
     def get_pooling_updates(self, task: str) -> PoolingParamsUpdate:
         return PoolingParamsUpdate()
 
-    def block_rows(self, device: torch.device) -> int:
-        """Rows whose float32 logits fill one block, as many as a matrix product likes.
-
-        On 2 cores of an Intel Xeon 682 rows of a vocabulary of 49,152 take a third more time each
-        than 512, and 640 take 5 % more.
-        """
-        block_bytes = CPU_HEAD_BYTES if device.type == "cpu" else GPU_HEAD_BYTES
-        rows = max(1, block_bytes // (4 * self.keep.vocab_size))
-        for multiple, at_least in ((256, 512), (64, 64)):
-            if rows >= at_least:
-                return rows // multiple * multiple
-        return rows
-
     def score(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
         """hidden [T, D], labels, keys [T] int64, all on one device -> packed [T, W] int32."""
-        rows = self.block_rows(hidden_states.device)
+        rows = block_rows(hidden_states.device, self.keep.vocab_size)
         packed = []
         for hidden, wanted, chance in zip(
             torch.split(hidden_states, rows),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_dump.head import WideHead
+from teacher_dump.head import WideHead, block_rows
 
 
 def products(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,3 +41,10 @@ def test_a_float32_head_of_bfloat16_states_is_not_rounded() -> None:
     _, weight, _ = products(torch.float32)
     logits = WideHead(weight, None, torch.float32)(hidden)
     assert (logits - hidden.double() @ weight.double().T).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("vocab", "rows"), [(49_152, 512), (66_000, 448), (151_936, 192), (10**6, 33), (10**9, 1)]
+)
+def test_blocks_have_as_many_rows_as_a_matrix_product_likes(vocab: int, rows: int) -> None:
+    assert block_rows(torch.device("cpu"), vocab) == rows
