@@ -90,7 +90,7 @@ class VllmEngine:
             },
             fallback=_fallbacks(keep),
         )
-        self._stream = VllmStream(llm, options.sequence_length)
+        self._stream = VllmStream(llm)
 
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""

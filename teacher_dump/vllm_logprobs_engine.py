@@ -144,7 +144,7 @@ class VllmLogprobsEngine:
             )
         if llm.llm_engine.model_config.get_vocab_size() > keep.vocab_size:
             llm.collective_rpc("limit_vocabulary", args=(keep.vocab_size,))
-        self._stream = VllmStream(llm, options.sequence_length)
+        self._stream = VllmStream(llm)
 
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""

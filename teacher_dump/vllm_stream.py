@@ -1,27 +1,28 @@
 """One continuous stream of requests through a started vLLM engine, results taken as they finish.
 
-The engine is kept fed with a bounded number of requests and stepped by hand, so that it never
-waits for a shard border and memory does not grow with the corpus.
+The engine is kept fed with a bounded number of tokens and stepped by hand, so that it never waits
+for a shard border, short sequences fill its batches too, and memory does not grow with the corpus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 from shards.errors import RunError
 from teacher_dump.sequences import TokenSequence
 
+_LEAST_SEQUENCES = 8
+
 
 class VllmStream:
-    """The `LLMEngine` of an `LLM`, and how many sequences it is given ahead."""
+    """The `LLMEngine` of an `LLM`, and how many tokens it is given ahead."""
 
-    def __init__(self, llm: Any, sequence_length: int) -> None:
+    def __init__(self, llm: Any) -> None:
         self.engine = llm.llm_engine
         batch = int(self.engine.vllm_config.scheduler_config.max_num_batched_tokens)
         # four full batches ahead: the scheduler never runs dry between two steps of ours
-        self._max_in_flight = max(8, 4 * batch // sequence_length)
+        self._tokens_ahead = 4 * batch
 
     def run(
         self, sequences: Iterable[TokenSequence], submit: Callable[[str, TokenSequence], None]
@@ -32,15 +33,22 @@ class VllmStream:
         """
         source = iter(sequences)
         in_flight: dict[str, TokenSequence] = {}
+        tokens = 0
         while True:
-            for sequence in islice(source, self._max_in_flight - len(in_flight)):
+            while tokens < self._tokens_ahead or len(in_flight) < _LEAST_SEQUENCES:
+                sequence = next(source, None)
+                if sequence is None:
+                    break
                 request = f"{sequence.split}-{sequence.number}"
                 submit(request, sequence)
                 in_flight[request] = sequence
+                tokens += len(sequence.tokens)
             if not in_flight:
                 return
             for output in self._step():
-                yield in_flight.pop(output.request_id), output
+                sequence = in_flight.pop(output.request_id)
+                tokens -= len(sequence.tokens)
+                yield sequence, output
 
     def _step(self) -> list[Any]:
         try:
