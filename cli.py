@@ -150,7 +150,13 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise InputError(f"--engine-arg {pair}: expected KEY=VALUE")
-        arguments[key.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            setting = yaml.safe_load(value)
+            json.dumps(setting, allow_nan=False)
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"--engine-arg {pair}: no value that JSON has ({reason})") from error
+        arguments[key.replace("-", "_")] = setting
     return arguments
 
 

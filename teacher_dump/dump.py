@@ -42,10 +42,14 @@ from teacher_dump.token_store import SPLITS, TokenStore
 
 @dataclass(frozen=True, kw_only=True)
 class DumpSummary:
-    """What a run did: figures of this run alone, bytes of the shards it published."""
+    """What a run did, in the shards that it published.
+
+    Positions are labelled ones, all that the teacher scored; tokens are those that count.
+    """
 
     out: Path
     sequences: int
+    positions: int
     tokens: int
     entries: int
     bytes: int
@@ -55,8 +59,8 @@ class DumpSummary:
 
     @property
     def tokens_per_s(self) -> float:
-        """Labelled positions per second, from the engine being ready to the last shard on disk."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+        """Positions per second, from the engine being ready to the last shard on disk."""
+        return self.positions / self.seconds if self.seconds else 0.0
 
 
 def run(config: DumpConfig) -> DumpSummary:
@@ -82,7 +86,7 @@ def run(config: DumpConfig) -> DumpSummary:
         layout = config.layout(splits["train"].mean_positions)
         identity = complete_identity(identity, store.sha256, layout)
         sizes = _sizes(splits, config.max_tokens)
-        ready.tokenizer.save_pretrained(config.out / "tokenizer")
+        _save_tokenizer(ready.tokenizer, config.out / "tokenizer")
         recorded = make_record(config, ready.teacher)
         manifest = create_or_continue(config.out, identity, sizes, recorded)
         plans = _plans(config.out, manifest)
@@ -120,12 +124,24 @@ def _tokens(out: Path, files: Any, tokenizer: Any, rules: TokenisingRules) -> To
         if line.due():
             line.show(f"tokenising: {documents:,} documents, {count(tokens)} tokens")
 
+    def hashed(done_bytes: int, of_bytes: int) -> None:
+        if line.due():
+            line.show(f"hashing the corpus: {100 * done_bytes / of_bytes:.0f} %")
+
     try:
-        return open_or_build(out / "tokens", files, tokenizer, rules, report)
+        return open_or_build(out / "tokens", files, tokenizer, rules, report, hashed)
     except OSError as error:
-        raise RunError(f"{out / 'tokens'}: {error.strerror or error}") from error
+        place = error.filename or out / "tokens"
+        raise RunError(f"{place}: {error.strerror or error}") from error
     finally:
         line.clear()
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise RunError(f"{folder}: {error.strerror or error}") from error
 
 
 def _sizes(splits: Mapping[str, SplitSequences], max_tokens: int | None) -> dict[str, SplitSize]:
@@ -204,8 +220,9 @@ def _summary(out: Path, published: list[Sidecar], progress: PassProgress | None)
     return DumpSummary(
         out=out,
         sequences=progress.sequences if progress else 0,
-        tokens=progress.positions if progress else 0,
-        entries=progress.entries if progress else 0,
+        positions=progress.positions if progress else 0,
+        tokens=sum(sidecar.tokens for sidecar in published),
+        entries=sum(sidecar.entries for sidecar in published),
         bytes=sum(sidecar.bytes for sidecar in published),
         shards=len(published),
         seconds=progress.seconds if progress else 0.0,

@@ -8,6 +8,19 @@ from pathlib import Path
 
 from teacher_dump.keep import Keep
 
+# Arguments of vLLM that change the teacher's distributions by more than rounding: they belong to a
+# dataset's identity. Others (memory, batches, parallelism, kernels) may differ between two runs.
+_DECISIVE = ("quantization", "quantization_config", "kv_cache_dtype", "kv_cache_dtype_skip_layers",
+             "load_format", "model_loader_extra_config", "model_weights", "ignore_patterns",
+             "hf_config_path", "config_format", "disable_sliding_window", "mamba_cache_dtype",
+             "mamba_ssm_cache_dtype", "enable_mamba_cache_stochastic_rounding",
+             "kv_sharing_fast_prefill", "enable_lora", "default_mm_loras")  # fmt: skip
+
+
+def decisive(engine_args: Mapping[str, object]) -> dict[str, object]:
+    """The arguments of an engine that make a dataset another one."""
+    return {name: engine_args[name] for name in _DECISIVE if name in engine_args}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:

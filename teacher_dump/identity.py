@@ -11,6 +11,7 @@ from typing import Any
 from shards.layout import Layout
 from shards.schema import FORMAT_VERSION, TEACHER_ENTROPY
 from teacher_dump.config import DumpConfig
+from teacher_dump.engine_options import decisive
 from teacher_dump.keep import Keep
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.teacher import Teacher, weights_sha256
@@ -25,6 +26,7 @@ def make_identity(
     config: DumpConfig, teacher: Teacher, rules: TokenisingRules, keep: Keep
 ) -> dict[str, Any]:
     """Everything that decides what the shards hold, but for what `complete_identity` adds."""
+    decisive_args = decisive(config.engine_arg)
     return {
         "format_version": FORMAT_VERSION,
         "teacher": {
@@ -34,6 +36,7 @@ def make_identity(
             "dtype": config.resolved_dtype,
             "head_dtype": head_dtype(teacher),
             **({"code_sha256": teacher.code_sha256} if teacher.code_sha256 else {}),
+            **({"engine_args": decisive_args} if decisive_args else {}),
         },
         "tokenizer_sha256": rules.tokenizer_sha256,
         "vocab_size": rules.vocab_size,

@@ -20,13 +20,15 @@ def open_or_build(
     tokenizer: Any,
     rules: TokenisingRules,
     report: Report,
+    hashed: Report = lambda done_bytes, of_bytes: None,
 ) -> TokenStore:
     """The store of this corpus under these rules: opened, continued after a kill, or made.
 
-    `report(documents, tokens)` is called now and then. Raises IdentityMismatchError if the folder
+    `report(documents, tokens)` is called now and then, and `hashed(done_bytes, of_bytes)` after
+    every file that had to be hashed. Raises IdentityMismatchError if the folder
     holds a store of something else, InputError for a corpus without text or with a bad record.
     """
-    made_from = {"rules": rules.to_json(), "files": _fingerprints(files, folder)}
+    made_from = {"rules": rules.to_json(), "files": _fingerprints(files, folder, hashed)}
     if (folder / STORE_NAME).exists():
         refuse_other(folder, made_from, unseal(folder / STORE_NAME)["made_from"])
         return TokenStore(folder)
@@ -35,7 +37,7 @@ def open_or_build(
     return TokenStore(folder)
 
 
-def _fingerprints(files: Sequence[CorpusFile], folder: Path) -> dict[str, Json]:
+def _fingerprints(files: Sequence[CorpusFile], folder: Path, hashed: Report) -> dict[str, Json]:
     """Per file: bytes, time and content hash; the hash of an unchanged file is not made again."""
     known: Any = {}
     for name in (STORE_NAME, PROGRESS_NAME):
@@ -44,6 +46,8 @@ def _fingerprints(files: Sequence[CorpusFile], folder: Path) -> dict[str, Json]:
             known = known["files"]
             break
     prints: dict[str, Json] = {}
+    done_bytes = 0
+    of_bytes = sum(path.stat().st_size for file in files for path in file.paths)
     for number, file in enumerate(files):
         weight = {} if file.weight == 1 else {"weight": file.weight}
         for path in file.paths:
@@ -60,4 +64,7 @@ def _fingerprints(files: Sequence[CorpusFile], folder: Path) -> dict[str, Json]:
                 "sha256": old["sha256"] if unchanged else file_sha256(path),
                 **weight,
             }
+            done_bytes += status.st_size
+            if not unchanged:
+                hashed(done_bytes, of_bytes)
     return prints

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +27,7 @@ from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import CorpusFile, read_sample
 from teacher_dump.prepare import Prepared, prepare
 from teacher_dump.sequences import SplitSequences, TokenSequence, cut
-from teacher_dump.token_builder import encode, make_encoder
+from teacher_dump.token_builder import Encoded, encode, make_encoder
 
 SAMPLED_FILES = 32
 SAMPLED_CHARACTERS = 4 << 20
@@ -41,11 +40,13 @@ _WARM_UP = 2  # sequences before the clock runs
 class Sample:
     """Tokens [N] int32 of the sampled documents, document_starts [documents] int64.
 
-    `num_tokens` is that of the whole corpus, exact if `share`, the part that was read, is 1.
+    label_mask [N] says which of them count as labels, None: all. `num_tokens` is that of the whole
+    corpus, exact if `share`, the part that was read, is 1.
     """
 
     tokens: npt.NDArray[np.int32]
     document_starts: npt.NDArray[np.int64]
+    label_mask: npt.NDArray[np.bool_] | None
     num_tokens: int
     share: float
 
@@ -56,6 +57,7 @@ class Sample:
             split="train",
             tokens=self.tokens,
             document_starts=self.document_starts,
+            label_mask=self.label_mask,
             sequence_length=config.sequence_length,
         )
 
@@ -67,16 +69,25 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to expect of a dump. Sizes in bytes, times in seconds, positions are labelled ones."""
+    """What to expect of a dump. Sizes in bytes, times in seconds.
 
-    tokens: int
+    Positions are labelled ones, all that the teacher scores; tokens are those that count, which a
+    mask may make fewer.
+    """
+
+    positions: int
     source: str
     shards: int
     measured_positions: int
+    measured_tokens: int
     entries_per_token: float
     bytes_per_token: float
-    tokens_per_s: float
+    positions_per_s: float
     start_seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return round(self.positions * self.measured_tokens / self.measured_positions)
 
     @property
     def bytes(self) -> float:
@@ -84,20 +95,21 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self.start_seconds + self.tokens / self.tokens_per_s
+        return self.start_seconds + self.positions / self.positions_per_s
 
     def lines(self) -> list[str]:
         """For a person."""
         days = self.seconds / 86400
         long = f", {days:,.1f} days" if days > 2 else ""
+        of = "" if self.tokens == self.positions else f", labels of {count(self.positions)}"
         return [
-            f"tokens         {count(self.tokens)} {self.source}",
+            f"tokens         {count(self.tokens)} {self.source}{of}",
             f"entries/token  {self.entries_per_token:.1f}"
             f" (measured on {self.measured_positions:,} positions)",
             f"bytes/token    {self.bytes_per_token:.1f}",
             f"size           {_size(self.bytes)} in {self.shards:,}"
             f" shard{'' if self.shards == 1 else 's'}",
-            f"speed          {self.tokens_per_s:,.0f} tokens/s with this engine on this machine",
+            f"speed          {self.positions_per_s:,.0f} tokens/s with this engine on this machine",
             f"time           {duration(self.seconds)}{long}",
         ]
 
@@ -124,16 +136,20 @@ def make_plan(config: DumpConfig, tokens: int | None) -> Plan:
         rows.append(make_row(sequence, selected, config.logprob_step))
     seconds = time.monotonic() - started
     measured = _write(ready, config, sorted(rows, key=lambda row: row.sequence))
+    if not measured.tokens:
+        raise InputError("--plan: no label counts in what was read of the corpus")
+    num_positions = sum(len(row.counts) for row in rows)
     total, source = _total(config, tokens, sample.num_positions(split), sample.share)
     layout = config.layout(split.mean_positions)
     return Plan(
-        tokens=total,
+        positions=total,
         source=source,
         shards=layout.num_shards(-(-total // split.mean_positions)),
-        measured_positions=measured.tokens,
+        measured_positions=num_positions,
+        measured_tokens=measured.tokens,
         entries_per_token=measured.entries / measured.tokens,
         bytes_per_token=measured.bytes / measured.tokens,
-        tokens_per_s=measured.tokens / seconds,
+        positions_per_s=num_positions / seconds,
         start_seconds=start_seconds,
     )
 
@@ -160,21 +176,25 @@ def read_corpus_sample(ready: Prepared) -> Sample:
     """Tokenise the fronts of files spread over the corpus, and extrapolate by the files' sizes."""
     files = _spread(ready.files, SAMPLED_FILES)
     encoder = make_encoder(ready.tokenizer)
-    pieces: list[npt.NDArray[Any]] = []
+    pieces: list[Encoded] = []
     estimate = 0.0
     read_bytes = 0.0
     for file in files:
         documents, share = read_sample(file, ready.rules, SAMPLED_CHARACTERS // len(files))
-        encoded = [d.tokens for d in encode(documents, encoder, ready.rules) if d is not None]
-        estimate += file.weight * sum(map(len, encoded)) / share
-        pieces += encoded
+        for document in encode(documents, encoder, ready.rules):
+            if document is not None:
+                copies = ready.rules.num_copies(document.content, file.weight)
+                estimate += copies * len(document.tokens) / share
+                pieces.append(document)
         read_bytes += share * file.path.stat().st_size
     all_bytes = sum(file.path.stat().st_size for file in ready.files)
     sampled_bytes = sum(file.path.stat().st_size for file in files)
-    ends = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
+    ends = np.cumsum([0, *(len(piece.tokens) for piece in pieces)], dtype=np.int64)
+    masks = [piece.mask for piece in pieces if piece.mask is not None]
     return Sample(
-        tokens=np.concatenate(pieces or [np.empty(0)]).astype(np.int32),
+        tokens=np.concatenate([*(piece.tokens for piece in pieces), np.empty(0)]).astype(np.int32),
         document_starts=ends[:-1],
+        label_mask=np.concatenate(masks) if masks else None,
         num_tokens=round(estimate * all_bytes / max(1, sampled_bytes)),
         share=read_bytes / max(1, all_bytes),
     )

@@ -82,9 +82,9 @@ def start(options: EngineOptions, arguments: Mapping[str, object], fallback: str
                 **options.engine_args,
             }
         )
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # a kernel's missing package, a weight with another name, ...
         raise InputError(
-            f"vLLM does not start with this teacher: {last_line(error)}"
+            f"vLLM does not start with this teacher ({options.architecture}): {last_line(error)}"
             f" (--debug shows all; {fallback} is the fallback)"
         ) from error
 

@@ -132,6 +132,8 @@ def _options(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
         (["--held-out", "1"], "--held-out 1.0"),
         (["--max-tokens", "0"], "--max-tokens 0"),
         (["--text-key", "body"], "corpus.jsonl:1: no key 'body', found 'text'"),
+        (["--engine-arg", "a={b"], "--engine-arg a={b: no value that JSON has"),
+        (["--engine-arg", "day=2026-01-01"], "--engine-arg day=2026-01-01: no value that JSON has"),
         (["--engine-arg", "max_num_seqs=4"], "--engine-arg is for the engines on vLLM"),
         (["--bos"], "--bos: the tokenizer has no beginning-of-document (bos) token"),
         (["--mask-key", "mask"], "--mask-key: says which tokens of --token-key count"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,8 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shards import inspect
 from shards.rows import Row
@@ -31,6 +34,7 @@ from tests.tiny_teacher import (
     dense_logprobs,
     dump_command,
     largest_error,
+    run_all,
     run_dump,
     write_corpus,
 )
@@ -154,6 +158,71 @@ def test_threshold_sampling_is_the_same_on_both_engines_and_true_to_the_teacher(
     assert "keep.log_threshold" in result.stderr
 
 
+def test_draws_are_the_same_on_both_engines(tiny_teacher: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=40)
+    engines = ("vllm", "transformers")
+    commands = [
+        [*dump_command(tiny_teacher, corpus, tmp_path / engine, keep=("--keep", "draws")),
+         *("--engine", engine, "--dtype", "float32")] for engine in engines
+    ]  # fmt: skip
+    codes, stderr = run_all(commands)
+    assert codes == ["0", "0"], stderr
+    rows, others = (all_rows(tmp_path / engine) for engine in engines)
+    assert rows.keys() == others.keys()
+    same = different = 0
+    for key, row in rows.items():
+        here, there = (
+            set(
+                zip(
+                    np.repeat(np.arange(len(r.counts)), r.counts).tolist(),
+                    r.ids.tolist(),
+                    np.rint(50 * np.exp(r.logprobs)).tolist(),  # how often it was drawn
+                    strict=True,
+                )
+            )
+            for r in (row, others[key])
+        )
+        same += len(here & there)
+        different += len(here ^ there)
+    # of thousands of choices a few differ, where the engines' probabilities do by 1e-6
+    assert same > 5000
+    assert different < 0.01 * same
+
+
+def test_a_tokenizer_may_be_longer_than_the_vocabulary_of_its_teacher(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    known = 250
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, teacher)
+    config = LlamaConfig.from_pretrained(teacher)
+    config.vocab_size = known
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.25)
+    model.save_pretrained(teacher)
+    lines = [" ".join(f"w{(7 * n + k) % (known - 1) + 1}" for k in range(20)) for n in range(30)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    engines = ("vllm", "transformers")
+    commands = [
+        dump_command(teacher, corpus, tmp_path / engine, "--engine", engine, "--dtype", "float32")
+        for engine in engines
+    ]
+    codes, stderr = run_all(commands)
+    assert codes == ["0", "0"], stderr
+    for engine in engines:
+        for row in all_rows(tmp_path / engine).values():
+            assert row.ids.max() < known
+            exact = dense_logprobs(teacher, row.tokens, known)
+            assert largest_error(row, exact) <= BOUND
+    corpus.write_text(json.dumps({"text": f"w1 w2 w{known}"}) + "\n")
+    result = run_dump(dump_command(teacher, corpus, tmp_path / "out", "--engine", "transformers"))
+    assert result.returncode == 2
+    assert f"token {known}, but the teacher knows only {known}" in result.stderr
+
+
 def test_draws_of_a_continued_dump_are_those_of_an_uninterrupted_one(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
@@ -237,13 +306,14 @@ def test_a_larger_max_tokens_extends_and_another_identity_is_refused_by_name(
     for key, row in first.items():
         assert np.array_equal(row.tokens, second[key].tokens)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
-    for option, value, named in (
-        ("--top-k", "5", "keep.top_k"),
-        ("--dtype", "float32", "teacher.dtype"),
-        ("--sequence-length", "16", "sequence_length"),
-        ("--held-out", "0.2", "documents.held_out"),
+    for named, *options in (
+        ("keep.top_k", "--top-k", "5"),
+        ("teacher.dtype", "--dtype", "float32"),
+        ("sequence_length", "--sequence-length", "16"),
+        ("documents.held_out", "--held-out", "0.2"),
+        ("teacher.engine_args", "--engine", "vllm", "--engine-arg", "quantization=fp8"),
     ):
-        result = run_dump([*command, option, value])
+        result = run_dump([*command, *options])
         assert result.returncode == 2
         assert named in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1

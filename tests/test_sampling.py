@@ -148,6 +148,10 @@ def test_draws_read_from_disk_have_the_probabilities_as_means(
     row = stored(draws(temperature=temperature), LOGITS[name], tmp_path)
     p = probabilities(LOGITS[name], temperature)
     assert largest_excess(p, mean_weights(row)) <= 0
+    # independent draws: each misses an entry with 1 - p, which a stratified sample does not
+    inclusion = 1 - (1 - p) ** 50
+    included = np.bincount(row.ids, minlength=VOCAB) / NUM_POSITIONS
+    assert (np.abs(included - inclusion) <= bernstein(inclusion, NUM_POSITIONS) + 1e-6).all()
     for (logprobs,) in itertools.islice(positions(row.counts, row.logprobs), 1000):
         assert np.exp(logprobs.astype(np.float64)).sum() == pytest.approx(1, abs=1e-5)
     assert row.counts.max() <= 50

@@ -16,8 +16,11 @@ from shards import inspect
 from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError
 from teacher_dump import token_corpus
+from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import list_files
 from teacher_dump.open_store import open_or_build
+from teacher_dump.plan import read_corpus_sample
+from teacher_dump.prepare import prepare
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.teacher import load_tokenizer
 from teacher_dump.token_store import TokenStore
@@ -152,7 +155,9 @@ def test_a_mask_stays_with_its_tokens_to_the_shard(tiny_teacher: Path, tmp_path:
     out = tmp_path / "out"
     options = ("--token-key", "ids", "--mask-key", "m", "--engine", "transformers")
     command = dump_command(tiny_teacher, tmp_path / "corpus.parquet", out, *options)
-    result = run_dump([*command, "--dtype", "float32", "--held-out", "0"])
+    command += ["--dtype", "float32", "--held-out", "0"]
+    planned = run_dump([*command, "--plan"])
+    result = run_dump(command)
     assert result.returncode == 0, result.stderr
     assert inspect.verify(out) == []
     labels = np.concatenate([np.append(m, m[-1]) for m in masks])[1:]
@@ -171,7 +176,31 @@ def test_a_mask_stays_with_its_tokens_to_the_shard(tiny_teacher: Path, tmp_path:
         assert row.teacher_nll == pytest.approx(nll[here].sum(), abs=2e-2)
         place += len(row.counts)
     assert place == len(labels)
-    assert inspect.describe(out)["tokens"] == labels.sum()
+    found = inspect.describe(out)
+    assert found["tokens"] == labels.sum()
+    assert f"out: {labels.sum():,} tokens in" in result.stdout
+    assert f"{labels.sum():,} counted, labels of {len(labels):,}" in planned.stdout
+    said = dict(line.split(maxsplit=1) for line in planned.stdout.splitlines())
+    entries = float(said["entries/token"].split()[0])
+    assert entries == pytest.approx(found["entries_per_token"], rel=0.01)
+    assert f"{entries} entries/token" in result.stdout
+
+
+def test_a_plan_counts_documents_as_often_as_weights_take_them(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "a.npy", np.arange(1, 201).reshape(200, 1))
+    config = DumpConfig(
+        teacher=str(tiny_teacher), corpus=(tmp_path / "a.npy",), corpus_weight=(0.5,),
+        out=tmp_path / "out", sequence_length=32, held_out=0.0,
+    )  # fmt: skip
+    ready = prepare(config)
+    sample = read_corpus_sample(ready)
+    store = open_or_build(
+        tmp_path / "store", ready.files, ready.tokenizer, ready.rules, lambda *_: None
+    )
+    assert sample.share == 1
+    assert sample.num_tokens == len(tokens_of(store))
 
 
 def cut_index(path: Path) -> None:
