@@ -111,10 +111,10 @@ def _train(
     for other in read[1:]:
         check_sizes(config.student, model, other)
     packed = [other for other in read if packed_length(other.identity) is not None]
-    if packed:
-        block_at_joints(config.student, model, packed[0].path)
     length = dataset.identity["sequence_length"]
     autocast = autocast_for(config.dtype, device)
+    if packed:
+        block_at_joints(config.student, model, packed[0].path, length=length, autocast=autocast)
     prepare_blocks(
         config, model.train(), sequence_length=length, packed=bool(packed), autocast=autocast
     )

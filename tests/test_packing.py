@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -23,13 +26,14 @@ from transformers import (
 
 from shards.dataset import Dataset
 from shards.errors import InputError
+from student_train import packed_attention
 from student_train.batches import TAIL_COLUMNS, Batch, sequential_batches, training_batches
 from student_train.distillation import Objective
 from student_train.lines import Source
 from student_train.model import head_weight, hidden_states
 from student_train.packed_attention import block_at_joints
 from student_train.packing import after, pack
-from student_train.step import batch_loss
+from student_train.step import autocast_for, batch_loss
 from tests.packed_batches import assert_is_row, key, pieces, spans
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset
 
@@ -126,7 +130,7 @@ def test_an_evaluation_sees_every_row_once(dataset: Dataset) -> None:
 
 def make_model(config: object) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     with torch.no_grad():
         for parameter in model.parameters():  # attention that makes a difference
             if parameter.dim() == 2:
@@ -134,12 +138,17 @@ def make_model(config: object) -> PreTrainedModel:
     return model.double().eval()
 
 
+def check(model: PreTrainedModel, *, length: int = 16, dtype: str = "float32") -> None:
+    autocast = autocast_for(dtype, model.device)
+    block_at_joints("it", model, Path("separate"), length=length, autocast=autocast)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(
     family: str, dataset: Dataset
 ) -> None:
     model = make_model(CONFIGS[family])
-    block_at_joints("it", model, Path("separate"))
+    check(model)
     batch = next(batch for batch in packed_batches(dataset) if batch.num_sequences[0] > 3)
     objective = Objective(kind="kld", alpha=0.5, temperature=1.0)
     together = batch_loss(model, batch, objective=objective).total
@@ -176,7 +185,7 @@ def test_a_student_that_carries_a_state_over_joints_is_refused() -> None:
         MambaConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, state_size=4)
     )
     with pytest.raises(InputError, match=r"--student it: Mamba.* packed sequences"):
-        block_at_joints("it", model, Path("separate"))
+        check(model)
 
 
 def test_a_student_whose_mask_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +203,62 @@ def test_a_student_whose_mask_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(model.base_model, "forward", running)
     with pytest.raises(InputError, match="one changes what it computes for the next"):
-        block_at_joints("it", model, Path("separate"))
+        check(model)
+
+
+@pytest.fixture
+def flex_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Flex attention where these tests run, not compiled: that takes a minute."""
+    monkeypatch.setitem(packed_attention._ATTENTION, "cpu", "flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("flex_on_a_cpu")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:flex_attention called without")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_flex_attention_computes_what_the_mask_does(family: str) -> None:
+    length = 300  # several of its blocks of 128, the last of them not full
+    config = copy.deepcopy(CONFIGS[family])
+    config.max_position_embeddings = length
+    model = make_model(config)
+    tokens = torch.arange(2 * length).reshape(2, length) % VOCAB_SIZE
+    positions = torch.stack(
+        [torch.cat([torch.arange(part) for part in parts]) for parts in ([1, 1, 130, 168], [300])]
+    )
+    with torch.no_grad():
+        model.set_attn_implementation("eager")  # which has Gemma's soft-capping; float32 softmax
+        masked = hidden_states(model, tokens, positions) @ head_weight(model).T
+        model.set_attn_implementation("flex_attention")
+        flex = hidden_states(model, tokens, positions) @ head_weight(model).T
+    torch.testing.assert_close(flex, masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("flex_on_a_cpu")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:flex_attention called without")
+def test_a_student_that_runs_forwards_and_not_backwards_is_refused() -> None:
+    model = make_model(CONFIGS["llama"]).float()
+    with pytest.raises(InputError, match="FlexAttention does not support backward on CPU"):
+        check(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_probe_leaves_a_student_as_it_was_in_either_dtype(dtype: str) -> None:
+    model = make_model(CONFIGS["llama"]).float().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check(model, length=10**6, dtype=dtype)  # cheap on a CPU, whatever the length of the run
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_student_whose_gradients_are_not_finite_is_refused() -> None:
+    model = make_model(CONFIGS["llama"]).float()
+    layer = model.base_model.layers[0].mlp
+    layer.register_full_backward_hook(lambda *_: (torch.full((1, 16, 32), math.nan),))
+    with pytest.raises(InputError, match="its gradients are not finite"):
+        check(model)
 
 
 def test_the_datasets_of_this_file_are_packed_at_all(tmp_path: Path) -> None:
