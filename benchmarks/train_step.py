@@ -1,6 +1,6 @@
 """What distillation costs a training step: whole steps, data from disk, side by side.
 
-    python benchmarks/train_step.py [--vocab-size V] [--json FILE]
+    python benchmarks/train_step.py [--vocab-size V] [--compile] [--json FILE]
 
 Students of the same shape take turns, in another order every round, each with its own data:
 
@@ -9,6 +9,14 @@ Students of the same shape take turns, in another order every round, each with i
 - kd12:  labels and the teacher's kept entries (alpha 0.5), 12 per position on average
 - kd54:  the same with 54
 - dense: the same targets as kd54, scattered into a tensor [T, V] beside all logits, by autograd
+
+and, where --variant asks for them, other objectives with the 54 entries of kd54:
+
+- bucket: all that was not kept is one more class
+- mse:    squared distance of the logits
+- tau2:   teacher and student at temperature 2
+
+With --compile the transformer blocks of all of them are compiled, as by train-student.
 
 A step is reading, forward, backward, clipping and AdamW. Ratios are medians over rounds, each of
 two steps of one round, so that a machine that slows down for a while slows down both. Data wait is
@@ -30,7 +38,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -44,7 +52,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.synthetic_shards import make_shards
 from shards.dataset import Dataset
-from student_train.batches import TARGET_COLUMNS, TOKEN_COLUMNS, Batch, training_batches
+from student_train.batches import (
+    TAIL_COLUMNS,
+    TARGET_COLUMNS,
+    TOKEN_COLUMNS,
+    Batch,
+    for_device,
+    training_batches,
+)
+from student_train.blocks import prepare_blocks
 from student_train.config import TrainConfig
 from student_train.distillation import Objective
 from student_train.flops import peak_tokens_per_s
@@ -57,12 +73,28 @@ from student_train.speed import StepClock
 from student_train.step import autocast_for, batch_loss, make_optimizer, optimizer_step
 
 CHUNK_ROWS = (256, 512, 1024, 2048, 4096, 8192)  # those above the rows of a step are left out
-ENTRIES = {"torch": 12, "lm": 12, "kd12": 12, "kd54": 54, "dense": 54}
+ENTRIES = {
+    **{"torch": 12, "lm": 12, "kd12": 12, "kd54": 54, "dense": 54},
+    **{"bucket": 54, "mse": 54, "tau2": 54},
+}
+DEFAULT = ("torch", "lm", "kd12", "kd54", "dense")
 ALPHA = 0.5
+KLD = Objective(kind="kld", alpha=ALPHA, temperature=1.0)
+OBJECTIVES = {
+    "lm": replace(KLD, alpha=0.0),
+    "kd12": KLD,
+    "kd54": KLD,
+    "bucket": replace(KLD, bucket=True),
+    "mse": replace(KLD, kind="mse"),
+    "tau2": replace(KLD, temperature=2.0, student_temperature=2.0),
+}
 MEMORY_STEPS = 3
 RATIOS = (
     ("kd12 / lm", "kd12", "lm", "want <= 1.03"),
     ("kd54 / lm", "kd54", "lm", "want <= 1.03"),
+    ("bucket / lm", "bucket", "lm", ""),
+    ("mse / lm", "mse", "lm", ""),
+    ("tau2 / lm", "tau2", "lm", ""),
     ("lm / torch", "lm", "torch", "want <= 1.03"),
     ("kd12 / torch", "kd12", "torch", "want memory <= 1.05"),
     ("kd54 / torch", "kd54", "torch", "want memory <= 1.05"),
@@ -77,6 +109,7 @@ class Shape:
     preset: str
     batch_sequences: int
     dtype: str
+    compile: bool
 
 
 def torch_loss(model: PreTrainedModel, batch: Batch, *, chunk_rows: int) -> Loss:
@@ -126,22 +159,36 @@ class Student:
             identity["vocab_size"], identity["sequence_length"], 0
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        reads_entries = variant in ("kd12", "kd54", "dense")
         batches = training_batches(
             [Source.of(dataset.split("train"), seed=0)],
             repeat(0),
             step_lines=shape.batch_sequences,
             micro_batch_lines=shape.batch_sequences,
-            columns=TARGET_COLUMNS if reads_entries else TOKEN_COLUMNS,
+            columns=_columns(variant),
         )
         options = TrainConfig(
-            shards=[dataset.path], student=shape.preset, out=Path(), tokens=1, dtype=shape.dtype
+            shards=[dataset.path],
+            student=shape.preset,
+            out=Path(),
+            tokens=1,
+            micro_batch_sequences=shape.batch_sequences,
+            dtype=shape.dtype,
+            compile=shape.compile,
         )
         self.model = LlamaForCausalLM(LlamaConfig(**config)).to(device)
-        self.batches: Iterator[Batch] = stack.enter_context(ReadAhead(batches, 2))
+        self.batches: Iterator[Batch] = stack.enter_context(
+            ReadAhead(for_device(batches, device), 2)
+        )
         self.loss_of = _loss_of(variant)
         self.optimizer = make_optimizer(self.model, options)
         self.autocast = autocast_for(shape.dtype, device)
+        prepare_blocks(
+            options,
+            self.model.train(),
+            sequence_length=identity["sequence_length"],
+            packed=False,
+            autocast=self.autocast,
+        )
         peak = peak_tokens_per_s(self.model, identity["sequence_length"], shape.dtype, device)
         self.clock = StepClock(device, peak)
 
@@ -158,13 +205,19 @@ class Student:
         return self.clock.step_done(result.num_tokens)
 
 
+def _columns(variant: str) -> tuple[str, ...]:
+    """What a student reads of its shards."""
+    if variant in ("torch", "lm"):
+        return TOKEN_COLUMNS
+    return TAIL_COLUMNS if variant == "bucket" else TARGET_COLUMNS
+
+
 def _loss_of(variant: str) -> Callable[[PreTrainedModel, Batch], Loss]:
     if variant == "torch":
         return partial(torch_loss, chunk_rows=CHUNK_ROWS[0])
     if variant == "dense":
         return dense_loss
-    alpha = 0.0 if variant == "lm" else ALPHA
-    return partial(batch_loss, objective=Objective(kind="kld", alpha=alpha, temperature=1.0))
+    return partial(batch_loss, objective=OBJECTIVES[variant])
 
 
 def choose_chunk_rows(student: Student, step_tokens: int) -> int:
@@ -227,8 +280,9 @@ def measure_memory(datasets: dict[str, Dataset], shape: Shape, chunk_rows: int) 
 @click.option("--batch-sequences", default=4, show_default=True, help="Sequences of a step.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--rounds", default=15, show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Compile the transformer blocks.")
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(ENTRIES)),
-              help="Default: all. Repeatable.")  # fmt: skip
+              default=DEFAULT, show_default=True, help="Repeatable.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(
     preset: str,
@@ -237,12 +291,13 @@ def main(
     batch_sequences: int,
     dtype: str,
     rounds: int,
+    compiled: bool,
     variants: tuple[str, ...],
     json_file: Path | None,
 ) -> None:
     """Print seconds per step, data wait, peak memory and ratios."""
-    shape = Shape(preset, batch_sequences, dtype)
-    names = [name for name in ENTRIES if not variants or name in variants]
+    shape = Shape(preset, batch_sequences, dtype, compiled)
+    names = [name for name in ENTRIES if name in variants]
     with tempfile.TemporaryDirectory() as folder:
         datasets = {
             entries: make_shards(
