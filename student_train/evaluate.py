@@ -70,7 +70,6 @@ def evaluate(
     """
     method = KeepMethod.of(split.identity)
     totals = counted_totals(split)
-    num_tokens = totals.tokens
     sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
     bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=device)
     num_bytes = 0
@@ -94,6 +93,22 @@ def evaluate(
     model.train(was_training)
     if asked_to_end():
         return None
+    return _figures(sums, bins, totals, num_bytes, method)
+
+
+def counted_totals(split: Split) -> Totals:
+    """Sums over a split from its sidecars. InputError if none of its positions counts."""
+    totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
+    if not totals.tokens:
+        raise InputError(f"{split.path}: none of its positions counts, nothing can be evaluated")
+    return totals
+
+
+def _figures(
+    sums: Tensor, bins: Tensor, totals: Totals, num_bytes: int, method: KeepMethod
+) -> dict[str, float]:
+    """What the sums over a split come to; num_bytes 0: they are not known."""
+    num_tokens = totals.tokens
     nll, kl_kept, kl_bound, weighted, num_agreed, num_known = sums.tolist()
     figures = {
         "tokens": num_tokens,
@@ -111,14 +126,6 @@ def evaluate(
     if method.exact_above is not None:
         figures["top1_agreement"] = num_agreed / max(1, num_known)
     return figures
-
-
-def counted_totals(split: Split) -> Totals:
-    """Sums over a split from its sidecars. InputError if none of its positions counts."""
-    totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
-    if not totals.tokens:
-        raise InputError(f"{split.path}: none of its positions counts, nothing can be evaluated")
-    return totals
 
 
 def _exp(value: float) -> float:
