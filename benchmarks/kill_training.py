@@ -1,7 +1,8 @@
-"""Kills a training run at random instants, continues it, and compares it with one left alone.
+"""Kills a training run in the middle, continues it, and compares it with one left alone.
 
-Each kill is `kill -9` at a uniformly random time after the process began, also while it starts,
-evaluates or writes a checkpoint (checkpoints are frequent here, so that some kills hit one). When
+Each kill is `kill -9` of a process that has written a line of metrics: at a uniformly random time
+after it, or, so that a fifth of them or more do, while a checkpoint is being written. Of the
+processes some are killed before, while they start; these kills are not among those asked for. When
 a run has come to its end, weights and metrics are compared byte for byte with those of the
 uninterrupted run, and the next run begins. float32 on a CPU, one thread.
 """
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -23,6 +25,15 @@ import click
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 COMPARED = ("model/model.safetensors", "metrics.jsonl")
+STARTING, WRITING, REMOVING, ELSEWHERE = (
+    "starting",
+    "writing a checkpoint",
+    "removing a checkpoint",
+    "elsewhere in training",
+)
+# Of all processes, and of the kills that were asked for.
+SHARE_STARTING, SHARE_WRITING = 0.1, 0.2
+WRITING_S = 0.01  # of a checkpoint, from when its folder is seen
 
 
 def _command(folder: Path, out: Path) -> list[str]:
@@ -36,7 +47,7 @@ def _command(folder: Path, out: Path) -> list[str]:
         ),
         *("--student", str(folder / "student.json"), "--out", str(out), "--dtype", "float32"),
         *("--tokens", "40960", "--batch-tokens", "256", "--micro-batch-sequences", "5"),
-        *("--learning-rate", "0.01", "--save-every", "4", "--eval-every", "30"),
+        *("--learning-rate", "0.01", "--save-every", "4", "--eval-every", "10"),
     ]
 
 
@@ -58,65 +69,146 @@ def _make_inputs(folder: Path) -> None:
     (folder / "config.json").rename(folder / "student.json")
 
 
-def _phase(out: Path) -> str:
-    """What a process that was just killed was at."""
-    if any((out / "checkpoints").glob(".*.tmp")):
-        return "writing a checkpoint"
-    if any(out.glob(".*.tmp")):
-        return "writing another file"
-    return "elsewhere"
+class Process:
+    """One process of a run that is to be killed, or to end."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        self._out = out
+        self._began = len(self._event_files())
+        self._process = subprocess.Popen(
+            _command(folder, out),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def trains(self) -> bool:
+        """Wait for its first line of metrics; False if it ends without one."""
+        # What killed ones left is cut off before the file of TensorBoard appears.
+        if not self._wait(lambda: len(self._event_files()) > self._began):
+            return False
+        before = self._metrics_bytes()
+        return self._wait(lambda: self._metrics_bytes() > before)
+
+    def writes(self) -> bool:
+        """Wait for a checkpoint that is being written; False if it ends without one."""
+        return self._wait(lambda: _checkpoint_phase(self._out) == WRITING)
+
+    def end(self, after_s: float | None) -> str | None:
+        """Kill it after some time, None: never. What it was at, or None if it ended by itself."""
+        try:
+            self._process.wait(after_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return _checkpoint_phase(self._out)
+        if self._process.returncode:
+            raise click.ClickException(f"exit code {self._process.returncode} after a kill")
+        return None
+
+    def _wait(self, reached: Callable[[], bool]) -> bool:
+        while self._process.poll() is None:
+            if reached():
+                return True
+            time.sleep(0.0005)
+        return False
+
+    def _event_files(self) -> list[Path]:
+        return list((self._out / "tensorboard").glob("*"))
+
+    def _metrics_bytes(self) -> int:
+        file = self._out / "metrics.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+
+def _checkpoint_phase(out: Path) -> str:
+    """What is going on among the checkpoints: a hidden one is newer than the others, or old."""
+    folder = out / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    hidden = [name.strip(".").partition(".")[0] for name in names if name.endswith(".tmp")]
+    if not hidden:
+        return ELSEWHERE
+    whole = [name for name in names if not name.endswith(".tmp")]
+    return WRITING if max(hidden) > max(whole, default="") else REMOVING
+
+
+class Killing:
+    """Runs that are killed, how often at what, and when that is enough."""
+
+    def __init__(self, folder: Path, kills: int, seed: int) -> None:
+        self.phases: Counter[str] = Counter()
+        self._folder = folder
+        self._kills = kills
+        self._chance = random.Random(seed)
+        process = Process(folder, folder / "whole")
+        began = time.monotonic()
+        process.trains()
+        self._start_s = time.monotonic() - began
+        process.end(None)
+        self.train_s = time.monotonic() - began - self._start_s
+
+    @property
+    def in_training(self) -> int:
+        """Kills after the first line of metrics."""
+        return self.phases.total() - self.phases[STARTING]
+
+    @property
+    def enough(self) -> bool:
+        """Whether there were as many as asked for, and enough of them at a checkpoint."""
+        written = self.phases[WRITING] >= SHARE_WRITING * self._kills
+        return written and self.in_training >= self._kills
+
+    def run(self, out: Path) -> None:
+        """One run, killed again and again until it comes to its end, or there is enough of it."""
+        while True:
+            process = Process(self._folder, out)
+            phase = process.end(None) if self.enough else self._kill(process)
+            if phase is None:
+                return
+            self.phases[phase] += 1
+
+    def _kill(self, process: Process) -> str | None:
+        """Kill a process; what it was at, or None if it ended before."""
+        if self._chance.random() < SHARE_STARTING:
+            return process.end(self._chance.uniform(0, self._start_s)) and STARTING
+        if not process.trains():
+            return process.end(None)
+        after_s = self._chance.uniform(0, self.train_s)
+        if self.phases[WRITING] > 1.5 * SHARE_WRITING * self.in_training:
+            return process.end(after_s)
+        time.sleep(after_s / 2)
+        process.writes()
+        return process.end(self._chance.uniform(0, WRITING_S))
 
 
 @click.command()
-@click.option("--kills", default=50, show_default=True)
+@click.option("--kills", default=50, show_default=True, help="In training, not while it starts.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the counts.")
 def main(kills: int, seed: int, json_file: Path | None) -> None:
     """Kill a run, continue it, compare; exit code 1 if anything differs."""
-    chance = random.Random(seed)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    phases: Counter[str] = Counter()
     runs = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _make_inputs(folder)
-        started = time.monotonic()
-        subprocess.run(
-            _command(folder, folder / "whole"), env=environment, check=True, capture_output=True
-        )
-        whole_s = time.monotonic() - started
-        click.echo(f"left alone: {whole_s:.1f} s", err=True)
-        while phases.total() < kills:
+        killing = Killing(folder, kills, seed)
+        click.echo(f"left alone: {killing.train_s:.1f} s of training", err=True)
+        while not killing.enough:
             out = folder / f"run-{runs}"
-            while True:
-                process = subprocess.Popen(
-                    _command(folder, out),
-                    env=environment,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
-                try:
-                    process.wait(chance.uniform(0, whole_s) if phases.total() < kills else None)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    phases[_phase(out)] += 1
-                    continue
-                if process.returncode:
-                    raise click.ClickException(f"exit code {process.returncode} after a kill")
-                break
+            killing.run(out)
             for file in COMPARED:
                 if (out / file).read_bytes() != (folder / "whole" / file).read_bytes():
                     raise click.ClickException(f"run {runs}: {file} differs")
             runs += 1
-            click.echo(f"run {runs}: the same; {phases.total()} kills so far", err=True)
+            click.echo(f"run {runs}: the same; {killing.in_training} kills so far", err=True)
     click.echo(
-        f"{phases.total()} kills in {runs} runs, all byte-identical in {', '.join(COMPARED)}"
+        f"{killing.in_training} kills in training and {killing.phases[STARTING]} before it, in"
+        f" {runs} runs, all byte-identical in {', '.join(COMPARED)}"
     )
-    for phase, count in phases.most_common():
-        click.echo(f"{count:>4} while {phase}" if phase != "elsewhere" else f"{count:>4} elsewhere")
+    for phase, count in killing.phases.most_common():
+        click.echo(f"{count:>4} {phase}")
     if json_file is not None:
-        counts = {"runs": runs, "kills": dict(phases)}
+        counts = {"runs": runs, "kills": dict(killing.phases)}
         json_file.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 
 
