@@ -55,9 +55,12 @@ def failing(function: Callable[..., Any], error: Exception, *, at: int) -> Calla
     return call
 
 
-@pytest.mark.parametrize("error", [OUT_OF_MEMORY, ValueError("anything")])
-def test_an_evaluation_that_fails_after_the_last_step_loses_no_step(
+@pytest.mark.parametrize(
+    ("error", "step"), [(OUT_OF_MEMORY, 2), (OUT_OF_MEMORY, 6), (ValueError("anything"), 6)]
+)
+def test_an_evaluation_that_fails_loses_no_step(
     error: Exception,
+    step: int,
     shards: Path,
     student: str,
     whole: Path,
@@ -66,11 +69,11 @@ def test_an_evaluation_that_fails_after_the_last_step_loses_no_step(
 ) -> None:
     config = make_config(shards, student, tmp_path / "out", eval_every=2)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", failing(training.evaluate, error, at=3))
+        patch.setattr(training, "evaluate", failing(training.evaluate, error, at=step // 2))
         with pytest.raises(RunError if error is OUT_OF_MEMORY else ValueError):
             run(config)
-    assert saved_steps(config.out) == [6]
-    assert [line["step"] for line in lines(config.out, "validation")] == [2, 4]
+    assert saved_steps(config.out) == [step]
+    assert [line["step"] for line in lines(config.out, "validation")] == list(range(2, step, 2))
     run(config)
     assert_same_run(config.out, whole)
 
