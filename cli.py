@@ -458,7 +458,9 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     show_default=True,
     help="Largest norm of the gradient.",
 )
-@click.option("--save-every", type=int, help="Steps between checkpoints; default: at the end.")
+@click.option(
+    "--save-every", type=int, help="Steps between checkpoints; default: every ten minutes."
+)
 @click.option("--eval-every", type=int, help="Steps between evaluations; default: at the end.")
 @click.option(
     "--eval-shards",

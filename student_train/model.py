@@ -81,6 +81,9 @@ def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
             f"--student {student}: expected a preset ({names}), a config.json or a model folder;"
             " there is no such file or folder"
         )
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        # PyTorch's attention, the default, leaves it out, and whoever runs the result does not.
+        model.set_attn_implementation("eager")
     check_sizes(student, model, dataset)
     _check_head(student, model)
     return model

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -116,6 +117,25 @@ def test_config_files_of_several_families_make_students(
     with torch.no_grad():
         product = hidden_states(model, tokens) @ head_weight(model).T
         torch.testing.assert_close(product, model(tokens).logits)
+
+
+def test_attention_logits_are_capped_in_training_as_they_are_afterwards(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    capped = Gemma2Config(**SMALL, final_logit_softcapping=None, attn_logit_softcapping=0.01)
+    model = make_student(write_config(capped, tmp_path), dataset, seed=0).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(100)  # attention that is not flat unless it is capped
+    model.save_pretrained(tmp_path / "model")
+    wanted = Gemma2ForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    without = Gemma2ForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="sdpa")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        found, expected, other = (hidden_states(m, tokens) for m in (model, wanted, without))
+    torch.testing.assert_close(found, expected)
+    assert (found - other).abs().max() > 1e-3  # what the test would notice
 
 
 @pytest.mark.parametrize(
