@@ -9,6 +9,7 @@ are looked at is cheaper.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ from teacher_dump.groups import GROUP, MEMBERS, Workspace
 # Logits of the rows that are swept together, of each thread on a CPU; in use is three times that.
 CPU_THREAD_BYTES = 800 << 10
 GPU_BYTES = 64 << 20  # not measured
+
+# torch.exp is MKL's, which takes 29 us for a row of 49,152 on 2 cores of an AMD EPYC; torch.exp2 is
+# PyTorch's own and takes 8. The product is rounded: a probability of exp(-30) is off by 3e-6 of it.
+_LOG2_E = math.log2(math.e)
 
 
 class Sweep(NamedTuple):
@@ -52,7 +57,7 @@ def sweep(logits: torch.Tensor, workspace: Workspace) -> Sweep:
         shifted = below[: len(piece)]
         torch.amax(piece.view(len(piece), MEMBERS, -1), 1, out=maxima[part])
         torch.sub(piece, maxima[part].amax(-1, keepdim=True), out=shifted)
-        torch.exp(shifted, out=out)
+        torch.exp2(torch.mul(shifted, _LOG2_E, out=out), out=out)
         torch.sum(out.view(len(piece), -1, GROUP), -1, out=group_mass[part])
         torch.sum(shifted.mul_(out), -1, out=weighted[part])
     total = group_mass.sum(-1, keepdim=True, dtype=torch.float64)
