@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -77,6 +78,20 @@ class RowGroup:
     def num_rows(self) -> int:
         """R."""
         return len(self.sequences)
+
+    @cached_property
+    def most_entries(self) -> Int64Array:
+        """[R]: the number of entries at the position of each row that has the most.
+
+        ValueError if ids or logprobs were not read, or for offsets that leave them.
+        """
+        offsets = require("ids", self.entry_offsets)
+        counts = np.diff(offsets)
+        num_entries = min(len(require("ids", self.ids)), len(require("logprobs", self.logprobs)))
+        if offsets[0] < 0 or offsets[-1] > num_entries or counts.min(initial=0) < 0:
+            raise ValueError(f"offsets of entries do not ascend from 0 to at most {num_entries}")
+        starts = require("ids", self.position_offsets)[:-1]
+        return np.maximum.reduceat(counts, starts).astype(np.int64)
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> RowGroup:

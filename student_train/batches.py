@@ -203,23 +203,27 @@ def _entries(
             require("ids", group.entry_offsets)[place.start : place.stop + 1],
             require("ids", group.ids),
             require("logprobs", group.logprobs),
+            most=int(group.most_entries[rows.start : rows.stop].max()),
         )
-        for start, group, place in _runs(spots)
+        for start, group, rows, place in _runs(spots)
     ]
     return pad_entries(runs, size)
 
 
-def _runs(spots: Sequence[_Spot]) -> Iterator[tuple[int, RowGroup, range]]:
-    """(start, row group, positions), as one for rows that follow each other here and there."""
-    start, group, _, place = spots[0]
+def _runs(spots: Sequence[_Spot]) -> Iterator[tuple[int, RowGroup, range, range]]:
+    """(start, row group, rows, positions), one for rows that follow each other here and there."""
+    start, group, first, place = spots[0]
+    rows = range(first, first + 1)
     for spot in spots[1:]:
         follows = spot.start == start + len(place) and spot.positions.start == place.stop
         if follows and spot.group is group:
+            rows = range(rows.start, spot.row + 1)
             place = range(place.start, spot.positions.stop)
             continue
-        yield start, group, place
-        start, group, _, place = spot
-    yield start, group, place
+        yield start, group, rows, place
+        start, group, first, place = spot
+        rows = range(first, first + 1)
+    yield start, group, rows, place
 
 
 def _tail_logmass(spots: Sequence[_Spot], shape: tuple[int, int]) -> Tensor | None:

@@ -31,13 +31,15 @@ class Run(NamedTuple):
     """Entries of P consecutive positions, for the lines `[line : line + P]` of the rectangles.
 
     Position p has `[offsets[p] : offsets[p + 1]]` of ids (int32) and logprobs (float32), which may
-    hold those of other positions too. offsets [P + 1] ascend.
+    hold those of other positions too. offsets [P + 1] ascend. `most` is the largest number of
+    entries at a position, for a caller that knows it and has checked the offsets.
     """
 
     line: int
     offsets: Offsets
     ids: Int32Array
     logprobs: Float32Array
+    most: int | None = None
 
 
 def pad_entries(runs: Sequence[Run], num_lines: int) -> tuple[Int32Array, Float32Array]:
@@ -65,6 +67,8 @@ def pad_entries(runs: Sequence[Run], num_lines: int) -> tuple[Int32Array, Float3
 
 def _largest_count(run: Run) -> int:
     """At any position of a run, after checking that all its entries are there to be read."""
+    if run.most is not None:
+        return run.most
     num_entries = min(len(run.ids), len(run.logprobs))
     smallest, largest = _extreme_counts(run.offsets)
     if run.offsets[0] < 0 or run.offsets[-1] > num_entries or smallest < 0:

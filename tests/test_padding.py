@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards.row_group import RowGroup
 from student_train.padding import Run, pad_entries
 
 
@@ -83,3 +84,32 @@ def test_offsets_that_leave_the_entries_are_refused_before_anything_is_read(offs
 def test_a_run_that_leaves_the_rectangle_is_refused():
     with pytest.raises(ValueError, match="a run ends at line 3 of 2"):
         pad_entries([Run(1, *entries([1, 1]))], 2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_a_row_group_knows_the_most_entries_of_every_row(rows):
+    offsets, ids, logprobs = entries([count for row in rows for count in row])
+    positions = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    group = RowGroup(
+        sequences=np.arange(len(rows)),
+        position_offsets=positions,
+        entry_offsets=offsets,
+        ids=ids,
+        logprobs=logprobs,
+    )
+    assert group.most_entries.tolist() == [max(row) for row in rows]
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 1, 3], [-1, 2, 3, 3], [0, 2, 3, 4]])
+def test_a_row_group_whose_offsets_leave_its_entries_is_refused(offsets):
+    _, ids, logprobs = entries([1, 2])
+    group = RowGroup(
+        sequences=np.arange(1),
+        position_offsets=np.array([0, 3]),
+        entry_offsets=np.array(offsets),
+        ids=ids,
+        logprobs=logprobs,
+    )
+    with pytest.raises(ValueError, match="do not ascend from 0 to at most 3"):
+        _ = group.most_entries
