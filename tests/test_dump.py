@@ -158,6 +158,7 @@ def test_threshold_sampling_is_the_same_on_both_engines_and_true_to_the_teacher(
     assert "keep.log_threshold" in result.stderr
 
 
+@pytest.mark.slow
 def test_draws_are_the_same_on_both_engines(tiny_teacher: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=40)
     engines = ("vllm", "transformers")
