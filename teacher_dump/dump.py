@@ -126,7 +126,7 @@ def _tokens(out: Path, files: Any, tokenizer: Any, rules: TokenisingRules) -> To
 
     def hashed(done_bytes: int, of_bytes: int) -> None:
         if line.due():
-            line.show(f"hashing the corpus: {100 * done_bytes / of_bytes:.0f} %")
+            line.show(f"hashing the corpus: {100 * done_bytes / max(1, of_bytes):.0f} %")
 
     try:
         return open_or_build(out / "tokens", files, tokenizer, rules, report, hashed)

@@ -220,6 +220,17 @@ def test_a_bad_corpus_is_named_with_its_place_and_nothing_is_left(
     assert not out.exists()
 
 
+def test_an_empty_corpus_is_named_where_progress_is_shown_too(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.progress_line.ProgressLine.due", lambda _: True)  # as on a terminal
+    corpus = tmp_path / "empty.jsonl"
+    corpus.write_bytes(b"")
+    code, output = _dump(*_options(tiny_teacher, corpus, tmp_path / "out"))
+    assert code == 2, output
+    assert "is it empty?" in output
+
+
 def test_an_unknown_teacher_and_a_foreign_folder_are_refused(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
