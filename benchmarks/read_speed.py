@@ -5,7 +5,7 @@
 Speed, in turns over the same files:
 
 - bare:    pyarrow's ParquetFile(memory_map=True).read_row_group of the columns, nothing else
-- batches: padded tensors of the same columns, as evaluation gets them, checksums included, in the
+- batches: tensors of the same columns as evaluation gets them, checksums included, in the
            order of the files
 - shuffled: the same in the order of training, from somewhere in its endless stream
 
@@ -62,7 +62,7 @@ def read_bare(dataset: Dataset) -> float:
 
 
 def read_batches(dataset: Dataset) -> float:
-    """Make padded tensors of all sequences; seconds."""
+    """Make batches of all sequences; seconds."""
     started = time.perf_counter()
     batches = sequential_batches(
         dataset.split("train"), batch_lines=BATCH_SEQUENCES, columns=TARGET_COLUMNS
@@ -73,7 +73,7 @@ def read_batches(dataset: Dataset) -> float:
 
 
 def read_shuffled(dataset: Dataset) -> float:
-    """Make padded tensors of as many sequences in the order of training; seconds.
+    """Make batches of as many sequences in the order of training; seconds.
 
     The clock starts after the first window, because at the end as much is decoded in advance.
     """

@@ -137,13 +137,11 @@ def torch_loss(model: PreTrainedModel, batch: Batch, *, chunk_rows: int) -> Loss
 
 def dense_loss(model: PreTrainedModel, batch: Batch) -> Loss:
     """LM and KD as they are written down first: all logits and all targets at once."""
-    assert batch.ids is not None
-    assert batch.logprobs is not None
+    assert batch.entries is not None
     hidden = hidden_states(model, batch.input_ids).flatten(0, 1)
     logs = torch.log_softmax((hidden @ head_weight(model).T).float(), 1)
-    target = torch.zeros_like(logs).scatter_add_(
-        1, batch.ids.flatten(0, 1).long(), torch.softmax(batch.logprobs.flatten(0, 1), 1)
-    )
+    ids, logprobs = batch.entries.padded(torch.arange(len(hidden), device=hidden.device))
+    target = torch.zeros_like(logs).scatter_add_(1, ids, torch.softmax(logprobs, 1))
     lm = F.nll_loss(logs, batch.labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
     kd = F.kl_div(logs, target, reduction="sum")
     return Loss((1 - ALPHA) * lm + ALPHA * kd, lm.detach(), kd.detach())

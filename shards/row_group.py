@@ -80,8 +80,8 @@ class RowGroup:
         return len(self.sequences)
 
     @cached_property
-    def most_entries(self) -> Int64Array:
-        """[R]: the number of entries at the position of each row that has the most.
+    def entry_counts(self) -> Offsets:
+        """[P]: how many entries each position has.
 
         ValueError if ids or logprobs were not read, or for offsets that leave them.
         """
@@ -90,8 +90,7 @@ class RowGroup:
         num_entries = min(len(require("ids", self.ids)), len(require("logprobs", self.logprobs)))
         if offsets[0] < 0 or offsets[-1] > num_entries or counts.min(initial=0) < 0:
             raise ValueError(f"offsets of entries do not ascend from 0 to at most {num_entries}")
-        starts = require("ids", self.position_offsets)[:-1]
-        return np.maximum.reduceat(counts, starts).astype(np.int64)
+        return counts
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> RowGroup:

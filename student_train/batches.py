@@ -1,6 +1,6 @@
-"""Sequences from shards become padded batches.
+"""Sequences from shards become padded batches, their kept entries ragged.
 
-Letters: B lines, L positions of the longest of them, K kept entries at most.
+Letters: B lines, L positions of the longest of them.
 
 A line of a batch (`lines.py`) is one sequence or several, each with the positions from 0 on, so
 that attention stops at the joints. Packed lines are 99.7 % full and have the L of a full one, so
@@ -28,11 +28,10 @@ from torch import Tensor
 
 from shards.dataset import Split
 from shards.row_group import RowGroup, require
-from shards.rows import Float32Array, Int32Array
 from shards.schema import ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
+from student_train.kept_entries import KeptEntries, Run
 from student_train.lines import Line, Source, all_lines, lines_in_order, packed_length
 from student_train.loss import IGNORE_INDEX
-from student_train.padding import Run, pad_entries
 
 TOKEN_COLUMNS = (TOKENS, LOSS_MASK)
 TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
@@ -50,13 +49,12 @@ class _Spot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """input_ids, labels [B, L] int64; ids [B, L, K] int32, logprobs [B, L, K] float32, nats.
+    """input_ids, labels [B, L] int64, the kept entries of their B L positions, line after line.
 
     labels are -100 where padded or where `loss_mask` is false; num_valid counts the others.
-    logprobs and tail_logmass [B, L] float32 are padded with -inf, ids with 0; None if not read,
-    tail_logmass also if the dataset has none. position_ids [B, L] int64 begin again with every
-    packed sequence; None: each line is one. num_sequences are those of all lines, by the dataset
-    that they are of.
+    tail_logmass [B, L] float32, nats, is padded with -inf. What was not read is None, tail_logmass
+    also if the dataset has none. position_ids [B, L] int64 begin again with every packed sequence;
+    None: each line is one. num_sequences are those of all lines, by the dataset that they are of.
     """
 
     input_ids: Tensor
@@ -64,8 +62,7 @@ class Batch:
     num_valid: int
     num_sequences: tuple[int, ...]
     position_ids: Tensor | None = None
-    ids: Tensor | None = None
-    logprobs: Tensor | None = None
+    entries: KeptEntries | None = None
     tail_logmass: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
@@ -82,6 +79,8 @@ class Batch:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 changed[field.name] = change(value)
+            elif isinstance(value, KeptEntries):
+                changed[field.name] = value.with_tensors(change)
         return replace(self, **changed)
 
 
@@ -157,15 +156,13 @@ def make_batch(
             masked = ~group.loss_mask[place.start : place.stop]
             labels[start : start + length][masked] = IGNORE_INDEX
             num_valid -= int(np.count_nonzero(masked))
-    ids, logprobs = _entries(spots, size)
     return Batch(
         input_ids=torch.from_numpy(input_ids.reshape(shape)),
         labels=torch.from_numpy(labels.reshape(shape)),
         num_valid=num_valid,
         num_sequences=num_sequences,
         position_ids=None if packed is None else _position_ids(positions, shape),
-        ids=None if ids is None else torch.from_numpy(ids.reshape(*shape, -1)),
-        logprobs=None if logprobs is None else torch.from_numpy(logprobs.reshape(*shape, -1)),
+        entries=_entries(spots, size),
         tail_logmass=_tail_logmass(spots, shape),
     )
 
@@ -191,39 +188,33 @@ def _position_ids(positions: Sequence[Sequence[range]], shape: tuple[int, int]) 
     return torch.from_numpy(position_ids)
 
 
-def _entries(
-    spots: Sequence[_Spot], size: int
-) -> tuple[Int32Array, Float32Array] | tuple[None, None]:
-    """The kept entries, padded to the largest number at any position; None if not read."""
+def _entries(spots: Sequence[_Spot], size: int) -> KeptEntries | None:
+    """Those of all positions; None if not read."""
     if spots[0].group.ids is None:
-        return None, None
-    runs = [
-        Run(
-            start,
-            require("ids", group.entry_offsets)[place.start : place.stop + 1],
-            require("ids", group.ids),
-            require("logprobs", group.logprobs),
-            most=int(group.most_entries[rows.start : rows.stop].max()),
-        )
-        for start, group, rows, place in _runs(spots)
-    ]
-    return pad_entries(runs, size)
+        return None
+    runs = (_run(start, group, place) for start, group, place in _runs(spots))
+    return KeptEntries.gather(runs, size)
 
 
-def _runs(spots: Sequence[_Spot]) -> Iterator[tuple[int, RowGroup, range, range]]:
-    """(start, row group, rows, positions), one for rows that follow each other here and there."""
-    start, group, first, place = spots[0]
-    rows = range(first, first + 1)
+def _run(start: int, group: RowGroup, place: range) -> Run:
+    counts = group.entry_counts[place.start : place.stop]
+    offsets = require("ids", group.entry_offsets)
+    entries = slice(offsets[place.start], offsets[place.stop])
+    ids, logprobs = require("ids", group.ids), require("logprobs", group.logprobs)
+    return Run(start, counts, ids[entries], logprobs[entries])
+
+
+def _runs(spots: Sequence[_Spot]) -> Iterator[tuple[int, RowGroup, range]]:
+    """(start, row group, positions), one for rows that follow each other here and there."""
+    start, group, _, place = spots[0]
     for spot in spots[1:]:
         follows = spot.start == start + len(place) and spot.positions.start == place.stop
         if follows and spot.group is group:
-            rows = range(rows.start, spot.row + 1)
             place = range(place.start, spot.positions.stop)
             continue
-        yield start, group, rows, place
-        start, group, first, place = spot
-        rows = range(first, first + 1)
-    yield start, group, rows, place
+        yield start, group, place
+        start, group, _, place = spot
+    yield start, group, place
 
 
 def _tail_logmass(spots: Sequence[_Spot], shape: tuple[int, int]) -> Tensor | None:

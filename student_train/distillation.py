@@ -41,18 +41,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from student_train.kept_entries import KeptEntries
 from student_train.temperatures import adapt
 
 
 class Targets(NamedTuple):
-    """The teacher's kept entries: ids [T, K] int32, logprobs [T, K] float32; tail_logmass [T].
+    """The teacher's kept entries of T positions; tail_logmass [T] is for the bucket alone."""
 
-    Where a logprob is -inf there is no entry, whatever the id, which must be one all the same.
-    `tail_logmass` is looked at for the bucket alone.
-    """
-
-    ids: Tensor
-    logprobs: Tensor
+    entries: KeptEntries
     tail_logmass: Tensor | None = None
 
 
@@ -79,6 +75,7 @@ class Objective:
 class Entries:
     """The entries of a block: ids [R, K] int64, logprobs, the student's logits there [R, K].
 
+    Where a logprob is -inf there is no entry, whatever the id, which must be one all the same.
     `logsumexp` [R, 1] is that of all the student's logits, `tail_logmass` [R, 1] the teacher's.
     """
 

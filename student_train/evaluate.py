@@ -140,11 +140,8 @@ def _add_batch(
     sums: Tensor, bins: Tensor, hidden: Tensor, weight: Tensor, batch: Batch, method: KeepMethod
 ) -> None:
     """Add `position_sums` and `calibration_bins` of a batch's labelled positions, by blocks."""
-    assert batch.ids is not None
-    assert batch.logprobs is not None
-    labels = batch.labels.flatten()
-    hidden, ids = hidden.flatten(0, 1), batch.ids.flatten(0, 1)
-    logprobs = batch.logprobs.flatten(0, 1)
+    assert batch.entries is not None
+    labels, hidden = batch.labels.flatten(), hidden.flatten(0, 1)
     tails = None if batch.tail_logmass is None else batch.tail_logmass.flatten()
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     exact_above = -math.inf if method.exact_above is None else method.exact_above
@@ -152,13 +149,14 @@ def _add_batch(
     for block in split_evenly(rows, block_bytes // (4 * len(weight))):
         logits = hidden[block].float() @ weight.float().T
         prediction = predict(logits)
+        ids, logprobs = batch.entries.padded(block)
         bins += calibration_bins(prediction, labels[block])
         sums += position_sums(
             logits,
             prediction,
             labels[block],
-            ids[block].long(),
-            logprobs[block],
+            ids,
+            logprobs,
             None if tails is None else tails[block],
             exact_above,
         )

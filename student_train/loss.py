@@ -154,7 +154,7 @@ class _Blocks:
         label = labels.index_select(0, rows).unsqueeze(1)
         label_logits = logits.gather(1, label)
         if targets is not None:
-            ids = targets.ids.index_select(0, rows).long()
+            ids, logprobs = targets.entries.padded(rows)
             kept_logits = logits.gather(1, ids)
             tempered = self._tempered_softmax(logits)
         probabilities, logsumexp = _softmax_in_place(logits)
@@ -164,7 +164,7 @@ class _Blocks:
             tail = targets.tail_logmass
             entries = Entries(
                 ids=ids,
-                logprobs=targets.logprobs.index_select(0, rows).to(self.sum_dtype),
+                logprobs=logprobs.to(self.sum_dtype),
                 logits=kept_logits,
                 logsumexp=logsumexp,
                 tail_logmass=None if tail is None else self._column(tail, rows),

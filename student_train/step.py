@@ -109,12 +109,8 @@ def optimizer_step(
 def batch_loss(model: PreTrainedModel, batch: Batch, *, objective: Objective) -> Loss:
     """The summed loss of a batch on the model's device."""
     targets = None
-    if objective.alpha and batch.ids is not None and batch.logprobs is not None:
+    if objective.alpha and batch.entries is not None:
         tail = batch.tail_logmass if objective.bucket else None
-        targets = Targets(
-            batch.ids.flatten(0, 1),
-            batch.logprobs.flatten(0, 1),
-            None if tail is None else tail.flatten(),
-        )
+        targets = Targets(batch.entries, None if tail is None else tail.flatten())
     hidden = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)
     return distillation_loss(hidden, head_weight(model), batch.labels.flatten(), targets, objective)

@@ -10,6 +10,7 @@ import torch
 
 from shards.rows import Row
 from student_train.batches import Batch
+from tests.kept_entries import batch_entries
 
 Piece = tuple[torch.Tensor, ...]  # tokens, labels, ids, logprobs, tail_logmass
 
@@ -22,16 +23,15 @@ def spans(positions: torch.Tensor) -> list[tuple[int, int]]:
 def pieces(batch: Batch) -> Iterator[tuple[int, Piece]]:
     """Line, and what is there of a sequence in it, without padding."""
     assert batch.position_ids is not None
-    assert batch.ids is not None
-    assert batch.logprobs is not None
     assert batch.tail_logmass is not None
+    ids, logprobs = batch_entries(batch)
     for b, positions in enumerate(batch.position_ids):
         for first, last in spans(positions):
             part = (b, slice(first, last))
             assert positions[first:last].tolist() == list(range(last - first))
             if torch.isfinite(batch.tail_logmass[part]).any():  # else padding
-                columns = (batch.input_ids, batch.labels, batch.ids, batch.logprobs)
-                yield b, (*(c[part] for c in columns), batch.tail_logmass[part])
+                columns = (batch.input_ids, batch.labels, ids, logprobs, batch.tail_logmass)
+                yield b, tuple(column[part] for column in columns)
 
 
 def key(tokens: torch.Tensor) -> bytes:

@@ -28,6 +28,7 @@ from student_train.batches import (
 from student_train.decode_ahead import decode_ahead
 from student_train.lines import Source
 from student_train.read_ahead import ReadAhead
+from tests.kept_entries import batch_entries
 from tests.tiny_dataset import VOCAB_SIZE, make_dataset
 
 STEP_SEQUENCES = 5
@@ -57,16 +58,15 @@ def assert_holds(batch: Batch, b: int, row: Row) -> None:
     counted = np.ones(length, np.bool_) if row.loss_mask is None else row.loss_mask
     np.testing.assert_array_equal(batch.labels[b, :length], np.where(counted, row.tokens[1:], -100))
     assert (batch.labels[b, length:] == -100).all()
-    assert batch.ids is not None
-    assert batch.logprobs is not None
+    ids, logprobs = batch_entries(batch)
     entries = np.concatenate([[0], np.cumsum(row.counts)])
     for t in range(batch.labels.shape[1]):
         count = row.counts[t] if t < length else 0
         kept = slice(entries[t], entries[t + 1]) if count else slice(0, 0)
-        np.testing.assert_array_equal(batch.ids[b, t, :count], row.ids[kept])
-        np.testing.assert_array_equal(batch.logprobs[b, t, :count], row.logprobs[kept])
-        assert ((batch.ids[b, t] >= 0) & (batch.ids[b, t] < VOCAB_SIZE)).all()
-        assert (batch.logprobs[b, t, count:] == -torch.inf).all()
+        np.testing.assert_array_equal(ids[b, t, :count], row.ids[kept])
+        np.testing.assert_array_equal(logprobs[b, t, :count], row.logprobs[kept])
+        assert ((ids[b, t] >= 0) & (ids[b, t] < VOCAB_SIZE)).all()
+        assert (logprobs[b, t, count:] == -torch.inf).all()
 
 
 def test_batches_hold_the_rows_in_their_order_without_a_second_shift(dataset: Dataset) -> None:
@@ -111,14 +111,13 @@ def test_a_later_step_is_the_same_as_after_all_before_it(dataset: Dataset) -> No
         for found, expected in zip(resumed, whole[3 * step :], strict=False):
             assert torch.equal(found.input_ids, expected.input_ids)
             assert torch.equal(found.labels, expected.labels)
-            assert torch.equal(found.ids, expected.ids)  # type: ignore[arg-type]
-            assert torch.equal(found.logprobs, expected.logprobs)  # type: ignore[arg-type]
+            assert all(map(torch.equal, batch_entries(found), batch_entries(expected)))
 
 
 def test_without_entry_columns_there_are_no_targets_and_the_same_labels(dataset: Dataset) -> None:
     plain = next(batches(dataset, columns=TOKEN_COLUMNS))
     full = next(batches(dataset))
-    assert plain.ids is plain.logprobs is plain.tail_logmass is None
+    assert plain.entries is plain.tail_logmass is None
     assert torch.equal(plain.labels, full.labels)
 
 
@@ -157,7 +156,7 @@ def test_batches_for_a_gpu_are_pinned_where_they_are_read_and_others_left_alone(
         assert list(source) == []  # it was closed
         for batch, other in zip(found, expected, strict=True):
             assert torch.equal(batch.input_ids, other.input_ids)
-            assert torch.equal(batch.logprobs, other.logprobs)  # type: ignore[arg-type]
+            assert all(map(torch.equal, batch_entries(batch), batch_entries(other)))
             assert batch.num_valid == other.num_valid
 
 

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 import cli
 from tests.tiny_teacher import ROOT, dump_command, run_dump, write_corpus
 
-HEAVY = ("torch", "vllm", "transformers", "pyarrow", "numpy", "yaml", "tokenizers", "numba")
+HEAVY = ("torch", "vllm", "transformers", "pyarrow", "numpy", "yaml", "tokenizers")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from student_train.distillation import Objective, Targets
 from student_train.loss import Loss, distillation_loss
+from tests.kept_entries import all_padded, make_targets, with_dtype
 
 SIZES = [(1, 1, 3, 1), (7, 5, 13, 4), (33, 16, 101, 17), (64, 24, 257, 100)]  # T, D, V, K
 
@@ -33,13 +34,11 @@ def make_case(
     kept = logprobs.masked_fill(padding, float("-inf"))
     # What was not kept, with an error as rounding makes it; at some positions all was kept.
     tail = (1 - kept.exp().sum(1)).clamp(min=0).log() + 0.03 * scores[:, 0]
-    # A padded id is any, also that of an entry.
-    targets = Targets(torch.where(padding, ids[:, :1], ids).int(), kept, tail)
     return (
         hidden.to(dtype).requires_grad_(),
         weight.to(dtype).requires_grad_(),
         labels,
-        Targets(targets.ids, targets.logprobs.to(dtype), tail.to(dtype)),
+        make_targets(ids, kept.to(dtype), tail.to(dtype)),
     )
 
 
@@ -49,20 +48,21 @@ def dense_reference(
     """The definition, position by position, over the logits of the whole batch."""
     logs = torch.log_softmax(hidden @ weight.T, 1)
     lm, kd = logs.new_zeros(()), logs.new_zeros(())
+    all_ids, all_logprobs = all_padded(targets.entries)
     for t in range(len(labels)):
         if labels[t] == -100:
             continue
         lm = lm - logs[t, labels[t]]
-        kept = targets.logprobs[t] > float("-inf")
-        ids = targets.ids[t][kept].long()
+        kept = all_logprobs[t] > float("-inf")
+        ids, logprobs = all_ids[t][kept], all_logprobs[t][kept]
         if objective.kind == "mse":
             if kept.any():
                 student = logs[t, ids] - logs[t, ids].mean()
-                teacher = targets.logprobs[t][kept] / objective.temperature
+                teacher = logprobs / objective.temperature
                 kd = kd + (student - (teacher - teacher.mean())).square().mean()
         elif objective.bucket:
             assert targets.tail_logmass is not None
-            both = torch.cat([targets.logprobs[t][kept], targets.tail_logmass[t : t + 1]]).exp()
+            both = torch.cat([logprobs, targets.tail_logmass[t : t + 1]]).exp()
             both = both / both.sum()
             out = torch.ones_like(logs[t], dtype=torch.bool)
             out[ids] = False
@@ -74,10 +74,10 @@ def dense_reference(
             if objective.kind == "kld":
                 kd = kd + (both * both.log()).sum()
         elif kept.any():
-            target = torch.softmax(targets.logprobs[t][kept] / objective.temperature, 0)
+            target = torch.softmax(logprobs / objective.temperature, 0)
             if objective.sampled:
-                target = targets.logprobs[t][kept].exp()
-            kd = kd - (target * logs[t, targets.ids[t][kept].long()]).sum()
+                target = logprobs.exp()
+            kd = kd - (target * logs[t, ids]).sum()
             if objective.kind == "kld" and not objective.sampled:
                 kd = kd + (target * target.log()).sum()
     return Loss((1 - objective.alpha) * lm + objective.alpha * kd, lm, kd)
@@ -165,7 +165,7 @@ def test_kld_is_zero_for_a_student_that_equals_the_target() -> None:
     logprobs = torch.log_softmax(torch.randn(5, 11, dtype=torch.float64), 1)
     hidden = logprobs.clone().requires_grad_()
     weight = torch.eye(11, dtype=torch.float64).requires_grad_()
-    targets = Targets(torch.arange(11).expand(5, 11).int(), logprobs)
+    targets = make_targets(torch.arange(11).expand(5, 11), logprobs)
     objective = Objective(kind="kld", alpha=1.0, temperature=1.0)
     found = distillation_loss(hidden, weight, torch.zeros(5, dtype=torch.int64), targets, objective)
     torch.testing.assert_close(found.kd, torch.zeros_like(found.kd))
@@ -177,7 +177,7 @@ def test_probability_outside_the_kept_entries_costs_something(kind: str) -> None
     """Nll is kld and the entropy of the target."""
     weight = torch.eye(6, dtype=torch.float64).requires_grad_()
     target = torch.tensor([[0.6, 0.4]]).double()
-    targets = Targets(torch.tensor([[0, 1]]).int(), target.log())
+    targets = make_targets(torch.tensor([[0, 1]]), target.log())
     objective = Objective(kind=kind, alpha=1.0, temperature=1.0)
     least = 0.0 if kind == "kld" else -(target * target.log()).sum().item()
 
@@ -193,8 +193,9 @@ def test_probability_outside_the_kept_entries_costs_something(kind: str) -> None
 
 
 def test_positions_without_kept_entries_have_only_the_language_model_part() -> None:
-    hidden, weight, labels, targets = make_case(SIZES[2])
-    nothing = Targets(targets.ids, torch.full_like(targets.logprobs, float("-inf")))
+    hidden, weight, labels, _ = make_case(SIZES[2])
+    shape = (len(labels), SIZES[2][3])
+    nothing = make_targets(torch.zeros(shape), torch.full(shape, float("-inf")))
     mixed = Objective(kind="kld", alpha=0.25, temperature=1.0)
     found = distillation_loss(hidden, weight, labels, nothing, mixed)
     assert found.kd == 0
@@ -239,7 +240,7 @@ def test_extreme_logits_stay_finite_and_right(scale: float) -> None:
     expected = dense_reference(large, weight, labels, targets, objective)
     narrow = large.detach().float().requires_grad_()
     found = distillation_loss(
-        narrow, weight.float(), labels, Targets(targets.ids, targets.logprobs.float()), objective
+        narrow, weight.float(), labels, with_dtype(targets, torch.float32), objective
     )
     torch.testing.assert_close(found.total, expected.total.float(), rtol=1e-4, atol=0)
 
@@ -264,7 +265,7 @@ def test_sums_and_weight_gradient_are_float32_under_bfloat16_autocast() -> None:
 
 
 class _LargestResult(TorchDispatchMode):
-    """Remembers the largest number of elements of any tensor that an operation returns."""
+    """Remembers the most elements that the memory behind any result of an operation holds."""
 
     largest = 0
 
@@ -272,7 +273,8 @@ class _LargestResult(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else (result,):
             if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.numel())
+                size = value.untyped_storage().nbytes() // value.element_size()
+                self.largest = max(self.largest, size)
         return result
 
 
@@ -324,7 +326,7 @@ def test_the_mean_gradient_over_many_samples_is_that_of_the_full_distribution() 
         hidden = state.expand(len(ids), -1).clone().requires_grad_()
         objective = Objective(kind="kld", alpha=1.0, temperature=1.0, sampled=sampled)
         loss = distillation_loss(
-            hidden, weight, label.expand(len(ids)), Targets(ids, logprobs), objective
+            hidden, weight, label.expand(len(ids)), make_targets(ids, logprobs), objective
         )
         return torch.autograd.grad(loss.total, weight)[0] / len(ids)
 
@@ -353,7 +355,7 @@ def test_the_bucket_is_zero_for_a_student_that_equals_the_teacher_and_not_below(
     def kd(student: Tensor) -> Loss:
         hidden = student.clone().requires_grad_()
         return distillation_loss(
-            hidden, weight, labels, Targets(ids.int(), logprobs, tail), objective
+            hidden, weight, labels, make_targets(ids, logprobs, tail), objective
         )
 
     same = kd(exact)
@@ -369,7 +371,7 @@ def test_a_student_sure_of_what_was_kept_has_a_finite_bucket() -> None:
     hidden[0, 0] = 200.0  # the softmax of all the others is 0 in float32
     hidden.requires_grad_()
     weight = torch.eye(30).requires_grad_()
-    targets = Targets(torch.tensor([[0]]).int(), torch.tensor([[-0.5]]), torch.tensor([-0.9]))
+    targets = make_targets(torch.tensor([[0]]), torch.tensor([[-0.5]]), torch.tensor([-0.9]))
     objective = Objective(kind="kld", alpha=1.0, temperature=1.0, bucket=True)
     loss = distillation_loss(hidden, weight, torch.tensor([3]), targets, objective)
     assert loss.total.isfinite()
@@ -378,7 +380,7 @@ def test_a_student_sure_of_what_was_kept_has_a_finite_bucket() -> None:
 
 def test_mean_squared_error_does_not_see_a_constant_nor_what_was_not_kept() -> None:
     weight = torch.eye(6, dtype=torch.float64).requires_grad_()
-    targets = Targets(torch.tensor([[0, 1]]).int(), torch.tensor([[0.6, 0.4]]).double().log())
+    targets = make_targets(torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.4]]).double().log())
     objective = Objective(kind="mse", alpha=1.0, temperature=1.0)
 
     def kd(logits: list[float]) -> float:

@@ -34,6 +34,7 @@ from student_train.model import head_weight, hidden_states
 from student_train.packed_attention import block_at_joints
 from student_train.packing import after, pack
 from student_train.step import autocast_for, batch_loss
+from tests.kept_entries import batch_entries, make_entries
 from tests.packed_batches import assert_is_row, key, pieces, spans
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset
 
@@ -116,7 +117,7 @@ def test_a_step_is_entered_by_the_number_of_sequences_before_it(dataset: Dataset
                                    strict=False):  # fmt: skip
             assert torch.equal(found.input_ids, expected.input_ids)
             assert torch.equal(found.position_ids, expected.position_ids)  # type: ignore[arg-type]
-            assert torch.equal(found.logprobs, expected.logprobs)  # type: ignore[arg-type]
+            assert all(map(torch.equal, batch_entries(found), batch_entries(expected)))
         consumed += sum(batch.num_sequences[0] for batch in whole[2 * step : 2 * step + 2])
 
 
@@ -158,6 +159,7 @@ def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(
     packed = hidden_states(model, batch.input_ids, batch.position_ids) @ head_weight(model).T
     assert batch.position_ids is not None
     alone = torch.zeros((), dtype=torch.float64)
+    ids, logprobs = batch_entries(batch)
     for b, positions in enumerate(batch.position_ids):
         for first, last in spans(positions):
             part = (slice(b, b + 1), slice(first, last))
@@ -166,8 +168,7 @@ def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(
                 labels=batch.labels[part],
                 num_valid=0,
                 num_sequences=(1,),
-                ids=None if batch.ids is None else batch.ids[part],
-                logprobs=None if batch.logprobs is None else batch.logprobs[part],
+                entries=make_entries(ids[part].flatten(0, 1), logprobs[part].flatten(0, 1)),
             )
             logits = hidden_states(model, single.input_ids) @ head_weight(model).T
             torch.testing.assert_close(packed[part], logits)

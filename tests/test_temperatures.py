@@ -14,6 +14,7 @@ from torch import Tensor
 from student_train.distillation import Objective, Targets
 from student_train.loss import Loss, distillation_loss
 from student_train.temperatures import adapt
+from tests.kept_entries import all_padded, make_targets, with_dtype
 from tests.test_loss import SIZES, gradients, make_case
 
 STRATEGIES = ("normkd", "wttm", "adakd-sd", "adakd-h")
@@ -47,18 +48,19 @@ def dense_reference(
     tau = objective.student_temperature
     tempered = torch.log_softmax(logits / tau, 1)
     lm, kd = logs.new_zeros(()), logs.new_zeros(())
+    all_ids, all_logprobs = all_padded(targets.entries)
     for t in range(len(labels)):
         if labels[t] == -100:
             continue
         lm = lm - logs[t, labels[t]]
-        kept = targets.logprobs[t] > NOTHING
+        kept = all_logprobs[t] > NOTHING
         if not kept.any():
             continue
-        student = tempered[t, targets.ids[t][kept].long()]
+        logprobs, student = all_logprobs[t][kept], tempered[t, all_ids[t][kept]]
         if objective.sampled:
-            kd = kd - tau**2 * (targets.logprobs[t][kept].exp() * student).sum()
+            kd = kd - tau**2 * (logprobs.exp() * student).sum()
             continue
-        target, importance = reference_target(targets.logprobs[t][kept], objective)
+        target, importance = reference_target(logprobs, objective)
         distance = -(target * student).sum()
         if objective.kind == "kld":
             distance = distance + (target * target.log()).sum()
@@ -120,7 +122,7 @@ def test_adaptive_temperatures_equal_the_dense_reference(
 def test_a_student_that_equals_the_teacher_is_best_where_both_have_one_temperature() -> None:
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 11, generator=random).double()
-    targets = Targets(torch.arange(11).expand(5, 11).int(), torch.log_softmax(logits, 1))
+    targets = make_targets(torch.arange(11).expand(5, 11), torch.log_softmax(logits, 1))
     objective = Objective(kind="kld", alpha=1.0, temperature=3.0, student_temperature=3.0)
     hidden, weight = logits.clone().requires_grad_(), torch.eye(11).double().requires_grad_()
     labels = torch.zeros(5, dtype=torch.int64)
@@ -133,7 +135,7 @@ def test_a_high_common_temperature_is_matching_of_centred_logits() -> None:
     """Hinton et al. 2015, section 2.1: the reason for the factor tau^2."""
     random = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 7, 11, generator=random).double()
-    targets = Targets(torch.arange(11).expand(7, 11).int(), torch.log_softmax(teacher, 1))
+    targets = make_targets(torch.arange(11).expand(7, 11), torch.log_softmax(teacher, 1))
     objective = Objective(kind="kld", alpha=1.0, temperature=1e4, student_temperature=1e4)
     hidden, weight = student.clone().requires_grad_(), torch.eye(11).double().requires_grad_()
     labels = torch.zeros(7, dtype=torch.int64)
@@ -152,7 +154,7 @@ def test_extreme_logits_stay_finite_and_right_at_a_student_temperature(scale: fl
     large = (hidden.detach() * scale).requires_grad_()
     expected = dense_reference(large, weight, labels, targets, objective)
     narrow, matrix = large.detach().float().requires_grad_(), weight.detach().float()
-    kept = Targets(targets.ids, targets.logprobs.float())
+    kept = with_dtype(targets, torch.float32)
     found = distillation_loss(narrow, matrix, labels, kept, objective)
     torch.testing.assert_close(found.total, expected.total.float(), rtol=1e-4, atol=0)
     assert torch.autograd.grad(found.total, narrow)[0].isfinite().all()
@@ -165,7 +167,7 @@ def test_positions_with_nothing_kept_have_only_the_language_model_part(
 ) -> None:
     hidden, weight, labels, _ = make_case(SIZES[1])
     shape = (len(labels), width)
-    targets = Targets(
+    targets = make_targets(
         torch.zeros(shape, dtype=torch.int32), torch.full(shape, NOTHING, dtype=torch.float64)
     )
     for student_temperature in (1.0, 2.0):
@@ -187,7 +189,7 @@ def test_positions_with_nothing_kept_have_only_the_language_model_part(
 def test_one_entry_is_a_hard_label_under_every_strategy(strategy: str) -> None:
     hidden, weight, labels, _ = make_case(SIZES[1])
     ids = torch.full((len(labels), 2), 3, dtype=torch.int32)
-    targets = Targets(ids, torch.tensor([-0.7, NOTHING]).double().expand(len(labels), 2))
+    targets = make_targets(ids, torch.tensor([-0.7, NOTHING]).double().expand(len(labels), 2))
     objective = Objective(kind="kld", alpha=1.0, temperature=2.0, adaptive_temperature=strategy)
     found = distillation_loss(hidden, weight, labels, targets, objective)
     plain = torch.log_softmax(hidden @ weight.T, 1)[labels != -100, 3]

@@ -1,0 +1,99 @@
+"""Kept entries of a batch: ragged as in the shards, padded to a rectangle a block at a time.
+
+Letters: N positions of a batch, E entries of all of them, K the most at any, R rows of a block.
+
+At 12 entries per position most of a rectangle is padding. Only a loss needs it, on its own device
+and for the rows it works on; until then a batch is smaller, and so is what a GPU copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from shards.rows import Float32Array, Int32Array
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+class Run(NamedTuple):
+    """All entries of consecutive positions, from position `start` of a batch on.
+
+    counts [P] are how many each position has, ids and logprobs [sum of counts] whose they are.
+    """
+
+    start: int
+    counts: npt.NDArray[np.signedinteger]
+    ids: Int32Array
+    logprobs: Float32Array
+
+
+class KeptEntries(NamedTuple):
+    """Position n has `[offsets[n] : offsets[n + 1]]` of ids and logprobs; offsets [N + 1] int64.
+
+    ids int32 and logprobs float32, nats, are both [E + K]: K values without meaning follow the
+    last entry, so that K can be read from where any position begins. `most` is K.
+    """
+
+    offsets: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    most: int
+
+    @classmethod
+    def gather(cls, runs: Iterable[Run], num_positions: int) -> Self:
+        """Entries of N positions; those of no run have none. Runs ascend and do not overlap.
+
+        ValueError if they do not fit into N positions, or their arrays to each other.
+        """
+        runs = list(runs)
+        counts = np.zeros(num_positions, np.int64)
+        for run in runs:
+            counts[run.start : run.start + len(run.counts)] = run.counts
+        offsets = np.zeros(num_positions + 1, np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        most = int(counts.max(initial=0))
+        num_entries = int(offsets[-1])
+        ids = _recycled(num_entries + most, np.int32)
+        logprobs = _recycled(num_entries + most, np.float32)
+        ids[num_entries:], logprobs[num_entries:] = 0, -math.inf
+        if runs:
+            np.concatenate([run.ids for run in runs], out=ids[:num_entries])
+            np.concatenate([run.logprobs for run in runs], out=logprobs[:num_entries])
+        return cls(
+            torch.from_numpy(offsets), torch.from_numpy(ids), torch.from_numpy(logprobs), most
+        )
+
+    def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of positions [R] int64: ids [R, K] int64, padded with 0, logprobs with -inf."""
+        starts = self.offsets[rows]
+        counts = self.offsets[rows + 1] - starts
+        beyond = torch.arange(self.most, device=rows.device) >= counts.unsqueeze(1)
+        # Every position reads K values, its own entries and those that follow: whole rows, which
+        # takes a third of the time of looking up each.
+        ids = self.ids.unfold(0, self.most, 1)[starts].masked_fill_(beyond, 0)
+        logprobs = self.logprobs.unfold(0, self.most, 1)[starts]
+        return ids.long(), logprobs.masked_fill_(beyond, -math.inf)
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same entries, every tensor changed: moved, say."""
+        return self._replace(
+            offsets=change(self.offsets), ids=change(self.ids), logprobs=change(self.logprobs)
+        )
+
+
+def _recycled(size: int, scalar: type[_Scalar]) -> npt.NDArray[_Scalar]:
+    """Uninitialised [size] from Arrow's pool, which keeps what is freed.
+
+    What numpy allocates is given back to the kernel batch after batch; the page faults cost more
+    than the copy.
+    """
+    buffer = pa.allocate_buffer(size * np.dtype(scalar).itemsize)
+    return np.frombuffer(buffer, scalar)
