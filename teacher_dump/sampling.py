@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from teacher_dump.groups import GROUP, IMPOSSIBLE, Workspace, largest, take_groups
+from teacher_dump.groups import GROUP, IMPOSSIBLE, Workspace
 from teacher_dump.keep import Draws, Threshold
 from teacher_dump.packing import (
     empty_packed,
@@ -42,14 +42,12 @@ class SamplingSelector:
         """See `Selector.__call__`. The label's log-probability and entropy are at temperature 1."""
         keep, num_rows = self.keep, logits.shape[0]
         logits = self._workspace.whole_groups(logits)
-        whole = sweep(logits, self._workspace)
-        label_logprobs = logits.gather(1, labels[:, None])[:, 0] - whole.log_total
-        tempered = whole
+        whole = tempered = sweep(logits)
+        label_logprobs = whole.at(labels[:, None])[:, 0] - whole.log_total
         if keep.temperature != 1:
-            logits = self._tempered(logits)
-            tempered = sweep(logits, self._workspace)
+            tempered = sweep(self._tempered(logits))
         if isinstance(keep, Threshold):
-            found = _threshold(logits, tempered, keys, keep)
+            found = _threshold(tempered, keys, keep)
         else:
             found = _draws(tempered, keys, keep)
 
@@ -74,18 +72,20 @@ class _Found(NamedTuple):
     logprobs: torch.Tensor
 
 
-def _threshold(logits: torch.Tensor, swept: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
-    """Logits [T, V] at the method's temperature, and their sweep, whose exps are overwritten."""
+def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
+    """The sweep of logits [T, V] at the method's temperature."""
     threshold = keep.threshold
     num_certain = min(int(1.0001 / threshold), keep.vocab_size)
-    _, large = largest(logits, swept.maxima, num_certain)
-    exps = swept.exps.gather(1, large)
-    probs = exps / swept.total
-    certain = probs >= threshold
+    _, columns = swept.leading_sets(num_certain)
+    values, places = torch.topk(swept.at(columns), num_certain, dim=-1)
+    large = columns.gather(1, places)
+    logprobs = values - swept.log_total[:, None]
+    # Certain is what reaches this logit: of the same logit, every comparison says the same.
+    least = (swept.log_total + keep.log_threshold).to(values.dtype)[:, None]
+    certain = values >= least
 
-    swept.exps.scatter_(1, large, torch.where(certain, 0.0, exps))
-    line = _Line(swept.exps, _without(large // GROUP, swept))
-    grid = torch.arange(keep.max_entries, device=logits.device)
+    line = _Line(swept, below=least, groups=large // GROUP)
+    grid = torch.arange(keep.max_entries, device=values.device)
     points = (uniforms(keys, 1) + grid) * threshold * swept.total
     small = line.entries_at(points)
     hit = points < line.total
@@ -93,7 +93,7 @@ def _threshold(logits: torch.Tensor, swept: Sweep, keys: torch.Tensor, keep: Thr
 
     steps = torch.cat(
         [
-            steps_below_zero(probs.log(), keep.logprob_step),
+            steps_below_zero(logprobs, keep.logprob_step),
             torch.full_like(small, keep.threshold_steps),
         ],
         dim=-1,
@@ -104,16 +104,10 @@ def _threshold(logits: torch.Tensor, swept: Sweep, keys: torch.Tensor, keep: Thr
     return _Found(kept.sum(-1), ids, steps.to(torch.float32) * -keep.logprob_step)
 
 
-def _without(groups: torch.Tensor, swept: Sweep) -> torch.Tensor:
-    """The masses of all groups [T, V / 64] after entries of these [T, N] have become 0."""
-    members = take_groups(swept.exps, groups).view(*groups.shape, GROUP)
-    return swept.group_mass.scatter(1, groups, members.sum(-1))
-
-
 def _draws(swept: Sweep, keys: torch.Tensor, keep: Draws) -> _Found:
     """The sweep of logits [T, V] at the method's temperature."""
     num = keep.draws
-    line = _Line(swept.exps, swept.group_mass)
+    line = _Line(swept)
     points = uniforms(keys, num).sort(dim=-1)[0] * line.total
     # ids come in ascending order, so that draws of one entry stand side by side: a run
     drawn = line.entries_at(points)
@@ -128,27 +122,37 @@ def _draws(swept: Sweep, keys: torch.Tensor, keep: Draws) -> _Found:
 
 
 class _Line:
-    """Entries of masses [T, V] laid end to end, each as long as its mass.
+    """Entries of a sweep laid end to end, each as long as its mass.
 
-    group_mass [T, V / 64] are those of the groups; total [T, 1] float64 is where the line ends.
+    With `below` [T, 1] those whose logit is not below it are left out; they must be in `groups`
+    [T, any]. total [T, 1] float64 is where the line ends.
     """
 
-    def __init__(self, mass: torch.Tensor, group_mass: torch.Tensor) -> None:
-        self._mass = mass
-        self._group_mass = group_mass
-        self._ends = group_mass.cumsum(-1, dtype=torch.float64)
+    def __init__(
+        self, swept: Sweep, below: torch.Tensor | None = None, groups: torch.Tensor | None = None
+    ) -> None:
+        self._swept = swept
+        self._below = below
+        self._group_mass = swept.part_mass
+        if groups is not None:
+            self._group_mass = swept.part_mass.scatter(1, groups, self._mass(groups).sum(-1))
+        self._ends = self._group_mass.cumsum(-1, dtype=torch.float64)
         self.total = self._ends[:, -1:]
 
     def entries_at(self, points: torch.Tensor) -> torch.Tensor:
         """points [T, N] float64, in any order -> ids [T, N], without meaning from the total on."""
-        num_rows, num_points = points.shape
         ends = self._ends
         groups = torch.searchsorted(ends, points, right=True).clamp_(max=ends.shape[1] - 1)
         of_group = self._group_mass.gather(1, groups)
         share = (points - ends.gather(1, groups)) / of_group + 1
-        members = take_groups(self._mass, groups).view(num_rows, num_points, GROUP)
-        inner_ends = members.cumsum(-1, dtype=torch.float64)
+        inner_ends = self._mass(groups).cumsum(-1, dtype=torch.float64)
         # Below the last end, whatever rounding says: behind it lie entries of mass 0.
         inside = inner_ends[:, :, -1:] * share.clamp_(min=0, max=1 - 1e-12)[:, :, None]
         offsets = torch.searchsorted(inner_ends, inside, right=True)[:, :, 0]
         return groups * GROUP + offsets.clamp_(max=GROUP - 1)
+
+    def _mass(self, groups: torch.Tensor) -> torch.Tensor:
+        """The lengths [T, N, 64] of the members of these groups [T, N]."""
+        logits = self._swept.in_groups(groups)
+        mass = self._swept.mass(logits)
+        return mass if self._below is None else mass.where(logits < self._below[:, :, None], 0.0)

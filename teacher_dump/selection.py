@@ -11,9 +11,9 @@ from teacher_dump.keep import Draws, Keep, Threshold, TopPK
 from teacher_dump.sampling import SamplingSelector
 from teacher_dump.top_p_k import TopPKSelector
 
-# Logits of a block. 24 MiB are 128 rows of a vocabulary of 49,152: fewer make the calls show, more
+# Logits of a block. 48 MiB are 256 rows of a vocabulary of 49,152: fewer make the calls show, more
 # leave a CPU's cache. What a GPU wants has not been measured.
-CPU_SELECTION_BYTES = 24 << 20
+CPU_SELECTION_BYTES = 48 << 20
 GPU_SELECTION_BYTES = 256 << 20
 
 

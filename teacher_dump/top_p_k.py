@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from teacher_dump.groups import Workspace, largest
+from teacher_dump.groups import Workspace
 from teacher_dump.keep import TopPK
 from teacher_dump.packing import (
     empty_packed,
@@ -40,23 +40,26 @@ class TopPKSelector:
         self, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
         """See `Selector.__call__`; nothing is random here, so the keys are not looked at."""
-        keep, num_rows = self.keep, logits.shape[0]
-        logits = self._workspace.whole_groups(logits)
-        swept = sweep(logits, self._workspace)
-        values, ids = largest(logits, swept.maxima, min(keep.top_k, keep.vocab_size))
-        exps = swept.exps.gather(1, ids)
-        kept = smallest_prefix(exps / swept.total, keep.top_p)
-        tail = swept.exps.scatter_(1, ids, torch.where(kept, 0.0, exps)).sum(-1)
+        keep = self.keep
+        swept = sweep(self._workspace.whole_groups(logits), by_sets=True)
+        sets, columns = swept.leading_sets(keep.top_k)
+        candidates = swept.at(columns)
+        values, places = torch.topk(candidates, min(keep.top_k, keep.vocab_size), dim=-1)
+        masses = swept.mass(candidates)
+        mass = masses.gather(1, places)
+        kept = smallest_prefix(mass / swept.total, keep.top_p)
+        tail = masses.scatter_(1, places, mass.masked_fill(kept, 0.0)).sum(-1, dtype=torch.float64)
+        tail += swept.part_mass.scatter_(1, sets, 0.0).sum(-1, dtype=torch.float64)
 
-        packed = empty_packed(num_rows, keep, logits.device)
+        packed = empty_packed(len(logits), keep, logits.device)
         write_header(
             packed,
             kept.sum(-1),
-            logits.gather(1, labels[:, None])[:, 0] - swept.log_total,
+            swept.at(labels[:, None])[:, 0] - swept.log_total,
             swept.entropy,
             (tail / swept.total[:, 0]).log(),
         )
         steps = steps_below_zero(values - swept.log_total[:, None], keep.logprob_step)
-        steps, ids = order_entries(steps, ids, kept)
+        steps, ids = order_entries(steps, columns.gather(1, places), kept)
         write_entries(packed, ids, steps.to(torch.float32) * -keep.logprob_step)
         return packed

@@ -6,7 +6,8 @@ import torch
 
 from teacher_dump import selection
 from teacher_dump import sweep as module
-from teacher_dump.groups import GROUP, MEMBERS, Workspace
+from teacher_dump.compiling import CompiledLater, Function
+from teacher_dump.groups import GROUP, MEMBERS
 from teacher_dump.keep import Draws, Threshold, TopPK
 from teacher_dump.packing import unpack
 from teacher_dump.selection import make_selector, rows_at_once, select_in_blocks
@@ -22,15 +23,29 @@ def logits_of(scale: float) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("rows", [1, 5, 100])
+def compiled(function: Function) -> CompiledLater:
+    """At once, and without an alternative."""
+
+    def fail(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise AssertionError("it was not compiled")
+
+    return CompiledLater(function, fail, after_bytes=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile warns within
+@pytest.mark.parametrize("by_sets", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 100, "compiled"])
 @pytest.mark.parametrize("scale", [0.1, 4.0])
 def test_a_sweep_equals_the_dense_definition(
-    scale: float, rows: int, monkeypatch: pytest.MonkeyPatch
+    scale: float, rows: int | str, by_sets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_rows_of_part", lambda logits: rows)
+    if rows == "compiled":
+        monkeypatch.setattr(module, "_BY_SETS", compiled(module._pass_by_sets))
+        monkeypatch.setattr(module, "_BY_GROUPS", compiled(module._pass_by_groups))
     logits = logits_of(scale)
     before = logits.clone()
-    found = sweep(logits, Workspace(VOCAB))
+    found = sweep(logits, by_sets=by_sets)
     assert torch.equal(logits, before)
 
     wide = logits.double()
@@ -38,12 +53,13 @@ def test_a_sweep_equals_the_dense_definition(
     exps = (wide - wide.amax(-1, keepdim=True)).exp()
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     near = {"rtol": 2e-6, "atol": 0.0, "check_dtype": False}
-    torch.testing.assert_close(found.exps, exps, **near)
+    torch.testing.assert_close(found.mass(logits), exps, **near)
     torch.testing.assert_close(found.total, exps.sum(-1, keepdim=True), **near)
     torch.testing.assert_close(found.log_total, wide.logsumexp(-1), rtol=0, atol=1e-6)
     torch.testing.assert_close(found.entropy, entropy, rtol=0, atol=2e-6)
     groups = exps.view(len(logits), -1, GROUP)
-    torch.testing.assert_close(found.group_mass, groups.sum(-1), **near)
+    sets = torch.stack([exps[:, i :: VOCAB // MEMBERS] for i in range(VOCAB // MEMBERS)], 1)
+    torch.testing.assert_close(found.part_mass, (sets if by_sets else groups).sum(-1), **near)
     sets = torch.stack([logits[:, i :: VOCAB // MEMBERS] for i in range(VOCAB // MEMBERS)], 1)
     assert torch.equal(found.maxima, sets.amax(-1))
     # next to nothing, and not lost beside a logit of 50, whose last bit is 4e-6
