@@ -26,7 +26,7 @@ from teacher_dump.packing import (
     write_header,
 )
 from teacher_dump.random_keys import uniforms
-from teacher_dump.sweep import Sweep, sweep
+from teacher_dump.sweep import Sweep, places_of_top, sweep
 
 
 class SamplingSelector:
@@ -77,8 +77,9 @@ def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
     threshold = keep.threshold
     num_certain = min(int(1.0001 / threshold), keep.vocab_size)
     _, columns = swept.leading_sets(num_certain)
-    values, places = torch.topk(swept.at(columns), num_certain, dim=-1)
-    large = columns.gather(1, places)
+    candidates = swept.at(columns)
+    places = places_of_top(candidates, num_certain)
+    values, large = candidates.gather(1, places), columns.gather(1, places)
     logprobs = values - swept.log_total[:, None]
     # Certain is what reaches this logit: of the same logit, every comparison says the same.
     least = (swept.log_total + keep.log_threshold).to(values.dtype)[:, None]

@@ -29,15 +29,14 @@ _LOG2_E = math.log2(math.e)
 
 
 class Sweep(NamedTuple):
-    """maxima [T, M] are the sets' largest logits, largest [T, 1] the row's.
+    """Of logits [T, V]: maxima [T, M] are the sets' largest, largest [T, 1] the row's.
 
     part_mass are the masses of the sets [T, M] or of the groups [T, N], and total [T, 1] float64 of
     all. log_total [T] is log sum exp of the logits and entropy [T] that of the softmax, both
-    float64, nats. The rows of these begin at `starts` [T, 1] of `logits`, which are flat.
+    float64, nats.
     """
 
     logits: torch.Tensor
-    starts: torch.Tensor
     maxima: torch.Tensor
     largest: torch.Tensor
     part_mass: torch.Tensor
@@ -47,12 +46,14 @@ class Sweep(NamedTuple):
 
     def at(self, columns: torch.Tensor) -> torch.Tensor:
         """The logits in some columns [T, any]."""
-        return self.logits.take(self.starts + columns)
+        return self.logits.gather(1, columns)
 
     def in_groups(self, groups: torch.Tensor) -> torch.Tensor:
         """The logits of the groups with these numbers [T, any]: [T, any, 64]."""
-        rows = self.logits.view(-1, GROUP)
-        found = rows.index_select(0, (self.starts // GROUP + groups).view(-1))
+        num_rows, vocab = self.logits.shape
+        first = torch.arange(num_rows, device=groups.device)[:, None] * (vocab // GROUP)
+        all_groups = self.logits.view(-1, GROUP)
+        found = all_groups.index_select(0, (first + groups).view(-1))  # whole rows, unlike `gather`
         return found.view(*groups.shape, GROUP)
 
     def mass(self, logits: torch.Tensor) -> torch.Tensor:
@@ -68,9 +69,10 @@ class Sweep(NamedTuple):
         num_sets = self.maxima.shape[1]
         num_large = num_sets // MEMBERS
         of_large = self.maxima.view(-1, MEMBERS, num_large).amax(1)
-        large = torch.topk(of_large, min(k, num_large), dim=-1, sorted=False)[1]
+        large = places_of_top(of_large, min(k, num_large), in_order=False)
         sets = members(large, num_large)
-        best = torch.topk(self.maxima.gather(1, sets), min(k, sets.shape[1]), sorted=False)[1]
+        maxima = self.maxima.gather(1, sets)
+        best = places_of_top(maxima, min(k, maxima.shape[1]), in_order=False)
         found = sets.gather(1, best)
         return found, members(found, num_sets)
 
@@ -80,12 +82,10 @@ def sweep(logits: torch.Tensor, *, by_sets: bool = False) -> Sweep:
 
     `by_sets` says what `part_mass` is of.
     """
-    num_rows, vocab = logits.shape
     maxima, largest, part_mass, total, weighted = (_BY_SETS if by_sets else _BY_GROUPS)(logits)
     log_sum = total.log()
     return Sweep(
-        logits=logits.view(-1),
-        starts=torch.arange(0, num_rows * vocab, vocab, device=logits.device)[:, None],
+        logits=logits,
         maxima=maxima,
         largest=largest,
         part_mass=part_mass,
@@ -93,6 +93,16 @@ def sweep(logits: torch.Tensor, *, by_sets: bool = False) -> Sweep:
         log_total=largest[:, 0] + log_sum,
         entropy=log_sum - weighted / total * math.log(2),
     )
+
+
+def places_of_top(values: torch.Tensor, k: int, *, in_order: bool = True) -> torch.Tensor:
+    """Where the k largest of every row of values [T, any] float32 are: [T, k], largest first.
+
+    Integers in the order of the floats take torch.topk three quarters of the time on a CPU.
+    """
+    bits = values.view(torch.int32)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return torch.topk(keys, k, dim=-1, sorted=in_order)[1]
 
 
 def _pass_by_groups(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:

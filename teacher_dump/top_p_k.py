@@ -19,7 +19,7 @@ from teacher_dump.packing import (
     write_entries,
     write_header,
 )
-from teacher_dump.sweep import sweep
+from teacher_dump.sweep import places_of_top, sweep
 
 
 def smallest_prefix(mass: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -44,12 +44,13 @@ class TopPKSelector:
         swept = sweep(self._workspace.whole_groups(logits), by_sets=True)
         sets, columns = swept.leading_sets(keep.top_k)
         candidates = swept.at(columns)
-        values, places = torch.topk(candidates, min(keep.top_k, keep.vocab_size), dim=-1)
+        places = places_of_top(candidates, min(keep.top_k, keep.vocab_size))
+        values = candidates.gather(1, places)
         masses = swept.mass(candidates)
         mass = masses.gather(1, places)
         kept = smallest_prefix(mass / swept.total, keep.top_p)
-        tail = masses.scatter_(1, places, mass.masked_fill(kept, 0.0)).sum(-1, dtype=torch.float64)
-        tail += swept.part_mass.scatter_(1, sets, 0.0).sum(-1, dtype=torch.float64)
+        tail = masses.scatter_(1, places, mass.masked_fill(kept, 0.0)).sum(-1)
+        tail += swept.part_mass.scatter_(1, sets, 0.0).sum(-1)
 
         packed = empty_packed(len(logits), keep, logits.device)
         write_header(
