@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shards.allocator import keep_freed_tensors
+from teacher_dump.compiling import WORTH_COMPILING
 from teacher_dump.config import DumpConfig
 from teacher_dump.keep import make_keep
 from teacher_dump.selection import make_selector, select_in_blocks
@@ -65,14 +66,14 @@ def seconds_of(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(
-    timed: dict[str, Callable[[], Any]], rounds: int, device: torch.device
+    timed: dict[str, Callable[[], Any]], warm_up: int, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every round by variant; one round before them is not counted."""
+    """Seconds of every round by variant, after those that end with all of them compiled."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for number in range(rounds + 1):
+    for number in range(warm_up + rounds):
         for name, function in timed.items():
             elapsed = seconds_of(function, device)
-            if number:
+            if number >= warm_up:
                 seconds[name].append(elapsed)
     return seconds
 
@@ -96,7 +97,8 @@ def main(device: str, vocab_size: int, positions: int, rounds: int, json_file: P
     where = torch.device(device)
     generator = torch.Generator(where).manual_seed(0)
     logits = 3 * torch.randn((positions, vocab_size), generator=generator, device=where)
-    seconds = measure(variants(logits), rounds, where)
+    warm_up = 2 + WORTH_COMPILING // logits.nbytes
+    seconds = measure(variants(logits), warm_up, rounds, where)
     name = name_of(where)
     click.echo(f"{name}, V = {vocab_size:,}, {positions} positions")
     click.echo(f"{'':<12}{'us/position':>12}{'copies':>10}")

@@ -56,6 +56,11 @@ class KeptEntries(NamedTuple):
         runs = list(runs)
         counts = np.zeros(num_positions, np.int64)
         for run in runs:
+            if not run.counts.sum() == len(run.ids) == len(run.logprobs):
+                raise ValueError(
+                    f"counts of {run.counts.sum()} entries, but {len(run.ids)} ids and"
+                    f" {len(run.logprobs)} logprobs"
+                )
             counts[run.start : run.start + len(run.counts)] = run.counts
         offsets = np.zeros(num_positions + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])

@@ -23,8 +23,8 @@ from student_train.decode_ahead import decode_ahead
 from student_train.order import GROUPS_PER_WINDOW, Order, Window
 from student_train.packing import after, pack
 
-# While a window is padded, the next one is decoded. At 54 entries per position, 60 MB a row group,
-# two of them ahead are as fast as four; at 12, in the order of training, fewer are slower.
+# While a window becomes batches, the next one is decoded. At 54 entries per position, 60 MB a row
+# group, two of them ahead are as fast as four; at 12, in the order of training, fewer are slower.
 _MANY_ENTRIES = 24
 _LARGE_ROW_GROUPS_AHEAD = 2
 

@@ -13,8 +13,9 @@ import torch
 
 Function = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
-# 5,500 rows of a vocabulary of 49,152: six seconds of a pass with a small teacher on 2 cores.
-WORTH_COMPILING_BYTES = 1 << 30
+# Bytes of logits: those of 5,500 rows of a vocabulary of 49,152, six seconds of a pass with a small
+# teacher on 2 cores.
+WORTH_COMPILING = 1 << 30
 
 _logger = logging.getLogger(__name__)
 
@@ -25,9 +26,7 @@ class CompiledLater:
     Both make the same of [T, any], up to rounding. T may be another at every call.
     """
 
-    def __init__(
-        self, function: Function, plain: Function, after_bytes: int = WORTH_COMPILING_BYTES
-    ) -> None:
+    def __init__(self, function: Function, plain: Function, after_bytes: int) -> None:
         self._plain = plain
         self._function = function
         self._compiled: Function | None = None
@@ -37,12 +36,15 @@ class CompiledLater:
         """What the function makes of values [T, any]."""
         if self._bytes_left is None:
             return self._plain(values)
-        if self._bytes_left > 0:
+        if self._bytes_left > 0 or torch._dynamo.config.disable:
             self._bytes_left -= values.nbytes
             return self._plain(values)
         if self._compiled is None:
-            # Worker processes would be as large as this one and have nothing more to do.
-            self._compiled = torch.compile(self._function, options={"compile_threads": 1})
+            # Whole or not at all: of a part that is not compiled, every result is as large as the
+            # block. Worker processes would be as large as this one and have nothing more to do.
+            self._compiled = torch.compile(
+                self._function, fullgraph=True, options={"compile_threads": 1}
+            )
         torch._dynamo.maybe_mark_dynamic(values, 0)
         try:
             return self._compiled(values)
@@ -50,6 +52,6 @@ class CompiledLater:
             raise
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-            _logger.warning("selection runs uncompiled, about half as fast: %s", reason)
+            _logger.warning("the pass over the logits stays uncompiled and slower: %s", reason)
             self._bytes_left = self._compiled = None
             return self._plain(values)

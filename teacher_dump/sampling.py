@@ -26,7 +26,7 @@ from teacher_dump.packing import (
     write_header,
 )
 from teacher_dump.random_keys import uniforms
-from teacher_dump.sweep import Sweep, places_of_top, sweep
+from teacher_dump.sweep import Sweep, Sweeper, places_of_top
 
 
 class SamplingSelector:
@@ -35,6 +35,7 @@ class SamplingSelector:
     def __init__(self, keep: Draws | Threshold) -> None:
         self.keep = keep
         self._workspace = Workspace(keep.vocab_size)
+        self._sweep = Sweeper()
 
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
@@ -42,10 +43,10 @@ class SamplingSelector:
         """See `Selector.__call__`. The label's log-probability and entropy are at temperature 1."""
         keep, num_rows = self.keep, logits.shape[0]
         logits = self._workspace.whole_groups(logits)
-        whole = tempered = sweep(logits)
+        whole = tempered = self._sweep(logits)
         label_logprobs = whole.at(labels[:, None])[:, 0] - whole.log_total
         if keep.temperature != 1:
-            tempered = sweep(self._tempered(logits))
+            tempered = self._sweep(self._tempered(logits))
         if isinstance(keep, Threshold):
             found = _threshold(tempered, keys, keep)
         else:
@@ -78,7 +79,7 @@ def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
     num_certain = min(int(1.0001 / threshold), keep.vocab_size)
     _, columns = swept.leading_sets(num_certain)
     candidates = swept.at(columns)
-    places = places_of_top(candidates, num_certain)
+    places = places_of_top(candidates, num_certain, in_order=False)
     values, large = candidates.gather(1, places), columns.gather(1, places)
     logprobs = values - swept.log_total[:, None]
     # Certain is what reaches this logit: of the same logit, every comparison says the same.

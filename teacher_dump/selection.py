@@ -12,8 +12,8 @@ from teacher_dump.sampling import SamplingSelector
 from teacher_dump.top_p_k import TopPKSelector
 
 # Logits of a block. 96 MiB are 512 rows of a vocabulary of 49,152; on 2 cores of an AMD EPYC a row
-# takes 50, 31 and 36 us by 512 rows (top-p-k, draws, threshold), 52, 32 and 38 by 256, and 56, 33
-# and 44 by 128. What a GPU wants has not been measured.
+# takes 45, 34 and 39 us by 512 rows (top-p-k, draws, threshold), 52, 38 and 46 by 256, and 56, 43
+# and 52 by 128. What a GPU wants has not been measured.
 CPU_SELECTION_BYTES = 96 << 20
 GPU_SELECTION_BYTES = 256 << 20
 
@@ -47,9 +47,13 @@ def select_in_blocks(
     keys: torch.Tensor,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """What a selector makes of any number of positions [T], `rows` or `rows_at_once` at a time."""
+    """What a selector makes of any number of positions [T], in blocks of about equal size.
+
+    These have at most `rows` rows, or `rows_at_once` if that is None.
+    """
     rows = rows_at_once(logits, select.keep) if rows is None else rows
-    columns = (torch.split(column, rows) for column in (logits, labels, keys))
+    blocks = max(1, -(-len(logits) // rows))
+    columns = (torch.tensor_split(column, blocks) for column in (logits, labels, keys))
     return torch.cat([select(*block) for block in zip(*columns, strict=True)])
 
 

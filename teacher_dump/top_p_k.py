@@ -19,7 +19,7 @@ from teacher_dump.packing import (
     write_entries,
     write_header,
 )
-from teacher_dump.sweep import places_of_top, sweep
+from teacher_dump.sweep import Sweeper, places_of_top
 
 
 def smallest_prefix(mass: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -35,13 +35,14 @@ class TopPKSelector:
     def __init__(self, keep: TopPK) -> None:
         self.keep = keep
         self._workspace = Workspace(keep.vocab_size)
+        self._sweep = Sweeper(by_sets=True)
 
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
         """See `Selector.__call__`; nothing is random here, so the keys are not looked at."""
         keep = self.keep
-        swept = sweep(self._workspace.whole_groups(logits), by_sets=True)
+        swept = self._sweep(self._workspace.whole_groups(logits))
         sets, columns = swept.leading_sets(keep.top_k)
         candidates = swept.at(columns)
         places = places_of_top(candidates, min(keep.top_k, keep.vocab_size))

@@ -14,7 +14,7 @@ def make_entries(ids: Tensor, logprobs: Tensor) -> KeptEntries:
     """Of rectangles [N, K]: every entry whose logprob is above -inf."""
     kept = logprobs > float("-inf")
     counts = kept.sum(1)
-    most = int(counts.max()) if len(counts) else 0
+    most = ids.shape[1]
     # What follows the last entry must not matter.
     return KeptEntries(
         offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),

@@ -57,7 +57,7 @@ def test_what_cannot_be_compiled_goes_on_and_says_so_once(
             assert torch.equal(later(values)[0], values * 2)
     assert compiler.calls == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "selection runs uncompiled, about half as fast: no C++ compiler"
+        "the pass over the logits stays uncompiled and slower: no C++ compiler"
     ]
 
 

@@ -6,12 +6,10 @@ import torch
 
 from teacher_dump import selection
 from teacher_dump import sweep as module
-from teacher_dump.compiling import CompiledLater, Function
 from teacher_dump.groups import GROUP, MEMBERS
 from teacher_dump.keep import Draws, Threshold, TopPK
 from teacher_dump.packing import unpack
 from teacher_dump.selection import make_selector, rows_at_once, select_in_blocks
-from teacher_dump.sweep import sweep
 
 VOCAB = 5 * GROUP
 
@@ -23,13 +21,14 @@ def logits_of(scale: float) -> torch.Tensor:
     return logits
 
 
-def compiled(function: Function) -> CompiledLater:
-    """At once, and without an alternative."""
+def compile_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All passes, and without an alternative."""
 
-    def fail(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def refuse(logits: torch.Tensor) -> int:
         raise AssertionError("it was not compiled")
 
-    return CompiledLater(function, fail, after_bytes=0)
+    monkeypatch.setattr(module, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(module, "_rows_of_part", refuse)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile warns within
@@ -39,13 +38,13 @@ def compiled(function: Function) -> CompiledLater:
 def test_a_sweep_equals_the_dense_definition(
     scale: float, rows: int | str, by_sets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_rows_of_part", lambda logits: rows)
     if rows == "compiled":
-        monkeypatch.setattr(module, "_BY_SETS", compiled(module._pass_by_sets))
-        monkeypatch.setattr(module, "_BY_GROUPS", compiled(module._pass_by_groups))
+        compile_at_once(monkeypatch)
+    else:
+        monkeypatch.setattr(module, "_rows_of_part", lambda logits: rows)
     logits = logits_of(scale)
     before = logits.clone()
-    found = sweep(logits, by_sets=by_sets)
+    found = module.Sweeper(by_sets=by_sets)(logits)
     assert torch.equal(logits, before)
 
     wide = logits.double()
@@ -67,7 +66,11 @@ def test_a_sweep_equals_the_dense_definition(
     torch.testing.assert_close(found.entropy[3], entropy[3], rtol=0, atol=3e-7)
 
 
-def test_parts_of_a_block_do_not_change_what_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile warns within
+def test_parts_of_a_block_do_not_change_what_is_selected(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor does a smaller block before: buffers are used again, at another temperature too."""
     logits, labels = logits_of(2.0), torch.arange(23)
     keys = 12345 * torch.arange(1, 24)
@@ -79,10 +82,13 @@ def test_parts_of_a_block_do_not_change_what_is_selected(monkeypatch: pytest.Mon
     ):
         monkeypatch.setattr(module, "_rows_of_part", lambda logits: 100)
         whole = make_selector(keep)(logits, labels, keys)
-        monkeypatch.setattr(module, "_rows_of_part", lambda logits: 4)
-        select = make_selector(keep)
-        select(logits[:2], labels[:2], keys[:2])
-        parts = select_in_blocks(select, logits, labels, keys, rows=10)
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "_rows_of_part", lambda logits: 4)
+            if compiled:
+                compile_at_once(patched)
+            select = make_selector(keep)
+            select(logits[:2], labels[:2], keys[:2])
+            parts = select_in_blocks(select, logits, labels, keys, rows=10)
         expected, found = unpack(whole.numpy(), keep), unpack(parts.numpy(), keep)
         np.testing.assert_array_equal(found.counts, expected.counts)
         np.testing.assert_array_equal(found.ids, expected.ids)
