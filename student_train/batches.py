@@ -192,8 +192,7 @@ def _entries(spots: Sequence[_Spot], size: int) -> KeptEntries | None:
     """Those of all positions; None if not read."""
     if spots[0].group.ids is None:
         return None
-    runs = (_run(start, group, place) for start, group, place in _runs(spots))
-    return KeptEntries.gather(runs, size)
+    return KeptEntries.gather((_run(*place) for place in _runs(spots)), size)
 
 
 def _run(start: int, group: RowGroup, place: range) -> Run:

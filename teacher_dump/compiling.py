@@ -7,6 +7,7 @@ where it fails the function goes on as it was.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,12 +31,10 @@ class CompiledLater:
         self._plain = plain
         self._function = function
         self._compiled: Function | None = None
-        self._bytes_left: int | None = after_bytes  # None: it cannot be compiled
+        self._bytes_left: float = after_bytes  # infinite: it cannot be compiled
 
     def __call__(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the function makes of values [T, any]."""
-        if self._bytes_left is None:
-            return self._plain(values)
         if self._bytes_left > 0 or torch._dynamo.config.disable:
             self._bytes_left -= values.nbytes
             return self._plain(values)
@@ -53,5 +52,5 @@ class CompiledLater:
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             _logger.warning("the pass over the logits stays uncompiled and slower: %s", reason)
-            self._bytes_left = self._compiled = None
+            self._bytes_left = math.inf
             return self._plain(values)
