@@ -71,18 +71,23 @@ def write_corpus(path: Path, *, num_documents: int, seed: int = 0) -> Path:
 
 
 @lru_cache(maxsize=1)
-def _float32_model(folder: Path) -> Any:
-    """Of the class that config.json names, with the attention that leaves nothing out."""
+def _float32_model(folder: Path, attention: str) -> Any:
+    """Of the class that config.json names."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model_class = getattr(transformers, config["architectures"][0])
     return model_class.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation=attention
     ).eval()
 
 
-def dense_logprobs(folder: Path, tokens: npt.NDArray[np.int32], vocab: int) -> npt.NDArray[Any]:
-    """What transformers in float32 gives after each of tokens[:-1]: [n - 1, vocab], nats."""
-    model = _float32_model(folder)
+def dense_logprobs(
+    folder: Path, tokens: npt.NDArray[np.int32], vocab: int, *, attention: str = "eager"
+) -> npt.NDArray[Any]:
+    """What transformers in float32 gives after each of tokens[:-1]: [n - 1, vocab], nats.
+
+    "eager" leaves out nothing that a model asks for; "sdpa" has no scores of all pairs in memory.
+    """
+    model = _float32_model(folder, attention)
     with torch.inference_mode():
         ids = torch.from_numpy(tokens[:-1].astype(np.int64))[None]
         logits = model(ids).logits[0, :, :vocab].double()
