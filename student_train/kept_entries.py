@@ -9,7 +9,7 @@ and for the rows it works on; until then a batch is smaller, and so is what a GP
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -21,6 +21,10 @@ from torch import Tensor
 from shards.rows import Float32Array, Int32Array
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
+
+# Padded at once by `padded_blocks`. With 256, 1,024, 4,096 and 16,384 a position takes 0.14, 0.06,
+# 0.025 and 0.02 us at K = 22, 0.23, 0.10, 0.07 and 0.13 us at K = 100 (2 cores of an AMD EPYC).
+_ROWS_AT_ONCE = 2048
 
 
 class Run(NamedTuple):
@@ -38,8 +42,8 @@ class Run(NamedTuple):
 class KeptEntries(NamedTuple):
     """Position n has `[offsets[n] : offsets[n + 1]]` of ids and logprobs; offsets [N + 1] int64.
 
-    ids int32 and logprobs float32, nats, are both [E + K]: K values without meaning follow the
-    last entry, so that K can be read from where any position begins. `most` is K.
+    ids int32 and logprobs float32, nats, are both [E + K]: K times 0 and -inf follow the last
+    entry, so that K can be read from where any position begins. `most` is K.
     """
 
     offsets: Tensor
@@ -77,15 +81,41 @@ class KeptEntries(NamedTuple):
         )
 
     def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of positions [R] int64: ids [R, K] int64, padded with 0, logprobs with -inf."""
-        starts = self.offsets[rows]
-        counts = self.offsets[rows + 1] - starts
-        beyond = torch.arange(self.most, device=rows.device) >= counts.unsqueeze(1)
+        """Those of positions [R] int64: ids [R, K] int64, and logprobs [R, K] padded with -inf.
+
+        The id of padding is that of any entry, or 0: one of the vocabulary, to be ignored.
+        """
+        starts = self.offsets.index_select(0, rows)
+        missing = self.most - (self.offsets.index_select(0, rows + 1) - starts)
         # Every position reads K values, its own entries and those that follow: whole rows, which
-        # takes a third of the time of looking up each.
-        ids = self.ids.unfold(0, self.most, 1)[starts].masked_fill_(beyond, 0)
-        logprobs = self.logprobs.unfold(0, self.most, 1)[starts]
-        return ids.long(), logprobs.masked_fill_(beyond, -math.inf)
+        # takes a third of the time of looking up each. -0.0 leaves what it is added to, even a 0.
+        ids, logprobs, mask = (
+            values.unfold(0, self.most, 1).index_select(0, first)
+            for values, first in (
+                (self.ids, starts),
+                (self.logprobs, starts),
+                (self._edge(), missing),
+            )
+        )
+        return ids.long(), logprobs.add_(mask)
+
+    def padded_blocks(self, blocks: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `padded`, for each block of rows, none longer than the first.
+
+        Several small ones are padded together: most of the time goes to calling operations.
+        """
+        together = max(1, _ROWS_AT_ONCE // len(blocks[0])) if blocks else 1
+        for first in range(0, len(blocks), together):
+            group = list(blocks[first : first + together])
+            sizes = [len(block) for block in group]
+            ids, logprobs = self.padded(torch.cat(group))
+            yield from zip(torch.split(ids, sizes), torch.split(logprobs, sizes), strict=True)
+
+    def _edge(self) -> Tensor:
+        """[2 K]: K times -0.0, then K times -inf; from m on, K of them leave m entries out."""
+        edge = self.logprobs.new_full((2 * self.most,), -0.0)
+        edge[self.most :] = -math.inf
+        return edge
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same entries, every tensor changed: moved, say."""

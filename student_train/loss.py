@@ -23,6 +23,8 @@ than 1 needs a second softmax, so a second [R, V].
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -99,8 +101,9 @@ class _FusedLoss(torch.autograd.Function):
             row_bytes = weight.shape[0] * blocks.sum_dtype.itemsize
             if block_bytes is None:
                 block_bytes = _block_bytes(device, row_bytes)
-            for block in split_evenly(rows, block_bytes // row_bytes):
-                blocks.add(block, labels, targets)
+            parts = split_evenly(rows, block_bytes // row_bytes)
+            for block, kept in zip(parts, _kept(parts, targets), strict=True):
+                blocks.add(block, labels, kept)
         ctx.gradients = blocks.hidden_gradient, blocks.weight_gradient.to(weight.dtype)
         lm, kd = blocks.lm, blocks.kd
         ctx.mark_non_differentiable(lm, kd)
@@ -120,6 +123,24 @@ class _FusedLoss(torch.autograd.Function):
 def split_evenly(rows: Tensor, most: int) -> tuple[Tensor, ...]:
     """Indices of rows [N] in as few parts of about equal size as hold at most so many, or one."""
     return rows.tensor_split(-(-len(rows) // max(1, most))) if len(rows) else ()
+
+
+class _Kept(NamedTuple):
+    """The targets of a block: ids and logprobs [R, K], tail_logmass [R, 1] if that is needed."""
+
+    ids: Tensor
+    logprobs: Tensor
+    tail_logmass: Tensor | None
+
+
+def _kept(blocks: tuple[Tensor, ...], targets: Targets | None) -> Iterator[_Kept | None]:
+    """Those of every block of rows; None for each without targets."""
+    if targets is None:
+        yield from repeat(None, len(blocks))
+        return
+    tail = targets.tail_logmass
+    for rows, padded in zip(blocks, targets.entries.padded_blocks(blocks), strict=True):
+        yield _Kept(*padded, None if tail is None else tail.index_select(0, rows).unsqueeze(1))
 
 
 def _block_bytes(device: str, row_bytes: int) -> int:
@@ -146,28 +167,27 @@ class _Blocks:
         self._wide = self._narrow = torch.empty(0, dtype=wide, device=hidden.device)
         self._tempered = self._wide
 
-    def add(self, rows: Tensor, labels: Tensor, targets: Targets | None) -> None:
+    def add(self, rows: Tensor, labels: Tensor, kept: _Kept | None) -> None:
         """Account for the rows [R] of the batch, all of them labelled."""
         alpha = self._objective.alpha
         hidden = self._hidden.index_select(0, rows).to(self._weight.dtype)
         logits = self._logits(hidden)
         label = labels.index_select(0, rows).unsqueeze(1)
         label_logits = logits.gather(1, label)
-        if targets is not None:
-            ids, logprobs = targets.entries.padded(rows)
-            kept_logits = logits.gather(1, ids)
+        if kept is not None:
+            kept_logits = logits.gather(1, kept.ids)
             tempered = self._tempered_softmax(logits)
         probabilities, logsumexp = _softmax_in_place(logits)
         self.lm += (logsumexp - label_logits).sum()
         coefficient = torch.ones_like(label_logits)
-        if targets is not None:
-            tail = targets.tail_logmass
+        if kept is not None:
+            tail = kept.tail_logmass
             entries = Entries(
-                ids=ids,
-                logprobs=logprobs.to(self.sum_dtype),
+                ids=kept.ids,
+                logprobs=kept.logprobs.to(self.sum_dtype),
                 logits=kept_logits,
                 logsumexp=logsumexp,
-                tail_logmass=None if tail is None else self._column(tail, rows),
+                tail_logmass=None if tail is None else tail.to(self.sum_dtype),
             )
             if tempered is None:
                 kd, coefficient = distil(probabilities, entries, self._objective)
@@ -179,10 +199,6 @@ class _Blocks:
         off_label = (alpha - 1) / torch.where(coefficient > 0, coefficient, 1.0)
         probabilities.scatter_add_(1, label, off_label)
         self._add_gradients(rows, hidden, probabilities, coefficient)
-
-    def _column(self, values: Tensor, rows: Tensor) -> Tensor:
-        """The values [T] of some rows as [R, 1]."""
-        return values.index_select(0, rows).to(self.sum_dtype).unsqueeze(1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[R, V], products in the compute dtype, then wide."""

@@ -15,11 +15,10 @@ def make_entries(ids: Tensor, logprobs: Tensor) -> KeptEntries:
     kept = logprobs > float("-inf")
     counts = kept.sum(1)
     most = ids.shape[1]
-    # What follows the last entry must not matter.
     return KeptEntries(
         offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
-        ids=torch.cat([ids[kept].int(), torch.full((most,), 2**31 - 1, dtype=torch.int32)]),
-        logprobs=torch.cat([logprobs[kept], torch.full((most,), torch.nan)]),
+        ids=torch.cat([ids[kept].int(), torch.zeros(most, dtype=torch.int32)]),
+        logprobs=torch.cat([logprobs[kept], torch.full((most,), -torch.inf)]),
         most=most,
     )
 

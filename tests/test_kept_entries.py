@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.row_group import RowGroup
+from student_train import kept_entries
 from student_train.kept_entries import KeptEntries, Run
 from tests.kept_entries import all_padded
 
@@ -20,15 +21,17 @@ def run(start: int, counts: list[int], first: int = 1) -> Run:
 
 
 def assert_padded(entries: KeptEntries, expected: list[list[tuple[int, float]]]) -> None:
-    """`expected` are the entries of every position."""
+    """`expected` are the entries of every position; padding has ids of theirs, or 0."""
     ids, logprobs = all_padded(entries)
     width = max(map(len, expected), default=0)
     assert ids.shape == logprobs.shape == (len(expected), width)
     assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
     for position, pairs in enumerate(expected):
-        padding = [(0, -np.inf)] * (width - len(pairs))
-        found = zip(ids[position].tolist(), logprobs[position].tolist(), strict=True)
-        assert list(found) == pairs + padding
+        found = list(zip(ids[position].tolist(), logprobs[position].tolist(), strict=True))
+        assert found[: len(pairs)] == pairs
+        assert logprobs[position, len(pairs) :].tolist() == [-np.inf] * (width - len(pairs))
+    known = {0, *(pair[0] for pairs in expected for pair in pairs)}
+    assert known.issuperset(ids.flatten().tolist())
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=9), max_size=5), st.data())
@@ -57,6 +60,16 @@ def test_rows_are_padded_in_the_order_asked_for() -> None:
     for found, expected in zip(entries.padded(rows), whole, strict=True):
         assert torch.equal(found, expected[rows])
     assert entries.padded(rows[:0])[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("together", [1, 3, 4, 100])
+def test_blocks_are_padded_like_each_alone(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_entries, "_ROWS_AT_ONCE", together)
+    entries = KeptEntries.gather([run(0, [2, 0, 3, 1, 0, 2, 1])], 7)
+    blocks = torch.tensor([6, 0, 3, 1, 2]).tensor_split(3)
+    for block, found in zip(blocks, entries.padded_blocks(blocks), strict=True):
+        assert all(map(torch.equal, found, entries.padded(block)))
+    assert list(entries.padded_blocks([])) == []
 
 
 def test_padding_leaves_the_entries_as_they_are() -> None:
