@@ -4,7 +4,8 @@
 
 Students of the same shape take turns, in another order every round, each with its own data:
 
-- torch: labels only, torch's chunked F.linear_cross_entropy, with the fastest of some chunk sizes
+- torch: labels only, torch's chunked F.linear_cross_entropy, with the fastest of some chunk sizes;
+         when memory is measured, with those that it chooses itself, which take the least
 - lm:    labels only (alpha 0), the loss of student_train; ids and logprobs are not read
 - kd12:  labels and the teacher's kept entries (alpha 0.5), 12 per position on average
 - kd54:  the same with 54
@@ -112,8 +113,11 @@ class Shape:
     compile: bool
 
 
-def torch_loss(model: PreTrainedModel, batch: Batch, *, chunk_rows: int) -> Loss:
-    """The summed cross-entropy of a batch by torch's own chunked implementation."""
+def torch_loss(model: PreTrainedModel, batch: Batch, *, chunk_rows: int | None) -> Loss:
+    """The summed cross-entropy of a batch by torch's own chunked implementation.
+
+    Without `chunk_rows` it chooses for itself.
+    """
     weight = head_weight(model)
     hidden = hidden_states(model, batch.input_ids).flatten(0, 1)
     if torch.is_autocast_enabled(hidden.device.type):
@@ -229,12 +233,12 @@ def choose_chunk_rows(student: Student, step_tokens: int) -> int:
     return best
 
 
-def peak_memory(path: Path, shape: Shape, variant: str, chunk_rows: int) -> float:
+def peak_memory(path: Path, shape: Shape, variant: str) -> float:
     """Bytes over a few steps; to be called in a fresh process."""
     with ExitStack() as stack:
         student = Student(Dataset.open(path), shape, variant, stack)
         if variant == "torch":
-            student.loss_of = partial(torch_loss, chunk_rows=chunk_rows)
+            student.loss_of = partial(torch_loss, chunk_rows=None)
         figures = [student.step() for _ in range(MEMORY_STEPS)][-1]
     return figures.get("peak_cuda_memory_bytes", figures["peak_memory_bytes"])
 
@@ -260,13 +264,13 @@ def take_turns(
     return figures, chunk_rows
 
 
-def measure_memory(datasets: dict[str, Dataset], shape: Shape, chunk_rows: int) -> dict[str, float]:
+def measure_memory(datasets: dict[str, Dataset], shape: Shape) -> dict[str, float]:
     """The peak of every student, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
     peaks = {}
     for name, dataset in datasets.items():
         with ProcessPoolExecutor(1, mp_context=context) as fresh:
-            task = fresh.submit(peak_memory, dataset.path, shape, name, chunk_rows)
+            task = fresh.submit(peak_memory, dataset.path, shape, name)
             peaks[name] = task.result()
     return peaks
 
@@ -309,7 +313,7 @@ def main(
         }
         students_of = {name: datasets[ENTRIES[name]] for name in names}
         figures, chunk_rows = take_turns(students_of, shape, rounds)
-        peaks = measure_memory(students_of, shape, chunk_rows)
+        peaks = measure_memory(students_of, shape)
     about = {
         "command": sys.argv,
         "torch_version": torch.__version__,
@@ -337,7 +341,7 @@ def report(
     """Print the tables, and write them."""
     result: dict[str, object] = dict(about)
     seconds = {name: [step["seconds"] for step in steps] for name, steps in figures.items()}
-    click.echo(f"{about['device']}, torch's chunks of {about['torch_chunk_rows']} rows")
+    click.echo(f"{about['device']}, torch's chunks of {about['torch_chunk_rows']} rows when timed")
     click.echo(f"{'':8}{'s/step':>10}{'tokens/s':>12}{'data wait':>12}{'peak MiB':>12}{'(MFU)':>8}")
     for name, steps in figures.items():
         median = statistics.median(seconds[name])
