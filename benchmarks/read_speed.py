@@ -10,7 +10,7 @@ Speed, in turns over the same files:
 - shuffled: the same in the order of training, from somewhere in its endless stream
 - padded:   shuffled, and the entries padded to rectangles, as the loss does it within a step
 
-All of them use all cores; the figures per core are divided by their number.
+Decoding uses all cores, padding one; the figures per core are divided by the number of them all.
 
 Memory: the highest RssAnon (the process's own memory; mapped files are page cache and not in it)
 over each quarter of one epoch of shuffled batches, in a fresh process each, for a dataset and for

@@ -1,4 +1,4 @@
-"""Kept entries of a batch: ragged as in the shards, padded to a rectangle a block at a time.
+"""Kept entries of a batch: ragged as in the shards, padded to rectangles for the loss alone.
 
 Letters: N positions of a batch, E entries of all of them, K the most at any, R rows of a block.
 
@@ -22,9 +22,10 @@ from shards.rows import Float32Array, Int32Array
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
-# Padded at once by `padded_blocks`. With 256, 1,024, 4,096 and 16,384 a position takes 0.14, 0.06,
-# 0.025 and 0.02 us at K = 22, 0.23, 0.10, 0.07 and 0.13 us at K = 100 (2 cores of an AMD EPYC).
-_ROWS_AT_ONCE = 2048
+# Rows times K that `padded_blocks` makes at once, 20 bytes each. With 256, 1,024 and 4,096 rows a
+# position takes 0.14, 0.06 and 0.025 us at K = 22, 0.23, 0.10 and 0.07 us at K = 100 where nothing
+# else runs (2 cores of an AMD EPYC).
+_PLACES_AT_ONCE = 1 << 18
 
 
 class Run(NamedTuple):
@@ -104,12 +105,14 @@ class KeptEntries(NamedTuple):
 
         Several small ones are padded together: most of the time goes to calling operations.
         """
-        together = max(1, _ROWS_AT_ONCE // len(blocks[0])) if blocks else 1
+        places = max(1, len(blocks[0]) * self.most) if blocks else 1
+        together = max(1, _PLACES_AT_ONCE // places)
         for first in range(0, len(blocks), together):
             group = list(blocks[first : first + together])
             sizes = [len(block) for block in group]
             ids, logprobs = self.padded(torch.cat(group))
             yield from zip(torch.split(ids, sizes), torch.split(logprobs, sizes), strict=True)
+            del ids, logprobs  # before the next are made
 
     def _edge(self) -> Tensor:
         """[2 K]: K times -0.0, then K times -inf; from m on, K of them leave m entries out."""

@@ -62,9 +62,9 @@ def test_rows_are_padded_in_the_order_asked_for() -> None:
     assert entries.padded(rows[:0])[0].shape == (0, 3)
 
 
-@pytest.mark.parametrize("together", [1, 3, 4, 100])
-def test_blocks_are_padded_like_each_alone(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_entries, "_ROWS_AT_ONCE", together)
+@pytest.mark.parametrize("places", [1, 12, 18, 1000])  # a block of two or three rows has 6 or 9
+def test_blocks_are_padded_like_each_alone(places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_entries, "_PLACES_AT_ONCE", places)
     entries = KeptEntries.gather([run(0, [2, 0, 3, 1, 0, 2, 1])], 7)
     blocks = torch.tensor([6, 0, 3, 1, 2]).tensor_split(3)
     for block, found in zip(blocks, entries.padded_blocks(blocks), strict=True):
