@@ -112,7 +112,6 @@ class KeptEntries(NamedTuple):
             sizes = [len(block) for block in group]
             ids, logprobs = self.padded(torch.cat(group))
             yield from zip(torch.split(ids, sizes), torch.split(logprobs, sizes), strict=True)
-            del ids, logprobs  # before the next are made
 
     def _edge(self) -> Tensor:
         """[2 K]: K times -0.0, then K times -inf; from m on, K of them leave m entries out."""
