@@ -146,10 +146,11 @@ def _add_batch(
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
     exact_above = -math.inf if method.exact_above is None else method.exact_above
     block_bytes = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _GPU_BLOCK_BYTES
-    for block in split_evenly(rows, block_bytes // (4 * len(weight))):
+    blocks = split_evenly(rows, block_bytes // (4 * len(weight)))
+    padded = batch.entries.padded_blocks(blocks)
+    for block, (ids, logprobs) in zip(blocks, padded, strict=True):
         logits = hidden[block].float() @ weight.float().T
         prediction = predict(logits)
-        ids, logprobs = batch.entries.padded(block)
         bins += calibration_bins(prediction, labels[block])
         sums += position_sums(
             logits,
