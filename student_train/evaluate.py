@@ -204,7 +204,7 @@ def position_sums(
     most likely token is known those where the student agrees, and all.
 
     logits [R, V] float32, overwritten, and what `predict` says of them; labels [R], ids [R, K]
-    int64, logprobs [R, K] padded with -inf, tail_logmass [R]: None gives a kl_bound of 0.
+    int32 or int64, logprobs [R, K] padded with -inf, tail_logmass [R]: None gives a kl_bound of 0.
     `exact_above` is that of `KeepMethod`. Positions of which nothing was kept add nothing to any
     sum but the first.
     """

@@ -139,8 +139,11 @@ def _kept(blocks: tuple[Tensor, ...], targets: Targets | None) -> Iterator[_Kept
         yield from repeat(None, len(blocks))
         return
     tail = targets.tail_logmass
-    for rows, padded in zip(blocks, targets.entries.padded_blocks(blocks), strict=True):
-        yield _Kept(*padded, None if tail is None else tail.index_select(0, rows).unsqueeze(1))
+    padded = targets.entries.padded_blocks(blocks)
+    for rows, (ids, logprobs) in zip(blocks, padded, strict=True):
+        # Looking up by int32 would take longer than this.
+        tails = None if tail is None else tail.index_select(0, rows).unsqueeze(1)
+        yield _Kept(ids.long(), logprobs, tails)
 
 
 def _block_bytes(device: str, row_bytes: int) -> int:

@@ -38,7 +38,7 @@ def with_dtype(targets: Targets, dtype: torch.dtype) -> Targets:
 
 
 def all_padded(entries: KeptEntries) -> tuple[Tensor, Tensor]:
-    """ids [N, K] int64 and logprobs [N, K] of all positions."""
+    """ids [N, K] int32 and logprobs [N, K] of all positions."""
     return entries.padded(torch.arange(len(entries.offsets) - 1))
 
 

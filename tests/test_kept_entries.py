@@ -25,7 +25,7 @@ def assert_padded(entries: KeptEntries, expected: list[list[tuple[int, float]]])
     ids, logprobs = all_padded(entries)
     width = max(map(len, expected), default=0)
     assert ids.shape == logprobs.shape == (len(expected), width)
-    assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
+    assert (ids.dtype, logprobs.dtype) == (torch.int32, torch.float32)
     for position, pairs in enumerate(expected):
         found = list(zip(ids[position].tolist(), logprobs[position].tolist(), strict=True))
         assert found[: len(pairs)] == pairs
