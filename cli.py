@@ -487,9 +487,9 @@ def train_student(**options: Any) -> None:
 
     The same command again continues from the last checkpoint.
     """
-    from shards.allocator import keep_freed_row_groups
+    from shards.allocator import choose_arrow_pool
 
-    keep_freed_row_groups()
+    choose_arrow_pool()
     from student_train.config import TrainConfig
 
     config = TrainConfig(**options)

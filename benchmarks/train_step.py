@@ -27,9 +27,9 @@ over a few steps (on a GPU, of its tensors), with everything that Python and tor
 
 from __future__ import annotations
 
-from shards.allocator import keep_freed_row_groups
+from shards.allocator import choose_arrow_pool
 
-keep_freed_row_groups()  # as train-student does; before pyarrow is imported
+choose_arrow_pool()  # as train-student does; before pyarrow is imported
 
 import json
 import multiprocessing

@@ -124,10 +124,12 @@ class Split:
             raise IndexError(f"sequence {sequence} of {self.num_sequences} in {self.path}")
         return self._layout.locate(sequence)
 
-    def read_row_group(self, g: int, columns: Sequence[str] | None = None) -> RowGroup:
-        """Row group g, numbered over all shards; columns and errors as for a `ShardReader`."""
+    def read_row_group(
+        self, g: int, columns: Sequence[str] | None = None, *, use_threads: bool = True
+    ) -> RowGroup:
+        """Row group g, numbered over all shards; the rest as for a `ShardReader`."""
         shard, row_group, _ = self.locate(self.row_group_range(g).start)
-        return self._reader(shard).read_row_group(row_group, columns)
+        return self._reader(shard).read_row_group(row_group, columns, use_threads=use_threads)
 
     def row(self, sequence: int) -> Row:
         """One sequence; decodes the row group that it is in."""

@@ -79,10 +79,13 @@ class ShardReader:
         """Sequences in this shard."""
         return int(self._row_offsets[-1])
 
-    def read_row_group(self, i: int, columns: Sequence[str] | None = None) -> RowGroup:
+    def read_row_group(
+        self, i: int, columns: Sequence[str] | None = None, *, use_threads: bool = True
+    ) -> RowGroup:
         """Row group i with these columns, all if None; those that the shard lacks stay None.
 
-        Nothing is read from disk for other columns. ShardCorruptError if a checksum differs.
+        Nothing is read from disk for other columns. Arrow decodes the columns side by side, or one
+        after another without its threads. ShardCorruptError if a checksum differs.
         """
         if not 0 <= i < self.num_row_groups:
             raise IndexError(f"row group {i} of {self.num_row_groups} in {self.path}")
@@ -99,7 +102,8 @@ class ShardReader:
         first = self.sidecar.first_sequence
         sequences = np.arange(first + self._row_offsets[i], first + self._row_offsets[i + 1])
         try:
-            return from_table(self._parquet.read_row_group(i, columns=wanted), sequences)
+            table = self._parquet.read_row_group(i, columns=wanted, use_threads=use_threads)
+            return from_table(table, sequences)
         except (ValueError, OSError, pa.ArrowException) as error:
             raise self._corrupt(f"row group {i}: {error}") from error
 

@@ -24,9 +24,8 @@ from student_train.order import GROUPS_PER_WINDOW, Order, Window
 from student_train.packing import after, pack
 
 # While a window becomes batches, the next one is decoded. At 54 entries per position, 60 MB a row
-# group, two of them ahead are as fast as four; at 12, in the order of training, fewer are slower.
+# group, half of it ahead is as fast as all; at 12, in the order of training, less is slower.
 _MANY_ENTRIES = 24
-_LARGE_ROW_GROUPS_AHEAD = 2
 
 Place = tuple[RowGroup, int]  # a row group and a row of it
 Line = Sequence[Place]
@@ -75,10 +74,11 @@ def all_lines(split: Split, columns: Sequence[str]) -> Generator[Line]:
 
 
 def _row_groups_ahead(split: Split) -> int:
-    """How many row groups are decoded in advance, by the entries in the split's first shard."""
+    """How many row groups are decoded in advance: those of a window, or half of many entries."""
     first = next(iter(split.sidecars()), None)
     many = first is not None and first.entries > _MANY_ENTRIES * first.tokens
-    return _LARGE_ROW_GROUPS_AHEAD if many else GROUPS_PER_WINDOW
+    window = max(1, min(GROUPS_PER_WINDOW, split.num_row_groups))
+    return -(-window // 2) if many else window
 
 
 def _lines(groups: Iterable[RowGroup], length: int | None) -> Iterator[Line]:
