@@ -4,9 +4,11 @@
 
 Speed, in turns over the same files:
 
-- bare:    pyarrow's ParquetFile(memory_map=True).read_row_group of the columns, nothing else
-- batches: tensors of the same columns as evaluation gets them, checksums included, in the
-           order of the files
+- bare:     pyarrow's ParquetFile(memory_map=True).read_row_group of the columns, nothing else, with
+            Arrow's own choice of an allocator, in a process of its own
+- same pool: the same with the allocator that train-student chooses, like all that follow
+- batches:  tensors of the same columns as evaluation gets them, checksums included, in the
+            order of the files
 - shuffled: the same in the order of training, from somewhere in its endless stream
 - padded:   shuffled, and the entries padded to rectangles, as the loss does it within a step
 
@@ -19,12 +21,13 @@ one of four times the size.
 
 from __future__ import annotations
 
-from shards.allocator import keep_freed_row_groups
+from shards.allocator import choose_arrow_pool
 
-keep_freed_row_groups()  # as train-student does; before pyarrow is imported
+choose_arrow_pool()  # as train-student does; before pyarrow is imported
 
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -33,7 +36,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice, product, repeat
 from pathlib import Path
 
 import click
@@ -52,14 +55,15 @@ from student_train.order import GROUPS_PER_WINDOW
 
 VOCAB_SIZE = 49_152
 BATCH_SEQUENCES = 8
-BLOCK_ROWS = 256  # of the loss, at this vocabulary
+BLOCK_ROWS = 2048  # between those of the loss on a CPU and on a GPU, 256 and 5,461
 COLUMNS = ["tokens", "ids", "logprobs"]
+POOL_VARIABLE = "ARROW_DEFAULT_MEMORY_POOL"
 
 
-def read_bare(dataset: Dataset) -> float:
+def read_bare(folder: Path) -> float:
     """Decode the columns of every row group; seconds."""
     started = time.perf_counter()
-    for path in sorted((dataset.path / "train").glob("*.parquet")):
+    for path in sorted((folder / "train").glob("*.parquet")):
         file = pq.ParquetFile(path, memory_map=True)
         for group in range(file.num_row_groups):
             file.read_row_group(group, columns=COLUMNS)
@@ -101,12 +105,35 @@ def pad(batch: Batch) -> None:
         pass
 
 
-READERS: dict[str, Callable[[Dataset], float]] = {
-    "bare": read_bare,
-    "batches": read_batches,
-    "shuffled": read_shuffled,
-    "padded": partial(read_shuffled, use=pad),
-}
+def backend() -> str:
+    """The allocator of this process' Arrow."""
+    return str(pa.default_memory_pool().backend_name)
+
+
+def plain_process() -> ProcessPoolExecutor:
+    """A process whose Arrow has the allocator that it chooses itself."""
+    kept = os.environ.get(POOL_VARIABLE)
+    os.environ[POOL_VARIABLE] = ""  # is set, so it stays, and chooses nothing
+    try:
+        process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        process.submit(os.getpid).result()  # starts it
+        return process
+    finally:
+        if kept is None:
+            del os.environ[POOL_VARIABLE]
+        else:
+            os.environ[POOL_VARIABLE] = kept
+
+
+def readers(plain: ProcessPoolExecutor) -> dict[str, Callable[[Dataset], float]]:
+    """Those that take turns, by name."""
+    return {
+        "bare": lambda dataset: plain.submit(read_bare, dataset.path).result(),
+        "same pool": lambda dataset: read_bare(dataset.path),
+        "batches": read_batches,
+        "shuffled": read_shuffled,
+        "padded": partial(read_shuffled, use=pad),
+    }
 
 
 def anonymous_bytes() -> int:
@@ -138,12 +165,14 @@ def _shuffled(split: Split) -> Generator[Batch]:
 
 def measure_speed(dataset: Dataset, rounds: int) -> dict[str, object]:
     """Medians over rounds in which all take a turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in READERS}
-    for number in range(rounds + 1):
-        for name, read in READERS.items():
-            elapsed = read(dataset)
-            if number:
-                seconds[name].append(elapsed)
+    seconds: dict[str, list[float]] = {}
+    with plain_process() as plain:
+        pools = [backend(), plain.submit(backend).result()]
+        for number in range(rounds + 1):
+            for name, read in readers(plain).items():
+                elapsed = read(dataset)
+                if number:
+                    seconds.setdefault(name, []).append(elapsed)
     sidecars = list(dataset.split("train").sidecars())
     num_entries = sum(sidecar.entries for sidecar in sidecars)
     num_tokens = sum(sidecar.tokens for sidecar in sidecars)
@@ -151,8 +180,10 @@ def measure_speed(dataset: Dataset, rounds: int) -> dict[str, object]:
         "tokens": num_tokens,
         "entries": num_entries,
         "bytes": sum(sidecar.bytes for sidecar in sidecars),
+        "pools": pools,
     }
     click.echo(f"{num_tokens:,} tokens, {num_entries / num_tokens:.1f} entries/token")
+    click.echo(f"allocator {pools[0]}, of bare {pools[1]}")
     cores = pa.cpu_count()
     click.echo(f"{'':10}{'M tokens/s':>12}{'M entries/s':>13}   per core, {cores} of them")
     for name, values in seconds.items():
@@ -164,13 +195,14 @@ def measure_speed(dataset: Dataset, rounds: int) -> dict[str, object]:
             "tokens_per_s_and_core": tokens_per_s,
             "entries_per_s_and_core": entries_per_s,
         }
-    for name in ("batches", "shuffled", "padded"):
-        ratios = [a / b for a, b in zip(seconds["bare"], seconds[name], strict=True)]
+    for above, below in product(("batches", "shuffled", "padded"), ("bare", "same pool")):
+        ratios = [a / b for a, b in zip(seconds[below], seconds[above], strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4)
+        wanted = ", want >= 0.8" if below == "bare" else ""
         click.echo(
-            f"{name} reach {median:.2f} of bare (middle half {low:.2f} to {high:.2f}), want >= 0.8"
+            f"{above} reach {median:.2f} of {below} (middle half {low:.2f} to {high:.2f}){wanted}"
         )
-        result[f"{name} / bare"] = {"median": median, "middle half": [low, high]}
+        result[f"{above} / {below}"] = {"median": median, "middle half": [low, high]}
     return result
 
 
