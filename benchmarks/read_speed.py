@@ -21,7 +21,7 @@ one of four times the size.
 
 from __future__ import annotations
 
-from shards.allocator import choose_arrow_pool
+from shards.allocator import ARROW_POOL, choose_arrow_pool
 
 choose_arrow_pool()  # as train-student does; before pyarrow is imported
 
@@ -38,6 +38,7 @@ from contextlib import closing
 from functools import partial
 from itertools import islice, product, repeat
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import pyarrow as pa
@@ -57,7 +58,6 @@ VOCAB_SIZE = 49_152
 BATCH_SEQUENCES = 8
 BLOCK_ROWS = 2048  # between those of the loss on a CPU and on a GPU, 256 and 5,461
 COLUMNS = ["tokens", "ids", "logprobs"]
-POOL_VARIABLE = "ARROW_DEFAULT_MEMORY_POOL"
 
 
 def read_bare(folder: Path) -> float:
@@ -112,17 +112,10 @@ def backend() -> str:
 
 def plain_process() -> ProcessPoolExecutor:
     """A process whose Arrow has the allocator that it chooses itself."""
-    kept = os.environ.get(POOL_VARIABLE)
-    os.environ[POOL_VARIABLE] = ""  # is set, so it stays, and chooses nothing
-    try:
-        process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with patch.dict(os.environ, {ARROW_POOL: ""}):  # is set, so it stays, and chooses nothing
         process.submit(os.getpid).result()  # starts it
-        return process
-    finally:
-        if kept is None:
-            del os.environ[POOL_VARIABLE]
-        else:
-            os.environ[POOL_VARIABLE] = kept
+    return process
 
 
 def readers(plain: ProcessPoolExecutor) -> dict[str, Callable[[Dataset], float]]:
@@ -168,8 +161,9 @@ def measure_speed(dataset: Dataset, rounds: int) -> dict[str, object]:
     seconds: dict[str, list[float]] = {}
     with plain_process() as plain:
         pools = [backend(), plain.submit(backend).result()]
+        turns = readers(plain)
         for number in range(rounds + 1):
-            for name, read in readers(plain).items():
+            for name, read in turns.items():
                 elapsed = read(dataset)
                 if number:
                     seconds.setdefault(name, []).append(elapsed)

@@ -8,6 +8,9 @@ import ctypes
 import os
 import sys
 
+# The environment variable by which Arrow is told its allocator.
+ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
+
 # Names of <malloc.h>. 32 MiB is the largest threshold that glibc takes; its own grows up to that.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MMAP_THRESHOLD_BYTES = 32 << 20
@@ -24,7 +27,7 @@ def choose_arrow_pool() -> None:
     ARROW_DEFAULT_MEMORY_POOL that is set already stays.
     """
     if sys.platform == "linux":  # pyarrow's wheels for others come without it
-        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "jemalloc")
+        os.environ.setdefault(ARROW_POOL, "jemalloc")
 
 
 def keep_freed_tensors() -> None:

@@ -123,10 +123,10 @@ class KeptEntries(NamedTuple):
         )
 
 
-def _grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
+def _grouped(sizes: list[int], most: int) -> list[list[int]]:
     """Numbers of rows of blocks, those together that are padded at once, K of them a row."""
     together = max(1, _PLACES_AT_ONCE // max(1, max(sizes) * most))
-    return [list(sizes[i : i + together]) for i in range(0, len(sizes), together)]
+    return [sizes[i : i + together] for i in range(0, len(sizes), together)]
 
 
 def _space_for(windows: Tensor, rows: int) -> Tensor:
