@@ -61,14 +61,16 @@ class KeptEntries(NamedTuple):
         runs = list(runs)
         counts = np.zeros(num_positions, np.int64)
         for run in runs:
-            if not run.counts.sum() == len(run.ids) == len(run.logprobs):
-                raise ValueError(
-                    f"counts of {run.counts.sum()} entries, but {len(run.ids)} ids and"
-                    f" {len(run.logprobs)} logprobs"
-                )
             counts[run.start : run.start + len(run.counts)] = run.counts
         offsets = np.zeros(num_positions + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
+        for run in runs:
+            expected = int(offsets[run.start + len(run.counts)] - offsets[run.start])
+            if not expected == len(run.ids) == len(run.logprobs):
+                raise ValueError(
+                    f"counts of {expected} entries, but {len(run.ids)} ids and"
+                    f" {len(run.logprobs)} logprobs"
+                )
         most = int(counts.max(initial=0))
         num_entries = int(offsets[-1])
         ids = _recycled(num_entries + most, np.int32)
@@ -97,7 +99,7 @@ class KeptEntries(NamedTuple):
             return
         most, rows = self.most, torch.cat(list(blocks))
         starts = self.offsets.index_select(0, rows)
-        missing = most - (self.offsets.index_select(0, rows + 1) - starts)
+        missing = (starts - self.offsets[1:].index_select(0, rows)).add_(most)
         # Every position reads K values, its own entries and those that follow: whole rows, which
         # takes a third of the time of looking up each. -0.0 leaves what it is added to, even a 0.
         edge = self.logprobs.new_full((2 * most,), -0.0)  # from m on, K of it leave m entries out
