@@ -229,7 +229,7 @@ def measure_memory(folder: Path, sequence_length: int, factor: int) -> dict[str,
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--row-groups", default=32, show_default=True, help="Of 128k tokens, for speed.")
 @click.option("--entries", default=MEAN_ENTRIES, show_default=True, help="Mean per position.")
-@click.option("--rounds", default=15, show_default=True)
+@click.option("--rounds", type=click.IntRange(2), default=15, show_default=True)
 @click.option(
     "--memory-factor", default=4, show_default=True, help="Size of the larger dataset, for memory."
 )

@@ -281,7 +281,7 @@ def measure_memory(datasets: dict[str, Dataset], shape: Shape) -> dict[str, floa
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--batch-sequences", default=4, show_default=True, help="Sequences of a step.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-@click.option("--rounds", default=15, show_default=True)
+@click.option("--rounds", type=click.IntRange(2), default=15, show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Compile the transformer blocks.")
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(ENTRIES)),
               default=DEFAULT, show_default=True, help="Repeatable.")  # fmt: skip
