@@ -34,6 +34,9 @@ def prepare_environment() -> None:
     """vLLM reads these when it is imported; what the user has set stands."""
     level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(level.upper())  # which vLLM does when an engine starts
+    # As vLLM does when it is imported: looking for a GPU must not start CUDA here, or no engine
+    # can be forked from this process.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     if torch.cuda.is_available():
