@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -77,7 +78,7 @@ def encode(
     for document in documents:
         if isinstance(document, str):
             tokens, mask = np.array(next(encodings).ids, rules.dtype), None
-            content = document.encode("utf-8", "surrogatepass")
+            content = document.encode()
         else:
             tokens, mask = document.tokens, document.mask
             content = tokens.astype("<u4").tobytes()
@@ -118,14 +119,17 @@ def _complete(document: Encoded, rules: TokenisingRules) -> Encoded:
 
 @dataclass(frozen=True)
 class _Batch:
+    """Documents of a file; of those that are taken more than `copy` times, one copy is meant."""
+
     documents: list[Document]
     file: CorpusFile
+    copy: int
 
 
 def _batches(files: Sequence[CorpusFile], rules: TokenisingRules, skip: int) -> Iterator[_Batch]:
     """Documents of a file of about a million characters together, but for the first `skip`."""
     number = 0
-    for file in files:
+    for file, copy in _passes(files):
         batch: list[Document] = []
         size = 0
         for document in read_documents(file, rules):
@@ -135,10 +139,19 @@ def _batches(files: Sequence[CorpusFile], rules: TokenisingRules, skip: int) -> 
             batch.append(document)
             size += size_of(document)
             if size >= _BATCH_CHARACTERS:
-                yield _Batch(batch, file)
+                yield _Batch(batch, file, copy)
                 batch, size = [], 0
         if batch:
-            yield _Batch(batch, file)
+            yield _Batch(batch, file, copy)
+
+
+def _passes(files: Sequence[CorpusFile]) -> Iterator[tuple[CorpusFile, int]]:
+    """All files, then again those of a weight above 1, and so on, with the number of the pass.
+
+    Side by side in one sequence, a teacher would read a copy off the one before it.
+    """
+    for copy in range(max(math.ceil(file.weight) for file in files)):
+        yield from ((file, copy) for file in files if file.weight > copy)
 
 
 class TokenBuilder:
@@ -169,7 +182,7 @@ class TokenBuilder:
         try:
             recorded_at = time.monotonic()
             for batch, encoded in self._encoded():
-                self._append(batch.file, encoded)
+                self._append(batch, encoded)
                 report(self._documents_read, self._num_tokens())
                 if time.monotonic() - recorded_at > _RECORD_EVERY_S:
                     self._record()
@@ -223,13 +236,14 @@ class TokenBuilder:
                 first, encoded = waiting.popleft()
                 yield first, encoded.result()
 
-    def _append(self, file: CorpusFile, encoded: Sequence[Encoded | None]) -> None:
+    def _append(self, batch: _Batch, encoded: Sequence[Encoded | None]) -> None:
         chosen: dict[str, list[Encoded]] = {split: [] for split in SPLITS}
         for document in encoded:
-            if document is not None:
+            if document is None:
+                continue
+            if self._rules.num_copies(document.content, batch.file.weight) > batch.copy:
                 held_out = self._rules.is_held_out(document.content)
-                copies = self._rules.num_copies(document.content, file.weight)
-                chosen["validation" if held_out else "train"] += [document] * copies
+                chosen["validation" if held_out else "train"].append(document)
         for split, documents in chosen.items():
             if documents:
                 self._write(split, documents)

@@ -15,7 +15,7 @@ import pytest
 from shards import inspect
 from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError
-from teacher_dump import token_corpus
+from teacher_dump import tables, token_corpus
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import list_files
 from teacher_dump.open_store import open_or_build
@@ -137,13 +137,23 @@ def test_lists_of_a_fixed_size_are_documents_too(tokenizer: Any, tmp_path: Path)
 def test_weights_repeat_and_leave_out_whole_documents(tokenizer: Any, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.arange(1, 201).reshape(200, 1))
     twice = tokens_of(build(tmp_path / "2", tmp_path / "a.npy", tokenizer, weights=[2.0]))
-    assert twice[twice > 0].tolist() == np.repeat(np.arange(1, 201), 2).tolist()
+    assert twice[twice > 0].tolist() == np.tile(np.arange(1, 201), 2).tolist()
     more = tokens_of(build(tmp_path / "2.5", tmp_path / "a.npy", tokenizer, weights=[2.5]))
     assert set(np.bincount(more)[1:]) == {2, 3}
     half = tokens_of(build(tmp_path / "0.5", tmp_path / "a.npy", tokenizer, weights=[0.5]))
     assert 60 < (half > 0).sum() < 140  # 200 at 0.5: over five standard deviations
     with pytest.raises(IdentityMismatchError, match="weight"):
         build(tmp_path / "2", tmp_path / "a.npy", tokenizer)
+
+
+def test_copies_come_after_everything_that_is_taken_once(tokenizer: Any, tmp_path: Path) -> None:
+    for name, first in (("a", 1), ("b", 11), ("c", 21)):
+        np.save(tmp_path / f"{name}.npy", np.arange(first, first + 3).reshape(3, 1))
+    files = list_files([tmp_path / f"{name}.npy" for name in "abc"], [2.0, 1.0, 3.0])
+    rules = rules_of(tokenizer, held_out=0.0)
+    found = tokens_of(open_or_build(tmp_path / "store", files, tokenizer, rules, lambda *_: None))
+    passes = [1, 2, 3, 11, 12, 13, 21, 22, 23], [1, 2, 3, 21, 22, 23], [21, 22, 23]
+    assert found[found > 0].tolist() == [token for part in passes for token in part]
 
 
 def test_a_mask_stays_with_its_tokens_to_the_shard(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -341,3 +351,18 @@ def test_a_token_that_the_teacher_lacks_is_refused(tokenizer: Any, tmp_path: Pat
     with pytest.raises(InputError, match=f"a.npy: token {fewer}, but the teacher knows only"):
         build(tmp_path / "store", tmp_path / "a.npy", tokenizer, teacher_vocab_size=fewer)
     build(tmp_path / "store2", tmp_path / "a.npy", tokenizer, teacher_vocab_size=fewer + 1)
+
+
+def test_batches_of_any_size_give_the_same_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = [[1, 2], [3], [4, 5, 6], [7], [8, 9], [10]]
+    masks = [[token % 2 == 0 for token in tokens] for tokens in lists]
+    table = pa.table({"tokens": lists, "mask": masks})
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    for rows in (1, 4, 100):
+        monkeypatch.setattr(tables, "_BATCH_ROWS", rows)
+        found = list(token_corpus.read_lists(tmp_path / "a.arrow", "tokens", "mask"))
+        assert [document.tokens.tolist() for document in found] == lists
+        assert [None if d.mask is None else d.mask.tolist() for d in found] == masks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,25 @@ def test_separate_documents_have_sequences_of_their_own(
     assert split.mean_positions == (-(-sum(sizes) // len(sizes)) if sizes else length)
 
 
-def stop(documents: int, tokens: int) -> None:
+def stop_after(number: int) -> Callable[[int, int], None]:
     """What interrupts a store that is being made."""
-    if documents > 100:
-        raise KeyboardInterrupt
+
+    def stop(documents: int, tokens: int) -> None:
+        if documents > number:
+            raise KeyboardInterrupt
+
+    return stop
 
 
+@pytest.mark.parametrize(("weight", "after"), [(1.0, 100), (2.5, 100), (2.5, 300)])
 def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
-    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weight: float,
+    after: int,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    corpus = list_files([write_corpus(tmp_path / "corpus.jsonl", num_documents=200)])
+    corpus = list_files([write_corpus(tmp_path / "corpus.jsonl", num_documents=200)], [weight])
     tokenizer = load_tokenizer(tiny_teacher)
     rules = rules_of(tokenizer)
     whole = open_or_build(tmp_path / "whole", corpus, tokenizer, rules, lambda *_: None)
@@ -108,7 +118,7 @@ def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
     monkeypatch.setattr(token_builder, "_RECORD_EVERY_S", 0.0)
 
     with pytest.raises(KeyboardInterrupt):
-        open_or_build(tmp_path / "cut", corpus, tokenizer, rules, stop)
+        open_or_build(tmp_path / "cut", corpus, tokenizer, rules, stop_after(after))
     assert (tmp_path / "cut" / "progress.json").exists()
     with (tmp_path / "cut" / "train.tokens").open("ab") as stream:
         stream.write(b"written after the last record")
@@ -117,7 +127,7 @@ def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
         tmp_path / "cut", corpus, tokenizer, rules, lambda documents, _: seen.append(documents)
     )
     assert again.sha256 == whole.sha256
-    assert seen[0] > 80  # what was recorded was not encoded again
+    assert seen[0] > after - 20  # what was recorded was not encoded again
     for name in ("train.tokens", "train.documents", "validation.tokens", "validation.documents"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -132,7 +142,7 @@ def test_a_store_that_is_shorter_than_its_record_is_not_filled_with_zeros(
 
     store = tmp_path / "store"
     with pytest.raises(KeyboardInterrupt):
-        open_or_build(store, corpus, tokenizer, rules_of(tokenizer), stop)
+        open_or_build(store, corpus, tokenizer, rules_of(tokenizer), stop_after(100))
     (store / "train.tokens").write_bytes(b"")
     with pytest.raises(RunError, match=r"train.tokens: shorter than progress.json says; remove"):
         open_or_build(store, corpus, tokenizer, rules_of(tokenizer), lambda *_: None)
