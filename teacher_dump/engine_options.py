@@ -12,8 +12,8 @@ from teacher_dump.keep import Keep
 # dataset's identity. Others (memory, batches, parallelism, kernels) may differ between two runs.
 _DECISIVE = ("quantization", "quantization_config", "kv_cache_dtype", "kv_cache_dtype_skip_layers",
              "load_format", "model_loader_extra_config", "model_weights", "ignore_patterns",
-             "hf_config_path", "config_format", "disable_sliding_window", "mamba_cache_dtype",
-             "mamba_ssm_cache_dtype", "enable_mamba_cache_stochastic_rounding",
+             "hf_config_path", "config_format", "model_impl", "disable_sliding_window",
+             "mamba_cache_dtype", "mamba_ssm_cache_dtype", "enable_mamba_cache_stochastic_rounding",
              "kv_sharing_fast_prefill", "enable_lora", "default_mm_loras")  # fmt: skip
 
 

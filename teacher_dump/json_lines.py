@@ -69,6 +69,13 @@ def read_texts(path: Path, text_key: str, lines: Lines) -> Iterator[str]:
         text = record.get(text_key) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise InputError(f"{path}:{number}: {_no_text(record, text_key)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            half = ascii(text[error.start])
+            raise InputError(
+                f"{path}:{number}: {text_key!r} is no Unicode text ({half})"
+            ) from error
         yield text
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from shards.errors import InputError
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus import CorpusFile, list_files
+from teacher_dump.corpus import TABLES, CorpusFile, list_files
 from teacher_dump.engine_options import EngineOptions
 from teacher_dump.engines import TeacherEngine, check_engine, start_engine
 from teacher_dump.identity import head_dtype
@@ -61,6 +61,11 @@ def prepare(config: DumpConfig) -> Prepared:
     about_tokenizer = tokenizer_identity(tokenizer)
     _check_lengths(config, teacher, about_tokenizer["vocab_size"])
     files = list_files(config.corpus, config.corpus_weight)
+    if config.token_key is not None and not any(file.name.endswith(TABLES) for file in files):
+        raise InputError(
+            f"--token-key {config.token_key}: a column of {' and '.join(TABLES)} files, of which"
+            " the corpus has none"
+        )
     if config.bos and tokenizer.bos_token_id is None:
         raise InputError("--bos: the tokenizer has no beginning-of-document (bos) token")
     rules = TokenisingRules(

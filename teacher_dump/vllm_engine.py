@@ -31,6 +31,11 @@ from teacher_dump.vllm_stream import VllmStream
 def check(options: EngineOptions) -> None:
     """InputError for what the engine will not take, as far as that can be told without a start."""
     check_arguments(options.engine_args)
+    if options.engine_args.get("model_impl", "auto") not in ("auto", "vllm"):
+        raise InputError(
+            f"--engine-arg model_impl={options.engine_args['model_impl']}: --engine vllm reads out"
+            f" vLLM's own models, use {_fallbacks(options.keep)}"
+        )
     prepare_environment()
     found, numbers = installed_version("vllm")
     if numbers != SUPPORTED_VLLM:

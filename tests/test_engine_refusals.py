@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from teacher_dump.vllm_start import prepare_environment
 from tests.tiny_families import make_family
 from tests.tiny_teacher import (
     BOUND,
@@ -133,3 +135,29 @@ def test_the_engine_transformers_takes_no_class_but_the_one_that_is_named(
     assert result.exit_code == 2
     assert f"transformers has no causal LM {architecture}" in result.output
     assert not out.exists()
+
+
+def test_models_of_transformers_within_vllm_are_not_for_the_plugin(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    more = ("--engine", "vllm", "--engine-arg", "model_impl=transformers")
+    command = dump_command(tiny_teacher, corpus, tmp_path / "out", *more)
+    result = CliRunner().invoke(cli.dump_logits, command[3:])
+    assert result.exit_code == 2
+    assert "model_impl=transformers" in result.output
+    assert "vllm-logprobs" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_looking_for_a_gpu_leaves_a_process_that_engines_can_be_forked_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    asked = []
+    monkeypatch.setattr(
+        "torch.cuda.is_available",
+        lambda: asked.append(os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")),
+    )
+    prepare_environment()
+    assert asked == ["1"]  # without it, CUDA would be started by the question
