@@ -17,7 +17,7 @@ from typing import Any
 
 from shards.completeness import discard_shard, missing_shards
 from shards.continuing import check_folder, check_identity, create_or_continue
-from shards.errors import InputError, RunError
+from shards.errors import IdentityMismatchError, InputError, RunError
 from shards.folder_lock import folder_lock
 from shards.layout import Layout
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
@@ -76,6 +76,7 @@ def run(config: DumpConfig) -> DumpSummary:
         _refuse_another(config.out, identity)
         if not (config.out / MANIFEST_NAME).exists():
             ready.check_engine(config)
+        had_tokens = (config.out / "tokens").exists()
         store = _tokens(config.out, ready.files, ready.tokenizer, rules)
         splits = {
             split: store.sequences(split, config.sequence_length, joined=config.joined)
@@ -88,7 +89,12 @@ def run(config: DumpConfig) -> DumpSummary:
         sizes = _sizes(splits, config.max_tokens)
         _save_tokenizer(ready.tokenizer, config.out / "tokenizer")
         recorded = make_record(config, ready.teacher)
-        manifest = create_or_continue(config.out, identity, sizes, recorded)
+        try:
+            manifest = create_or_continue(config.out, identity, sizes, recorded)
+        except IdentityMismatchError:
+            if not had_tokens:
+                shutil.rmtree(config.out / "tokens")
+            raise
         plans = _plans(config.out, manifest)
         if not plans:
             return _summary(config.out, [], None)

@@ -108,11 +108,13 @@ def _flat_lists(
     values = column.values if is_list else None
     if values is None or column.null_count:
         raise InputError(f"{path}: column {key!r} is {column.type}, expected lists without nulls")
+    starts = column.offsets.to_numpy().astype(np.int64)
+    values = values.slice(starts[0], starts[-1] - starts[0])  # a batch may be part of a larger one
     flat = values.to_numpy(zero_copy_only=False)
     if flat.dtype.kind not in kinds or values.null_count:
         wanted = "booleans" if kinds == "b" else "integers"
         raise InputError(f"{path}: column {key!r} is {column.type}, expected lists of {wanted}")
-    return column.offsets.to_numpy().astype(np.int64), flat
+    return starts - starts[0], flat
 
 
 def _split_at_ends(path: Path, tokens: Tokens, end_token: int) -> Iterator[TokenDocument]:

@@ -318,10 +318,18 @@ def test_a_larger_max_tokens_extends_and_another_identity_is_refused_by_name(
         assert result.returncode == 2
         assert named in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
+    original = corpus.read_bytes()
     write_corpus(corpus, num_documents=61)
     result = run_dump(command)
     assert result.returncode == 2
     assert "corpus" in result.stderr
+    shutil.rmtree(out / "tokens")
+    result = run_dump(command)
+    assert result.returncode == 2
+    assert "tokens_sha256" in result.stderr
+    assert not (out / "tokens").exists()  # or the right corpus would be refused
+    corpus.write_bytes(original)
+    assert run_dump([*command, "--max-tokens", "1000"]).returncode == 0
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
 
 
