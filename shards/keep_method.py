@@ -36,10 +36,17 @@ class KeepMethod:
         return cls(
             name=keep["method"],
             temperature=keep["temperature"],
-            exact_above=keep.get("log_threshold"),
+            exact_above=_exact_above(keep),
         )
 
     @property
     def is_sampled(self) -> bool:
         """Whether entries are weights that chance decided over."""
         return self.name in SAMPLING_METHODS
+
+
+def _exact_above(keep: Mapping[str, Any]) -> float | None:
+    """Half a step above what sampled entries are stored at: float32 is not exact for every step."""
+    if "log_threshold" not in keep:
+        return None
+    return float(keep["log_threshold"] + keep["logprob_step"] / 2)

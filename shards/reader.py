@@ -104,6 +104,8 @@ class ShardReader:
         try:
             table = self._parquet.read_row_group(i, columns=wanted, use_threads=use_threads)
             return from_table(table, sequences)
+        except MemoryError as error:
+            raise ShardError(f"{self.path}: no memory for row group {i}: {error}") from error
         except (ValueError, OSError, pa.ArrowException) as error:
             raise self._corrupt(f"row group {i}: {error}") from error
 
@@ -170,8 +172,10 @@ class ShardReader:
         self._check_size()
         try:
             file = pa.memory_map(str(self.path))
-        except OSError as error:
+        except FileNotFoundError as error:
             raise self._corrupt(str(error)) from error
+        except OSError as error:
+            raise ShardError(f"{self.path}: cannot be read: {error}") from error
         if file.size() != self.sidecar.bytes:
             raise self._corrupt(f"{file.size()} bytes, {self.sidecar.bytes} in the sidecar")
         return file

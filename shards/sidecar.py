@@ -65,6 +65,10 @@ class Sidecar:
                 f"{path}: not there, so the shard beside it was never finished;"
                 " the dump-logits command that made it completes it"
             ) from error
+        except ShardCorruptError as error:
+            raise ShardCorruptError(
+                f"{error}; delete it, and the dump-logits command of the shard writes it again"
+            ) from error
         except OSError as error:
             raise ShardCorruptError(f"{path}: cannot be read: {error.strerror}") from error
         try:

@@ -122,6 +122,24 @@ def test_every_problem_is_one_line_that_names_the_file(path):
     assert verify(path / "train" / "shard-000000.parquet") == problems[:1]
 
 
+def test_a_damaged_sidecar_of_the_last_shard_hides_no_other_problem(path):
+    sidecar = path / "validation" / "shard-000000.json"
+    sidecar.write_text(sidecar.read_text().replace('"tokens": ', '"tokens": 1'))
+    shard = path / "train" / "shard-000000.parquet"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    problems = verify(path)
+    assert len(problems) == 2
+    assert shard.name in problems[0]
+    assert f"{sidecar}: damaged" in problems[1]
+    assert "delete it" in problems[1]
+    shard.write_bytes(content)
+    with pytest.raises(ShardError, match="delete it"):
+        describe(path)
+    sidecar.unlink()
+    assert describe(path)["missing_shards"] == 1
+
+
 def test_a_row_is_shown_position_by_position():
     row = example_row(3, num_tokens=5, most_entries=4)
     lines = format_row(row, lambda i: f"<{i}>", num_predictions=2).splitlines()

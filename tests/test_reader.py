@@ -209,6 +209,17 @@ def test_every_byte_of_the_page_headers_is_guarded(path, rows):
                     read_all(path)
 
 
+def test_memory_that_runs_out_is_no_damage(path, monkeypatch):
+    def fail(*_, **__):
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    with ShardReader(path) as reader:
+        monkeypatch.setattr(reader._parquet, "read_row_group", fail)
+        with pytest.raises(ShardError, match="no memory for row group 0") as found:
+            reader.read_row_group(0)
+    assert not isinstance(found.value, ShardCorruptError)
+
+
 def test_a_file_that_grew_or_is_empty_is_refused(path):
     intact = path.read_bytes()
     for content in (b"", intact + b"\0", intact + intact):

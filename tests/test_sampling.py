@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards.keep_method import KeepMethod
 from shards.reader import ShardReader
 from shards.rows import Row
 from teacher_dump import sampling
@@ -315,3 +316,16 @@ def test_the_numbers_of_a_position_are_what_the_definition_says() -> None:
 @pytest.mark.parametrize("keep", [draws(), threshold()])
 def test_a_method_survives_the_way_to_another_process(keep: Keep) -> None:
     assert from_plain(keep.to_plain()) == keep
+
+
+def test_sampled_weights_are_told_from_exact_ones_at_every_step() -> None:
+    for step in np.arange(1, 1001) / 1000:
+        steps = round(-math.log(0.05) / step)
+        keep = Threshold(
+            threshold_steps=steps, logprob_step=float(step), temperature=1.0, vocab_size=300
+        )
+        above = KeepMethod.of({"keep": keep.identity()}).exact_above
+        assert above is not None
+        # As `sampling` makes them: the weight t, and the least exact entry that is stored above it.
+        sampled, exact = torch.tensor([steps, steps - 1]).to(torch.float32) * -keep.logprob_step
+        assert sampled <= above < exact
