@@ -314,10 +314,11 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     if summary.complete_before:
         click.echo(f"{summary.out}: complete, nothing to do (inspect-shards {summary.out})")
         return
+    tokens = max(1, summary.tokens)  # a mask may have left no label
     click.echo(
         f"{summary.out}: {summary.tokens:,} tokens in {summary.sequences:,} sequences and "
-        f"{summary.shards:,} shards, {summary.entries / summary.tokens:.1f} entries/token, "
-        f"{summary.bytes / summary.tokens:.1f} bytes/token, {summary.tokens_per_s:,.0f} tokens/s"
+        f"{summary.shards:,} shards, {summary.entries / tokens:.1f} entries/token, "
+        f"{summary.bytes / tokens:.1f} bytes/token, {summary.tokens_per_s:,.0f} tokens/s"
     )
 
 
@@ -508,18 +509,24 @@ def train_student(**options: Any) -> None:
 @click.command(cls=_Command)
 @click.argument("path", type=_FOLDER)
 @click.option("--row", type=int, help="Show this sequence, position by position.")
-@click.option("--split", default="train", show_default=True, help="The split that --row is of.")
+@click.option("--split", help="The split that --row is of.  [default: train]")
 @click.option("--verify", is_flag=True, help="Read and check everything; exit code 1 if not sound.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_debug
-def inspect_shards(path: Path, row: int | None, split: str, verify: bool, as_json: bool) -> None:
+def inspect_shards(
+    path: Path, row: int | None, split: str | None, verify: bool, as_json: bool
+) -> None:
     """Show what a dataset, or one shard of it, holds."""
     from shards import inspect
     from shards.rendering import format_row, render
 
     if row is not None:
-        click.echo(format_row(_find_row(path, split, row), _decoder(path)))
+        if verify or as_json:
+            raise InputError("--row: is shown as text alone, without --verify and --json")
+        click.echo(format_row(_find_row(path, split or "train", row), _decoder(path)))
         return
+    if split is not None:
+        raise InputError(f"--split {split}: says which split --row is of, which is missing")
     if verify:
         problems = inspect.verify(path)
         for problem in problems:

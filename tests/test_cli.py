@@ -136,6 +136,7 @@ def _options(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
         (["--engine-arg", "day=2026-01-01"], "--engine-arg day=2026-01-01: no value that JSON has"),
         (["--engine-arg", "max_num_seqs=4"], "--engine-arg is for the engines on vLLM"),
         (["--bos"], "--bos: the tokenizer has no beginning-of-document (bos) token"),
+        (["--token-key", "text"], "--token-key text: a column of .parquet and .arrow files"),
         (["--mask-key", "mask"], "--mask-key: says which tokens of --token-key count"),
         (["--token-dtype", "int64"], "--token-dtype int64: expected uint16 or uint32"),
         (["--corpus-weight", "0"], "--corpus-weight 0.0: expected a value in (0, 1000]"),
@@ -196,6 +197,7 @@ TWO_FRAMES = b"".join(
         ),
         ("list.jsonl", b"[1]\n", "list.jsonl:1: expected an object"),
         ("number.jsonl", b'{"text": 3}\n', "number.jsonl:1: 'text' is int"),
+        ("half.jsonl", b'{"text": "w1 \\ud83d"}\n', "half.jsonl:1: 'text' is no Unicode text"),
         ("latin.txt", b"caf\xe9", "latin.txt: not UTF-8"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "w1"}\n' * 99)[:-9], "cut.jsonl.gz"),
         ("cut.jsonl.zst", zstandard.compress(b'{"text": "w1"}\n' * 99)[:-4], "cut.jsonl.zst"),
@@ -288,6 +290,10 @@ def test_inspect_shows_figures_rows_and_a_sound_dataset(tiny_teacher: Path, tmp_
     assert "leading predictions" in shown
     assert "'w" in shown
     assert run(cli.inspect_shards, [str(out), "--verify"]).output.strip() == f"{out}: sound"
+    for options in (["--row", "0", "--verify"], ["--row", "0", "--json"], ["--split", "train"]):
+        result = run(cli.inspect_shards, [str(out), *options])
+        assert result.exit_code == 2
+        assert "--row" in result.output
     result = run(cli.inspect_shards, [str(out), "--row", "10000"])
     assert result.exit_code == 2
     assert "sequences 0 to" in result.output
