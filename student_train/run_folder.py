@@ -16,6 +16,7 @@ run that had too little memory: they change how sums are rounded, and nothing el
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,11 +29,13 @@ from shards.dataset import Dataset
 from shards.errors import InputError
 from shards.identity import Json, differences
 from student_train.config import TrainConfig
+from student_train.presets import PRESETS
 
 _NOT_COMPARED = (
-    *("shards", "eval_shards", "eval_tasks", "out", "save_every"),
+    *("shards", "eval_shards", "eval_tasks", "student", "out", "save_every"),
     *("micro_batch_sequences", "gradient_checkpointing"),
 )
+_WEIGHTS = (".safetensors", ".bin", ".index.json")
 _RUN = "run.json"
 _SUMMARY = "summary.json"
 
@@ -114,6 +117,7 @@ def describe_run(
     others = enumerate(datasets[1:], start=2)
     return {
         "config": config.to_json(),
+        "student": _describe_student(config.student),
         "dataset": _describe_dataset(datasets[0]),
         **{f"dataset_{number}": _describe_dataset(other) for number, other in others},
         "evaluation_dataset": None
@@ -143,19 +147,22 @@ def publish_folder(final: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that an interruption leaves no half of it under its name."""
+    """Remove a folder so that an interruption leaves no half of it under its name.
+
+    What cannot be removed yet (a file that is open, over NFS) is left to `remove_unpublished`.
+    """
     if path.exists():
         temporary = durable.temporary_name(path)
         path.rename(temporary)
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_unpublished(parent: Path) -> None:
-    """Remove what killed runs left of folders that they were writing or removing."""
+    """Remove, as far as possible, what runs left of folders that they wrote or removed."""
     if parent.is_dir():
         for entry in list(parent.iterdir()):
             if entry.is_dir() and entry.name.startswith(".") and entry.name.endswith(".tmp"):
-                shutil.rmtree(entry)
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def _flush(files: Iterable[Path]) -> None:
@@ -167,6 +174,23 @@ def _flush(files: Iterable[Path]) -> None:
 def _describe_dataset(dataset: Dataset) -> dict[str, Json]:
     sizes = {name: size.sequences for name, size in dataset.manifest.splits.items()}
     return {"identity": dataset.identity, "sequences": sizes}
+
+
+def _describe_student(student: str) -> str:
+    """What a student begins as: its preset, or a hash of its configuration and weights."""
+    path = Path(student)
+    if student in PRESETS or not path.exists():
+        return student
+    files = [path] if path.is_file() else sorted(filter(_is_of_a_model, path.iterdir()))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _is_of_a_model(file: Path) -> bool:
+    return file.name == "config.json" or file.name.endswith(_WEIGHTS)
 
 
 def _compared(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 class StopRequest:
     """A context in which `received` is the signal that asked for an end, or None.
 
-    Only in the main thread, where Python handles signals; elsewhere nothing is ever received.
+    Only in the main thread, where Python handles signals; elsewhere nothing is ever received. One
+    that the process was started to ignore stays ignored.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             try:
                 self._before[number] = signal.signal(number, self._receive)
             except ValueError:  # not the main thread

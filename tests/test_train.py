@@ -27,6 +27,7 @@ from student_train.blocks import decoder_blocks
 from student_train.evaluate import evaluate
 from student_train.prepare import check_objective
 from student_train.report import write_report
+from student_train.stop import StopRequest
 from student_train.train import run
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset, make_tokenizer
 from tests.tiny_runs import (
@@ -226,6 +227,17 @@ def sigterm_is_an_error() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, fail)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored() -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.received is None
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.usefixtures("sigterm_is_an_error")
@@ -442,6 +454,18 @@ def test_saving_more_often_is_not_another_run_but_another_seed_is(
         run(replace(config, seed=3))
     with pytest.raises(InputError, match="learning rate at every step"):
         run(replace(config, tokens=10 * config.tokens))
+
+
+def test_a_student_is_compared_by_what_is_in_its_files(shards: Path, tmp_path: Path) -> None:
+    student = write_student(tmp_path / "student")
+    config = make_config(shards, student, tmp_path / "out")
+    summary = run(config)
+    moved = shutil.copytree(Path(student).parent, tmp_path / "moved") / Path(student).name
+    assert run(replace(config, student=str(moved))) == summary
+    content = json.loads(moved.read_text())
+    moved.write_text(json.dumps(content | {"rope_theta": 500.0}))
+    with pytest.raises(InputError, match="student: "):
+        run(replace(config, student=str(moved)))
 
 
 def test_the_seed_decides_weights_and_order(shards: Path, student: str, tmp_path: Path) -> None:
