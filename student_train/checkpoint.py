@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from shards import durable
 from shards.errors import RunError
+from student_train.blocks import first_line
 from student_train.run_folder import publish_folder, remove_folder, remove_unpublished
 
 _KEPT = 2
@@ -33,6 +34,7 @@ _PREFIX = "step-"
 _MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.pt"
 _PROGRESS = "progress.json"
+_DAMAGED = (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +92,15 @@ def load_newest(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> P
         load_model(model, path / _MODEL)
         state = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _DAMAGED as error:
         raise RunError(
-            f"{path}: the checkpoint cannot be read ({error}); without this folder the same command"
-            " continues from the checkpoint before it"
+            f"{path}: the checkpoint cannot be read ({first_line(error)}); without this folder the"
+            " same command continues from the checkpoint before it"
         ) from error
+    except OSError as error:
+        raise RunError(f"{path}: the checkpoint cannot be read ({error})") from error
     return progress
 
 

@@ -70,14 +70,18 @@ class Saver:
             checkpoint.record(self._folder, progress)
 
     @contextmanager
-    def kept(self, progress: Callable[[], Progress]) -> Iterator[None]:
+    def kept(
+        self,
+        progress: Callable[[], Progress],
+        failures: tuple[type[Exception], ...] = (ShardError, torch.OutOfMemoryError),
+    ) -> Iterator[None]:
         """Save the steps that are done when a shard fails under the run, or memory runs out.
 
         For what leaves the weights as they are: a step takes its batches and gradients before it
-        touches them (`step.py`), an evaluation never does.
+        touches them (`step.py`), an evaluation never does, whatever it raises.
         """
         try:
             yield
-        except (ShardError, torch.OutOfMemoryError):
+        except failures:
             self.save(progress())
             raise

@@ -141,11 +141,11 @@ class Training:
         process.display.clear()
 
     def _after_step(self, process: _Process, *, save: bool) -> None:
-        """Save a step, then evaluate it: whatever ends an evaluation, the step is there."""
+        """Save a step if that is due, evaluate it, and save it if the evaluation fails."""
         paused = time.monotonic()
         if save:
             process.saver.save(self._progress)
-        with process.saver.kept(lambda: self._progress):
+        with process.saver.kept(lambda: self._progress, (Exception,)):
             self._evaluate_if_due(process)
         self._end_if_asked(process)
         process.display.pause(time.monotonic() - paused)

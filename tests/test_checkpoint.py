@@ -120,6 +120,20 @@ def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str) -
         checkpoint.load_newest(tmp_path, model, optimizer)
 
 
+def test_memory_that_runs_out_is_no_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+
+    def fail(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(optimizer, "load_state_dict", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoint.load_newest(tmp_path, model, optimizer)
+
+
 def test_a_folder_that_cannot_be_filled_leaves_the_one_before_it(tmp_path: Path) -> None:
     final = tmp_path / "model"
     publish_folder(final, lambda path: (path / "a").write_text("first") and None)
