@@ -197,7 +197,8 @@ def _compared(description: Mapping[str, Any]) -> dict[str, Any]:
     config = {
         key: value for key, value in description["config"].items() if key not in _NOT_COMPARED
     }
-    return {**description, "config": config}
+    # Runs that were started before there was a hash have the name alone.
+    return {"student": description["config"]["student"], **description, "config": config}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
