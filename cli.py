@@ -314,11 +314,11 @@ def dump_logits(plan: bool, tokens: float | None, **options: Any) -> None:
     if summary.complete_before:
         click.echo(f"{summary.out}: complete, nothing to do (inspect-shards {summary.out})")
         return
-    tokens = max(1, summary.tokens)  # a mask may have left no label
+    labels = max(1, summary.tokens)  # a mask may have left none
     click.echo(
         f"{summary.out}: {summary.tokens:,} tokens in {summary.sequences:,} sequences and "
-        f"{summary.shards:,} shards, {summary.entries / tokens:.1f} entries/token, "
-        f"{summary.bytes / tokens:.1f} bytes/token, {summary.tokens_per_s:,.0f} tokens/s"
+        f"{summary.shards:,} shards, {summary.entries / labels:.1f} entries/token, "
+        f"{summary.bytes / labels:.1f} bytes/token, {summary.tokens_per_s:,.0f} tokens/s"
     )
 
 

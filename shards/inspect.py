@@ -40,7 +40,7 @@ def describe(path: Path) -> dict[str, Any]:
             identity = reader.metadata["identity"]
         return {**_figures([path]), **place, "missing_shards": 0, "identity": identity}
     manifest = load_manifest(path)
-    missing = _missing(path, manifest)
+    missing = {name: _missing(path, manifest, name) for name in manifest.splits}
     shards = {name: _present(path, manifest, name, missing[name]) for name in manifest.splits}
     return {
         **_figures(shard for paths in shards.values() for shard in paths),
@@ -65,7 +65,7 @@ def verify(path: Path) -> list[str]:
     problems = []
     for name, size in manifest.splits.items():
         try:
-            numbers = {shard for shard, _ in missing_shards(path, manifest, name)}
+            numbers = _missing(path, manifest, name)
         except ShardError:  # of a shard that is there: it is found again with the others
             numbers = set()
         if numbers:
@@ -86,11 +86,8 @@ def _problem(check: Callable[[_Checked], None], what: _Checked) -> list[str]:
     return []
 
 
-def _missing(path: Path, manifest: Manifest) -> dict[str, set[int]]:
-    return {
-        name: {shard for shard, _ in missing_shards(path, manifest, name)}
-        for name in manifest.splits
-    }
+def _missing(path: Path, manifest: Manifest, split: str) -> set[int]:
+    return {shard for shard, _ in missing_shards(path, manifest, split)}
 
 
 def _present(path: Path, manifest: Manifest, split: str, missing: set[int]) -> list[Path]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -168,25 +169,27 @@ class ShardReader:
             " command that made it writes it again"
         )
 
-    def _open_map(self) -> pa.MemoryMappedFile:
-        self._check_size()
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """A file that is not there is damage; one that the system does not give out is none."""
         try:
-            file = pa.memory_map(str(self.path))
+            yield
         except FileNotFoundError as error:
             raise self._corrupt(str(error)) from error
         except OSError as error:
             raise ShardError(f"{self.path}: cannot be read: {error}") from error
+
+    def _open_map(self) -> pa.MemoryMappedFile:
+        self._check_size()
+        with self._reading():
+            file = pa.memory_map(str(self.path))
         if file.size() != self.sidecar.bytes:
             raise self._corrupt(f"{file.size()} bytes, {self.sidecar.bytes} in the sidecar")
         return file
 
     def _check_size(self) -> None:
-        try:
+        with self._reading():
             size = self.path.stat().st_size
-        except FileNotFoundError as error:
-            raise self._corrupt(str(error)) from error
-        except OSError as error:
-            raise ShardError(f"{self.path}: cannot be read: {error}") from error
         if size != self.sidecar.bytes:
             raise self._corrupt(f"{size} bytes, {self.sidecar.bytes} in the sidecar")
 

@@ -76,7 +76,6 @@ def run(config: DumpConfig) -> DumpSummary:
         _refuse_another(config.out, identity)
         if not (config.out / MANIFEST_NAME).exists():
             ready.check_engine(config)
-        had_tokens = (config.out / "tokens").exists()
         store = _tokens(config.out, ready.files, ready.tokenizer, rules)
         splits = {
             split: store.sequences(split, config.sequence_length, joined=config.joined)
@@ -89,12 +88,7 @@ def run(config: DumpConfig) -> DumpSummary:
         sizes = _sizes(splits, config.max_tokens)
         _save_tokenizer(ready.tokenizer, config.out / "tokenizer")
         recorded = make_record(config, ready.teacher)
-        try:
-            manifest = create_or_continue(config.out, identity, sizes, recorded)
-        except IdentityMismatchError:
-            if not had_tokens:
-                shutil.rmtree(config.out / "tokens")
-            raise
+        manifest = create_or_continue(config.out, identity, sizes, recorded)
         plans = _plans(config.out, manifest)
         if not plans:
             return _summary(config.out, [], None)
@@ -111,12 +105,21 @@ def _refuse_another(out: Path, identity: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder; one that was made here and in which nothing came about is removed again."""
+    """Hold the folder; one that was made here and in which nothing came about is removed again.
+
+    So are tokens that were made here of another corpus than the dataset's.
+    """
     check_folder(out)
     made = not out.exists()
     with folder_lock(out, "dump-logits"):
+        tokens = out / "tokens"
+        had_tokens = tokens.exists()
         try:
             yield
+        except IdentityMismatchError:
+            if tokens.exists() and not had_tokens:
+                shutil.rmtree(tokens)
+            raise
         except InputError:
             if made and not (out / MANIFEST_NAME).exists():
                 shutil.rmtree(out)
