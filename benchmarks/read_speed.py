@@ -12,7 +12,9 @@ Speed, in turns over the same files:
 - shuffled: the same in the order of training, from somewhere in its endless stream
 - padded:   shuffled, and the entries padded to rectangles, as the loss does it within a step
 
-Decoding uses all cores, padding one; the figures per core are divided by the number of them all.
+Row groups are decoded in threads, batches made in another, and padded where they are used, as in
+training. The figures per core are divided by the number of all cores. Sizes are the defaults of
+dump-logits and train-student.
 
 Memory: the highest RssAnon (the process's own memory; mapped files are page cache and not in it)
 over each quarter of one epoch of shuffled batches, in a fresh process each, for a dataset and for
@@ -34,7 +36,6 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
 from functools import partial
 from itertools import islice, product, repeat
 from pathlib import Path
@@ -53,9 +54,11 @@ from student_train.batches import TARGET_COLUMNS, Batch, sequential_batches, tra
 from student_train.lines import Source
 from student_train.loss import split_evenly
 from student_train.order import GROUPS_PER_WINDOW
+from student_train.read_ahead import ReadAhead
 
 VOCAB_SIZE = 49_152
 BATCH_SEQUENCES = 8
+BATCHES_AHEAD = 4  # as in training
 BLOCK_ROWS = 2048  # between those of the loss on a CPU and on a GPU, 256 and 5,461
 COLUMNS = ["tokens", "ids", "logprobs"]
 
@@ -76,8 +79,9 @@ def read_batches(dataset: Dataset) -> float:
     batches = sequential_batches(
         dataset.split("train"), batch_lines=BATCH_SEQUENCES, columns=TARGET_COLUMNS
     )
-    for _ in batches:
-        pass
+    with ReadAhead(batches, BATCHES_AHEAD) as ahead:
+        for _ in ahead:
+            pass
     return time.perf_counter() - started
 
 
@@ -88,7 +92,7 @@ def read_shuffled(dataset: Dataset, use: Callable[[Batch], object] = id) -> floa
     """
     split = dataset.split("train")
     window = GROUPS_PER_WINDOW * len(split.row_group_range(0)) // BATCH_SEQUENCES
-    with closing(_shuffled(split)) as batches:
+    with ReadAhead(_shuffled(split), BATCHES_AHEAD) as batches:
         next(islice(batches, window - 1, window))
         started = time.perf_counter()
         for batch in islice(batches, split.num_sequences // BATCH_SEQUENCES):
@@ -226,7 +230,7 @@ def measure_memory(folder: Path, sequence_length: int, factor: int) -> dict[str,
 
 
 @click.command()
-@click.option("--sequence-length", default=512, show_default=True)
+@click.option("--sequence-length", default=2048, show_default=True)
 @click.option("--row-groups", default=32, show_default=True, help="Of 128k tokens, for speed.")
 @click.option("--entries", default=MEAN_ENTRIES, show_default=True, help="Mean per position.")
 @click.option("--rounds", type=click.IntRange(2), default=15, show_default=True)

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,11 +29,14 @@ from shards.arrow import from_table
 from shards.checks import problem_with_values
 from shards.checksums import chunk_crc32, file_sha256, footer_sha256
 from shards.errors import ShardCorruptError, ShardError, ShardFormatError
+from shards.flat_values import values_in_lists_of
 from shards.row_group import RowGroup, Totals
-from shards.rows import Row
+from shards.rows import Float32Array, Row
 from shards.schema import (
     ALL_COLUMNS,
+    ENTRY_COLUMNS,
     FORMAT_VERSION,
+    LOGPROBS,
     METADATA_KEY,
     TEACHER_ENTROPY,
     has_entropy,
@@ -103,8 +106,11 @@ class ShardReader:
         first = self.sidecar.first_sequence
         sequences = np.arange(first + self._row_offsets[i], first + self._row_offsets[i + 1])
         try:
-            table = self._parquet.read_row_group(i, columns=wanted, use_threads=use_threads)
-            return from_table(table, sequences)
+            logprobs = self._logprobs_beside_ids(i, wanted)
+            decoded = [name for name in wanted if name != LOGPROBS or logprobs is None]
+            table = self._parquet.read_row_group(i, columns=decoded, use_threads=use_threads)
+            group = from_table(table, sequences)
+            return group if logprobs is None else replace(group, logprobs=logprobs)
         except MemoryError as error:
             raise ShardError(f"{self.path}: no memory for row group {i}: {error}") from error
         except (ValueError, OSError, pa.ArrowException) as error:
@@ -162,6 +168,14 @@ class ShardReader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _logprobs_beside_ids(self, i: int, wanted: Sequence[str]) -> Float32Array | None:
+        """The column without decoding its lists again; None if Arrow is to read it."""
+        if not set(ENTRY_COLUMNS) <= set(wanted):
+            return None
+        row_group = self._parquet.metadata.row_group(i)
+        ids, logprobs = (row_group.column(self._columns.index(name)) for name in ENTRY_COLUMNS)
+        return values_in_lists_of(ids, logprobs, pa.py_buffer(self._content))
 
     def _corrupt(self, text: str) -> ShardCorruptError:
         return ShardCorruptError(
