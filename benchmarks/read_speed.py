@@ -12,9 +12,8 @@ Speed, in turns over the same files:
 - shuffled: the same in the order of training, from somewhere in its endless stream
 - padded:   shuffled, and the entries padded to rectangles, as the loss does it within a step
 
-Row groups are decoded in threads, batches made in another, and padded where they are used, as in
-training. The figures per core are divided by the number of all cores. Sizes are the defaults of
-dump-logits and train-student.
+Decoding uses all cores, making and padding batches one; the figures per core are divided by the
+number of them all. Sizes are the defaults of dump-logits and train-student.
 
 Memory: the highest RssAnon (the process's own memory; mapped files are page cache and not in it)
 over each quarter of one epoch of shuffled batches, in a fresh process each, for a dataset and for
@@ -36,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import islice, product, repeat
 from pathlib import Path
@@ -54,11 +54,9 @@ from student_train.batches import TARGET_COLUMNS, Batch, sequential_batches, tra
 from student_train.lines import Source
 from student_train.loss import split_evenly
 from student_train.order import GROUPS_PER_WINDOW
-from student_train.read_ahead import ReadAhead
 
 VOCAB_SIZE = 49_152
 BATCH_SEQUENCES = 8
-BATCHES_AHEAD = 4  # as in training
 BLOCK_ROWS = 2048  # between those of the loss on a CPU and on a GPU, 256 and 5,461
 COLUMNS = ["tokens", "ids", "logprobs"]
 
@@ -79,9 +77,8 @@ def read_batches(dataset: Dataset) -> float:
     batches = sequential_batches(
         dataset.split("train"), batch_lines=BATCH_SEQUENCES, columns=TARGET_COLUMNS
     )
-    with ReadAhead(batches, BATCHES_AHEAD) as ahead:
-        for _ in ahead:
-            pass
+    for _ in batches:
+        pass
     return time.perf_counter() - started
 
 
@@ -92,7 +89,7 @@ def read_shuffled(dataset: Dataset, use: Callable[[Batch], object] = id) -> floa
     """
     split = dataset.split("train")
     window = GROUPS_PER_WINDOW * len(split.row_group_range(0)) // BATCH_SEQUENCES
-    with ReadAhead(_shuffled(split), BATCHES_AHEAD) as batches:
+    with closing(_shuffled(split)) as batches:
         next(islice(batches, window - 1, window))
         started = time.perf_counter()
         for batch in islice(batches, split.num_sequences // BATCH_SEQUENCES):
