@@ -30,12 +30,13 @@ from shards.checks import problem_with_values
 from shards.checksums import chunk_crc32, file_sha256, footer_sha256
 from shards.errors import ShardCorruptError, ShardError, ShardFormatError
 from shards.flat_values import values_in_lists_of
-from shards.row_group import RowGroup, Totals
+from shards.row_group import RowGroup, Totals, require
 from shards.rows import Float32Array, Row
 from shards.schema import (
     ALL_COLUMNS,
     ENTRY_COLUMNS,
     FORMAT_VERSION,
+    IDS,
     LOGPROBS,
     METADATA_KEY,
     TEACHER_ENTROPY,
@@ -58,12 +59,12 @@ class ShardReader:
         self.path = path
         self.sidecar = Sidecar.read(sidecar_path(path))
         self._map = self._open_map()
-        buffer = self._map.read_buffer()
-        self._content = memoryview(buffer)
+        self._buffer: Any = self._map.read_buffer()
+        self._content = memoryview(self._buffer)
         try:
             if footer_sha256(self._content) != self.sidecar.footer_sha256:
                 raise self._corrupt("its footer is not the one in the sidecar")
-            self._parquet = pq.ParquetFile(pa.BufferReader(buffer))
+            self._parquet = pq.ParquetFile(pa.BufferReader(self._buffer))
         except (ValueError, OSError, pa.ArrowException) as error:
             raise self._corrupt(str(error)) from error
         self.metadata: dict[str, Any] = self._read_metadata()
@@ -88,8 +89,8 @@ class ShardReader:
     ) -> RowGroup:
         """Row group i with these columns, all if None; those that the shard lacks stay None.
 
-        Nothing is read from disk for other columns. Arrow decodes the columns side by side, or one
-        after another without its threads. ShardCorruptError if a checksum differs.
+        Nothing is read from disk for other columns. Arrow decodes columns side by side, or, without
+        its threads, one after another. ShardCorruptError if a checksum differs.
         """
         if not 0 <= i < self.num_row_groups:
             raise IndexError(f"row group {i} of {self.num_row_groups} in {self.path}")
@@ -110,7 +111,11 @@ class ShardReader:
             decoded = [name for name in wanted if name != LOGPROBS or logprobs is None]
             table = self._parquet.read_row_group(i, columns=decoded, use_threads=use_threads)
             group = from_table(table, sequences)
-            return group if logprobs is None else replace(group, logprobs=logprobs)
+            if logprobs is None:
+                return group
+            if len(logprobs) != len(require(IDS, group.ids)):
+                raise ValueError(f"{len(logprobs)} values of logprobs, and another number of ids")
+            return replace(group, logprobs=logprobs)
         except MemoryError as error:
             raise ShardError(f"{self.path}: no memory for row group {i}: {error}") from error
         except (ValueError, OSError, pa.ArrowException) as error:
@@ -156,6 +161,7 @@ class ShardReader:
         """Give the map back. Row groups that were read stay valid."""
         self._parquet.close(force=True)
         self._content.release()
+        self._buffer = None
         self._map.close()
 
     def __enter__(self) -> Self:
@@ -175,7 +181,7 @@ class ShardReader:
             return None
         row_group = self._parquet.metadata.row_group(i)
         ids, logprobs = (row_group.column(self._columns.index(name)) for name in ENTRY_COLUMNS)
-        return values_in_lists_of(ids, logprobs, pa.py_buffer(self._content))
+        return values_in_lists_of(ids, logprobs, self._buffer)
 
     def _corrupt(self, text: str) -> ShardCorruptError:
         return ShardCorruptError(

@@ -24,12 +24,12 @@ PATHS = [f"{name}.list.element.list.element" for name in ENTRY_COLUMNS]
 
 
 def make_table(lists, *, of_logprobs=None):
-    """Rows of positions of entries; ids count up, log-probabilities down, all bits in use."""
-    flat = [entry for row in lists for position in row for entry in position]
-    rng = np.random.default_rng(len(flat))
-    logprobs = iter((-10 * rng.random(len(flat))).astype(np.float32).tolist())
-    shape = lists if of_logprobs is None else of_logprobs
-    values = [[[next(logprobs) for _ in position] for position in row] for row in shape]
+    """Rows of positions of entries; the log-probabilities in other lists, if asked for."""
+    rng = np.random.default_rng(len(lists))
+    values = [
+        [(-10 * rng.random(len(position))).astype(np.float32).tolist() for position in row]
+        for row in (lists if of_logprobs is None else of_logprobs)
+    ]
     return pa.table({"ids": lists, "logprobs": values}, schema=SCHEMA)
 
 
@@ -127,11 +127,31 @@ def test_pages_of_another_kind_are_left_to_arrow(options):
     assert len(expected) > 20_000
 
 
-def test_another_number_of_pages_is_left_to_arrow():
+@pytest.mark.parametrize("more", [1, 20_000], ids=["in the last page", "in more pages"])
+def test_lists_that_differ_at_their_end_are_left_to_arrow(more):
     lists = example_lists()
-    shorter = [[position[:3] for position in row] for row in lists]
-    found, _ = read(write(make_table(lists, of_logprobs=shorter), data_page_size=1 << 14))
-    assert found is None
+    longer = [*lists[:-1], [*lists[-1][:-1], lists[-1][-1] + [0] * more]]
+    assert read(write(make_table(lists), data_page_size=1 << 14))[0] is not None
+    for ids, logprobs in ((lists, longer), (longer, lists)):
+        table = make_table(ids, of_logprobs=logprobs)
+        assert read(write(table, data_page_size=1 << 14))[0] is None
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"\x00", b"\x1c" * 5000, b"\x15" + b"\xff" * 40 + b"\x01", b"\x18\x01a", b"\x05"],
+    ids=lambda header: header[:4].hex(),
+)
+@pytest.mark.parametrize("prefix", ["", "1500158004158004"])
+def test_headers_that_say_nothing_are_left_to_arrow(prefix, header):
+    file = write(make_table(example_lists()))
+    parquet = pq.ParquetFile(pa.BufferReader(file))
+    ids, logprobs = (parquet.metadata.row_group(0).column(i) for i in (0, 1))
+    start = logprobs.data_page_offset
+    content = bytes.fromhex(prefix) + header
+    end = start + logprobs.total_compressed_size
+    damaged = (file.to_pybytes()[:start] + content)[:end].ljust(end, b"\x7c")
+    assert values_in_lists_of(ids, logprobs, pa.py_buffer(damaged)) is None
 
 
 def test_a_shard_that_is_encoded_otherwise_is_read_all_the_same(tmp_path, monkeypatch):

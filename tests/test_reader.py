@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 from shards.errors import ShardCorruptError, ShardError, ShardFormatError
 from shards.reader import ShardReader, verify_shard
-from shards.schema import schema
+from shards.schema import schema, writer_options
 from shards.sidecar import sidecar_path
 from tests.strategies import (
     assert_rows_equal,
@@ -248,14 +248,15 @@ def test_two_shards_that_exchanged_places_are_refused(path, tmp_path):
         ShardReader(path)
 
 
-def rewrite(path, table, metadata, sidecar_changes=None):
+def rewrite(path, table, metadata, sidecar_changes=None, **options):
     """Put another Parquet file into a shard's place, with a sidecar that fits its bytes."""
     from shards.checksums import chunks_crc32, file_sha256, footer_sha256
     from shards.sidecar import Sidecar
 
     sidecar = Sidecar.read(sidecar_path(path))
     encoded = {"logitshards": json.dumps(metadata)} if metadata is not None else {}
-    pq.write_table(table.replace_schema_metadata(encoded), path, use_dictionary=False)
+    options = {"use_dictionary": False, **options}
+    pq.write_table(table.replace_schema_metadata(encoded), path, **options)
     content = memoryview(path.read_bytes())
     parquet = pq.read_metadata(path)
     sidecar_path(path).unlink()
@@ -359,8 +360,11 @@ def make_table(**changes):
         ({"sequence": [3]}, "the sequences are not 0 to 0"),
     ],
 )
-def test_columns_that_do_not_fit_together_are_refused(path, changes, message):
-    rewrite(path, make_table(**changes), footer())
+@pytest.mark.parametrize("encoded", ["by default", "as shards are"])
+def test_columns_that_do_not_fit_together_are_refused(path, encoded, changes, message):
+    table = make_table(**changes)
+    options = writer_options(table.schema) if encoded == "as shards are" else {}
+    rewrite(path, table, footer(), **options)
     with ShardReader(path) as reader, pytest.raises(ShardCorruptError, match=message):
         reader.read_row_group(0)
 
@@ -405,3 +409,37 @@ def test_a_file_that_changes_under_the_map_is_an_error_and_no_signal(happens, pa
         for read in (partial(reader.read_row_group, 0), reader.verify):
             with pytest.raises(ShardCorruptError, match=rf"{path.name}: damaged"):
                 read()
+
+
+def test_arrow_decodes_the_lists_of_one_entry_column_only(path, monkeypatch):
+    with ShardReader(path) as reader:
+        asked = []
+        read_row_group = reader._parquet.read_row_group
+
+        def read(i, columns, **options):
+            asked.append(columns)
+            return read_row_group(i, columns=columns, **options)
+
+        monkeypatch.setattr(reader._parquet, "read_row_group", read)
+        both = reader.read_row_group(0, ["ids", "logprobs"])
+        alone = reader.read_row_group(0, ["logprobs"])
+        assert asked == [["ids"], ["logprobs"]]
+        assert both.logprobs.tobytes() == alone.logprobs.tobytes()
+
+
+def test_values_that_are_not_as_many_as_ids_are_refused(path, monkeypatch):
+    monkeypatch.setattr("shards.reader.values_in_lists_of", lambda *_: np.zeros(1, np.float32))
+    with ShardReader(path) as reader, pytest.raises(ShardCorruptError, match="number of ids"):
+        reader.read_row_group(0)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"), [(KeyboardInterrupt, KeyboardInterrupt), (MemoryError, ShardError)]
+)
+def test_what_ends_decoding_is_what_the_caller_sees(path, monkeypatch, raised, expected):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr("shards.flat_values._join", fail)
+    with pytest.raises(expected):
+        verify_shard(path)
