@@ -26,7 +26,7 @@ _DATA_PAGE: Final = 0  # a PageType
 _RLE, _BYTE_STREAM_SPLIT = 3, 9  # Encodings
 
 # Of the compact protocol of Thrift, doc/specs/thrift-compact-protocol.md of its repository.
-_TRUE, _FALSE, _INTEGERS, _STRUCT = 1, 2, (4, 5, 6), 12
+_INTEGERS, _STRUCT = (4, 5, 6), 12
 
 # What a header that is none of ours can do to those who read it.
 _NOT_UNDERSTOOD = (IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
@@ -117,7 +117,7 @@ def _pages(content: pa.Buffer) -> Iterator[_Page]:
 
 
 def _struct(content: memoryview, position: int) -> tuple[dict[int, Any], int]:
-    """Fields of a Thrift struct by number, and where it ends; of numbers, booleans and structs."""
+    """Fields of a Thrift struct by number, and where it ends; of numbers and structs."""
     fields: dict[int, Any] = {}
     field = 0
     while (head := content[position]) != 0:
@@ -126,9 +126,7 @@ def _struct(content: memoryview, position: int) -> tuple[dict[int, Any], int]:
         if step == 0:
             raise ValueError("a field number that is written out")
         field += step
-        if kind in (_TRUE, _FALSE):
-            fields[field] = kind == _TRUE
-        elif kind in _INTEGERS:
+        if kind in _INTEGERS:
             fields[field], position = _integer(content, position)
         elif kind == _STRUCT:
             fields[field], position = _struct(content, position)
