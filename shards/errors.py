@@ -45,3 +45,8 @@ class ShardCorruptError(ShardError):
 
 class IdentityMismatchError(ShardError):
     """The folder holds a dataset that was made from something else."""
+
+
+def one_line(error: BaseException) -> str:
+    """The whole reason of a foreign exception on one line; its class where it gives no reason."""
+    return " ".join(str(error).split()) or type(error).__name__

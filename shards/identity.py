@@ -3,14 +3,10 @@
 An identity is nested plain JSON: teacher, tokenizer, tokens, documents, keep method, seed, layout.
 Everything that changes what the shards hold is in it, and nothing else is: engine and versions are
 recorded beside it. Two runs may share a folder if and only if their identities are equal.
-
-A tokenizer is compared by what decides which ids a text becomes, not by file bytes: the same
-tokenizer is saved with other key orders, merge notations, chat templates and post-processors.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -23,41 +19,6 @@ _ABSENT = "nothing"
 def canonical_json(value: Json) -> str:
     """One text for equal values: sorted keys, no spaces, ASCII. ValueError for NaN or infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def tokenizer_sha256(tokenizer_json: str) -> str:
-    """SHA-256 over how a tokenizer maps text to ids, from the JSON text of a `tokenizers` object.
-
-    Covered: model type, vocabulary (id -> token), merges in their order, normalizer, pre-tokenizer,
-    added tokens. Left out, because the ids of a plain text do not depend on them: post-processor,
-    decoder, truncation, padding. ValueError for a text that is not such JSON.
-    """
-    try:
-        parts = json.loads(tokenizer_json)
-        model = parts["model"]
-        content = {
-            "type": model.get("type"),
-            "vocab": _vocabulary(model["vocab"]),
-            "merges": [_merge(merge) for merge in model.get("merges") or []],
-            "normalizer": parts.get("normalizer"),
-            "pre_tokenizer": parts.get("pre_tokenizer"),
-            "added_tokens": sorted(parts.get("added_tokens") or [], key=lambda token: token["id"]),
-        }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"not the JSON of a tokenizers tokenizer: {error!r}") from error
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-
-def _vocabulary(vocab: Mapping[str, int] | Sequence[Json]) -> list[Json]:
-    """Entries in the order of their ids; a unigram vocabulary is a list with scores already."""
-    if isinstance(vocab, Mapping):
-        return [[index, token] for index, token in sorted((i, t) for t, i in vocab.items())]
-    return list(vocab)
-
-
-def _merge(merge: str | Sequence[str]) -> list[str]:
-    """The two halves of a merge, written as "a b" by older and as ["a", "b"] by newer releases."""
-    return merge.split(" ") if isinstance(merge, str) else list(merge)
 
 
 def differences(expected: Mapping[str, Json], found: Mapping[str, Json]) -> list[str]:

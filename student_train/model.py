@@ -21,15 +21,14 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     PreTrainedModel,
 )
 
 from shards.dataset import Dataset
-from shards.errors import IdentityMismatchError, InputError
-from shards.identity import tokenizer_sha256
+from shards.errors import InputError, one_line
 from student_train.presets import PRESETS
+from student_train.student_tokenizer import check_tokenizer
 
 # What reading a model folder raises, depending on which part of it is wrong.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
@@ -71,7 +70,7 @@ def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
         )
         model = _fresh(student, config, seed)
     elif path.is_dir():
-        _check_tokenizer(path, dataset)
+        check_tokenizer(path, dataset)
         model = _load(path)
     elif path.is_file():
         model = _fresh(student, _read_config(path), seed)
@@ -129,15 +128,24 @@ def _fresh(student: str, config: Any, seed: int) -> PreTrainedModel:
             config, dtype=torch.float32, trust_remote_code=False
         )
     except _LOAD_ERRORS as error:
-        raise InputError(f"--student {student}: not a causal language model: {error}") from error
+        raise InputError(
+            f"--student {student}: not a causal language model: {_reason(error)}"
+        ) from error
     return model
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the list of all models that transformers knows."""
+    return one_line(error).partition(" Model type should be one of ")[0]
 
 
 def _read_config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except _LOAD_ERRORS as error:
-        raise InputError(f"--student {path}: not a Hugging Face config file: {error}") from error
+        raise InputError(
+            f"--student {path}: not a Hugging Face config file: {one_line(error)}"
+        ) from error
 
 
 def _load(folder: Path) -> PreTrainedModel:
@@ -151,7 +159,7 @@ def _load(folder: Path) -> PreTrainedModel:
             use_safetensors=True,
         )
     except _LOAD_ERRORS as error:
-        raise InputError(f"--student {folder}: cannot be loaded: {error}") from error
+        raise InputError(f"--student {folder}: cannot be loaded: {_reason(error)}") from error
     wrong = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
     if wrong:
         raise InputError(
@@ -160,25 +168,6 @@ def _load(folder: Path) -> PreTrainedModel:
         )
     loaded: PreTrainedModel = model
     return loaded
-
-
-def _check_tokenizer(folder: Path, dataset: Dataset) -> None:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        found = tokenizer_sha256(tokenizer.backend_tokenizer.to_str())
-    except (*_LOAD_ERRORS, AttributeError) as error:
-        raise InputError(
-            f"--student {folder}: no tokenizer could be read from it, so it cannot be told whether"
-            f" it fits the dataset; copy the one it was trained with there ({error})"
-        ) from error
-    expected = dataset.identity["tokenizer_sha256"]
-    if found != expected:
-        raise IdentityMismatchError(
-            f"--student {folder}: has another tokenizer ({found[:12]}) than {dataset.path}"
-            f" ({expected[:12]}), so the ids in the shards mean other tokens to it"
-        )
 
 
 def check_sizes(student: str, model: PreTrainedModel, dataset: Dataset) -> None:

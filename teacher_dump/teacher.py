@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
-from shards.identity import tokenizer_sha256
+from shards.tokenizer_json import tokenizer_sha256
 from teacher_dump.corpus import file_sha256
 from teacher_dump.custom_code import custom_code_sha256
 

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from shards.dataset import SplitSize, create_or_continue, missing_shards
-from shards.identity import Json, tokenizer_sha256
+from shards.identity import Json
 from shards.rows import Row
+from shards.tokenizer_json import tokenizer_sha256
 from shards.writer import ShardWriter
 
 VOCAB_SIZE = 61  # no multiple of anything, so that a padded vocabulary shows
