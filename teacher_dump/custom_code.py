@@ -14,6 +14,7 @@ from typing import Any
 
 from shards.errors import InputError
 from teacher_dump.corpus import file_sha256
+from teacher_dump.json_object import read_json_object
 
 _NAMING = ("config.json", "tokenizer_config.json")
 
@@ -46,16 +47,16 @@ def custom_code_sha256(folder: Path, *, trusted: bool) -> str | None:
 
 
 def _auto_map(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    return content.get("auto_map") or {}
+    found = read_json_object(path, optional=True).get("auto_map") or {}
+    if isinstance(found, list):  # an older way of a tokenizer_config.json
+        return {"AutoTokenizer": found}
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: auto_map is {json.dumps(found)[:40]}, expected a JSON object")
+    return found
 
 
 def _references(auto_map: dict[str, Any]) -> Iterator[str]:
     """`module.Class` of every entry; a tokenizer has two of them, of which one may be null."""
     for value in auto_map.values():
-        yield from (found for found in (value if isinstance(value, list) else [value]) if found)
+        entries = value if isinstance(value, list) else [value]
+        yield from (str(entry) for entry in entries if entry)

@@ -14,7 +14,8 @@ from teacher_dump.config import DumpConfig
 from teacher_dump.engine_options import decisive
 from teacher_dump.keep import Keep
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.teacher import Teacher, weights_sha256
+from teacher_dump.teacher import Teacher
+from teacher_dump.weights import weights_sha256
 
 
 def head_dtype(teacher: Teacher) -> str:

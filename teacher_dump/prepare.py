@@ -16,6 +16,7 @@ from teacher_dump.identity import head_dtype
 from teacher_dump.keep import Keep, Threshold, make_keep
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.teacher import Teacher, find_teacher, load_tokenizer, tokenizer_identity
+from teacher_dump.weights import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def prepare(config: DumpConfig) -> Prepared:
     """Find and check what a configuration names; InputError, before anything is written."""
     trust = config.trust_remote_code
     teacher = find_teacher(config.teacher, config.teacher_revision, trust_remote_code=trust)
+    check_weights(teacher.folder)
     tokenizer = load_tokenizer(teacher.folder, trust_remote_code=trust)
     about_tokenizer = tokenizer_identity(tokenizer)
     _check_lengths(config, teacher, about_tokenizer["vocab_size"])

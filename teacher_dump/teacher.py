@@ -1,8 +1,7 @@
 """The teacher as a folder of files, and what identifies it.
 
 What a teacher is, is the content of its files: a dataset compares hashes of its configuration,
-its weights and its tokenizer, so that a folder may be moved or renamed. Hashes of weights are
-cached per file (by path, size and time), since a large teacher takes minutes to read.
+its weights and its tokenizer, so that a folder may be moved or renamed.
 """
 
 from __future__ import annotations
@@ -15,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.errors import InputError
+from shards.errors import InputError, one_line
 from shards.tokenizer_json import tokenizer_sha256
-from teacher_dump.corpus import file_sha256
 from teacher_dump.custom_code import custom_code_sha256
+from teacher_dump.json_object import read_json_object
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _NOT_CONTENT = ("transformers_version", "_name_or_path")
-_NO_LM = ("ForMaskedLM", "Classification", "ForQuestionAnswering", "RewardModel")
+_NO_LM = (
+    *("ForMaskedLM", "Classification", "ForQuestionAnswering", "RewardModel"),
+    *("EncoderModel", "EncoderDecoderModel", "MTModel", "ForTextToText"),
+)
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -50,38 +51,67 @@ def find_teacher(name: str, revision: str | None, *, trust_remote_code: bool = F
     elif revision is not None:
         raise InputError(f"--teacher-revision {revision}: {name} is a folder and has no revisions")
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"{folder}: no config.json in it, not a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    architectures = config.get("architectures") or []
-    if not architectures:
-        raise InputError(f"{path}: names no architecture")
-    if config.get("is_encoder_decoder") or architectures[0].endswith(_NO_LM):
-        raise InputError(f"{name}: {architectures[0]} is no causal language model")
+    config = read_json_object(path)
+    architecture = _architecture(config, path)
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
     text = json.dumps(content, sort_keys=True)
     return Teacher(
         name=name,
         folder=folder,
         revision=revision,
-        architecture=architectures[0],
-        max_length=_find(config, "max_position_embeddings", "n_positions"),
-        vocab_size=_find(config, "vocab_size"),
+        architecture=architecture,
+        max_length=_find(config, path, "max_position_embeddings", "n_positions"),
+        vocab_size=_find(config, path, "vocab_size"),
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
         quantized="quantization_config" in config,
         code_sha256=custom_code_sha256(folder, trusted=trust_remote_code),
     )
 
 
-def _find(config: Mapping[str, Any], *keys: str) -> int | None:
+def _architecture(config: Mapping[str, Any], path: Path) -> str:
+    """The class that config.json names; InputError unless it is a causal language model's."""
+    architectures = config.get("architectures")
+    if not architectures:
+        raise InputError(f"{path}: names no architecture")
+    if not isinstance(architectures, list) or not all(type(a) is str for a in architectures):
+        found = json.dumps(architectures)[:40]
+        raise InputError(f"{path}: architectures is {found}, expected a list of class names")
+    name: str = architectures[0]
+    if config.get("is_encoder_decoder") or name.endswith(_NO_LM) or _is_encoder_decoder(name):
+        raise InputError(f"{path}: {name} is no causal language model; expected ...ForCausalLM")
+    return name
+
+
+def _is_encoder_decoder(architecture: str) -> bool:
+    """Whether transformers lists a class, such as T5's, for sequence to sequence alone."""
+    if not architecture.endswith("ForConditionalGeneration"):  # models with images have that, too
+        return False
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    return (
+        architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+        and architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )
+
+
+def _find(config: Mapping[str, Any], path: Path, *keys: str) -> int | None:
     """The first of these that the model's configuration has, or that of its text part."""
-    for part in (config, config.get("text_config") or {}):
+    text_config = config.get("text_config") or {}
+    if not isinstance(text_config, dict):
+        raise InputError(f"{path}: text_config is no JSON object")
+    for part in (config, text_config):
         for key in keys:
-            if part.get(key) is not None:
-                return int(part[key])
+            value = part.get(key)
+            if value is not None:
+                if type(value) is not int:
+                    found = json.dumps(value)[:40]
+                    raise InputError(f"{path}: {key} is {found}, expected a whole number")
+                return value
     return None
 
 
@@ -91,10 +121,9 @@ def _from_hub(name: str, revision: str | None, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise InputError(
             f"--teacher {name}: neither a folder nor a model that the hub gives"
-            f" ({type(error).__name__}: {reason[0] if reason else ''})"
+            f" ({type(error).__name__}: {one_line(error)})"
         ) from error
 
 
@@ -122,44 +151,3 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_sha256(tokenizer.backend_tokenizer.to_str()),
         "vocab_size": len(tokenizer),
     }
-
-
-def weights_sha256(folder: Path) -> str:
-    """One hash over all weight files of a folder, by name; InputError where there are none."""
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(WEIGHTS))
-    if not files:
-        raise InputError(f"{folder}: no weights in it, expected *.safetensors")
-    cache = _HashCache()
-    lines = [f"{path.name} {cache.sha256(path)}\n" for path in files]
-    cache.save()
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-class _HashCache:
-    """path -> (size, modification time, hash) in the user's cache folder; losing it costs time."""
-
-    def __init__(self) -> None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._path = root / "logitshards" / "weights.json"
-        try:
-            self._known: dict[str, list[Any]] = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            self._known = {}
-
-    def sha256(self, path: Path) -> str:
-        status = path.stat()
-        key = str(path.resolve())
-        known = self._known.get(key)
-        if known is None or known[:2] != [status.st_size, status.st_mtime_ns]:
-            known = [status.st_size, status.st_mtime_ns, file_sha256(path)]
-            self._known[key] = known
-        return str(known[2])
-
-    def save(self) -> None:
-        temporary = self._path.with_suffix(f".{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._known))
-            temporary.replace(self._path)
-        except OSError:
-            return  # a read-only home only means hashing again

@@ -1,0 +1,178 @@
+"""The teacher's weight files: which ones a loader reads, whether they are whole, their hash.
+
+A loader reads model.safetensors or the files that its index names, else pytorch_model.bin or those
+of its index. Nothing else in the folder is the teacher: an optimizer's state, the arguments of a
+training run or the same weights in another layout may come and go. Headers and sizes are checked
+before anything is tokenised, so that a download that was cut off shows at once.
+
+Hashes are cached per file (by path, size and time), since a large teacher takes minutes to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from shards.errors import InputError, one_line
+from shards.git_lfs import refuse_lfs_pointer
+from teacher_dump.corpus import file_sha256
+from teacher_dump.json_object import read_json_object
+
+_LAYOUTS = ("model.safetensors", "pytorch_model.bin")
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the library safetensors
+_AGAIN = "download it again"
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over the weight files that a loader reads, by name; raises as `check_weights`."""
+    names = check_weights(folder)
+    cache = _HashCache()
+    lines = [f"{name} {cache.sha256(folder / name)}\n" for name in sorted(names)]
+    cache.save()
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_weights(folder: Path) -> list[str]:
+    """Names of the weight files that a loader reads; reads no more than their headers.
+
+    InputError, one line, for a file that is missing, cut off, a Git LFS pointer, or without a
+    tensor that the index places in it; and where there are no weights.
+    """
+    named = _named_files(folder)
+    for name, tensors in named.items():
+        path = folder / name
+        try:
+            refuse_lfs_pointer(path)
+            if name.endswith(".safetensors"):
+                _check_safetensors(path, tensors)
+            else:
+                _check_pickle(path)
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: not there, but the index names it; {_AGAIN}") from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return list(named)
+
+
+def _named_files(folder: Path) -> dict[str, list[str]]:
+    """File name -> the tensors that must be in it, where an index says so."""
+    for single in _LAYOUTS:
+        index = folder / f"{single}.index.json"
+        has_single = os.path.lexists(folder / single)
+        if os.path.lexists(index):
+            named = _weight_map(index)
+            if has_single and single not in named:
+                raise InputError(
+                    f"{folder}: has {single} and {index.name}, which names other files; loaders"
+                    " differ in which they read, so remove the one that is not the teacher's"
+                )
+            return named
+        if has_single:
+            return {single: []}
+    raise InputError(f"{folder}: no weights in it, expected {' or '.join(_LAYOUTS)} or an index")
+
+
+def _weight_map(index: Path) -> dict[str, list[str]]:
+    """The files of an index, each with its tensors, in the order of their names."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: no weight_map in it that names files; {_AGAIN}")
+    named: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_inside(name):
+            raise InputError(f"{index}: {tensor} is in {name!r}, expected a file of the folder")
+        named.setdefault(name, []).append(tensor)
+    return dict(sorted(named.items()))
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _check_safetensors(path: Path, tensors: Sequence[str]) -> None:
+    """InputError unless the header is one, fits the file's size, and has these tensors."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or size < 8 + length <= 8 + _MAX_HEADER_BYTES:
+            raise InputError(_cut_off(path, f"at least {8 + length if size >= 8 else 8}", size))
+        if length > _MAX_HEADER_BYTES:
+            raise InputError(f"{path}: a header of {length} bytes is none of safetensors; {_AGAIN}")
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        entries = {key: value for key, value in header.items() if key != "__metadata__"}
+        spans = [value["data_offsets"] for value in entries.values()]
+        if not all(0 <= begin <= end for begin, end in spans):
+            raise ValueError("an offset is negative")
+        expected = 8 + length + max((int(end) for _, end in spans), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: its header is none of safetensors ({one_line(error)}); {_AGAIN}"
+        ) from error
+    if size != expected:
+        raise InputError(_cut_off(path, str(expected), size))
+    for tensor in tensors:
+        if tensor not in entries:
+            raise InputError(
+                f"{path}: no tensor {tensor} in it, where the index places it; {_AGAIN}"
+            )
+
+
+def _check_pickle(path: Path) -> None:
+    """InputError for a file of torch.save that is empty, or a zip archive without its end."""
+    with path.open("rb") as stream:
+        beginning = stream.read(4)
+    if not beginning:
+        raise InputError(f"{path}: empty; {_AGAIN}")
+    if beginning == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: cut off, the end of its zip archive is missing; {_AGAIN}")
+
+
+def _cut_off(path: Path, expected: str, found: int) -> str:
+    return f"{path}: expected {expected} bytes, found {found}; {_AGAIN}"
+
+
+class _HashCache:
+    """path -> (size, modification time, hash) in the user's cache folder; losing it costs time."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+        self._path: Path | None = None
+        try:
+            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # no HOME and no entry in passwd
+            return
+        self._path = root / "logitshards" / "weights.json"
+        try:
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if isinstance(known, Mapping):
+            self._known = dict(known)
+
+    def sha256(self, path: Path) -> str:
+        status = path.stat()
+        key = str(path.resolve())
+        known = self._known.get(key)
+        if not isinstance(known, list) or known[:2] != [status.st_size, status.st_mtime_ns]:
+            known = [status.st_size, status.st_mtime_ns, file_sha256(path)]
+            self._known[key] = known
+        return str(known[2])
+
+    def save(self) -> None:
+        if self._path is None:
+            return
+        temporary = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._known), encoding="utf-8")
+            temporary.replace(self._path)
+        except OSError:
+            return  # a read-only home only means hashing again
