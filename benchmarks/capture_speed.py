@@ -76,7 +76,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     from teacher_dump.engines import start_engine
     from teacher_dump.head import block_rows
     from teacher_dump.keep import make_keep
-    from teacher_dump.teacher import load_tokenizer, tokenizer_identity
+    from teacher_dump.tokenizer import load_tokenizer, tokenizer_identity
 
     method = mode if mode in KEEPS else "top-p-k"
     name = mode if mode == WITHOUT_PLUGIN else "vllm"

@@ -39,7 +39,7 @@ from teacher_dump.keep import Keep, make_keep
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key
 from teacher_dump.selection import make_selector, select_in_blocks
-from teacher_dump.teacher import load_tokenizer, tokenizer_identity
+from teacher_dump.tokenizer import load_tokenizer, tokenizer_identity
 from teacher_dump.transformers_engine import TransformersEngine
 
 METHODS: tuple[dict[str, Any], ...] = (

@@ -15,12 +15,16 @@ _WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "interme
 def read_sequences(corpus: Path, teacher: Path, count: int, length: int) -> list[Any]:
     """The first sequences of a JSON-lines text, repeated if it is short, tokens [length + 1]."""
     from teacher_dump.sequences import TokenSequence
-    from teacher_dump.teacher import load_tokenizer
+    from teacher_dump.token_builder import make_encoder
+    from teacher_dump.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(teacher)
+    encoder = make_encoder(tokenizer)
     texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
     encoded = [
-        ids for text in texts for ids in [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+        ids
+        for text in texts
+        for ids in [*encoder.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id]
     ]
     tokens = np.resize(np.array(encoded, dtype=np.int32), count * length + 1)
     segments = np.zeros(length + 1, dtype=np.int32)

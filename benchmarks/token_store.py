@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 from teacher_dump.corpus import list_files
 from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.teacher import load_tokenizer, tokenizer_identity
 from teacher_dump.token_builder import make_encoder
+from teacher_dump.tokenizer import load_tokenizer, tokenizer_identity
 
 BARE, TEXT = "bare tokenizer", "text.jsonl"
 BATCH_DOCUMENTS = 200  # of the demo's text about a million characters, as the builder takes them

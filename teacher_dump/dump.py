@@ -38,6 +38,7 @@ from teacher_dump.progress import PassProgress
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import SplitSequences, TokenSequence
 from teacher_dump.token_store import SPLITS, TokenStore
+from teacher_dump.tokenizer import TeacherTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +147,9 @@ def _tokens(out: Path, files: Any, tokenizer: Any, rules: TokenisingRules) -> To
         line.clear()
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: TeacherTokenizer, folder: Path) -> None:
     try:
-        tokenizer.save_pretrained(folder)
+        tokenizer.save(folder)
     except OSError as error:
         raise RunError(f"{folder}: {error.strerror or error}") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from shards.errors import InputError
 from teacher_dump.config import DumpConfig
@@ -15,7 +14,8 @@ from teacher_dump.engines import TeacherEngine, check_engine, start_engine
 from teacher_dump.identity import head_dtype
 from teacher_dump.keep import Keep, Threshold, make_keep
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.teacher import Teacher, find_teacher, load_tokenizer, tokenizer_identity
+from teacher_dump.teacher import Teacher, find_teacher
+from teacher_dump.tokenizer import TeacherTokenizer, load_tokenizer, tokenizer_identity
 from teacher_dump.weights import check_weights
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Prepared:
     """Teacher, tokenizer, corpus files, and the rules that follow from a configuration."""
 
     teacher: Teacher
-    tokenizer: Any
+    tokenizer: TeacherTokenizer
     files: Sequence[CorpusFile]
     rules: TokenisingRules
     keep: Keep

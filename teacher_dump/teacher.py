@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError, one_line
-from shards.tokenizer_json import tokenizer_sha256
 from teacher_dump.custom_code import custom_code_sha256
 from teacher_dump.json_object import read_json_object
 
@@ -125,29 +124,3 @@ def _from_hub(name: str, revision: str | None, files: list[str]) -> Path:
             f"--teacher {name}: neither a folder nor a model that the hub gives"
             f" ({type(error).__name__}: {one_line(error)})"
         ) from error
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The teacher's tokenizer (a fast one, of `tokenizers`); InputError where it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"{folder}: no tokenizer that transformers loads ({reason[0] if reason else error!r})"
-        ) from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise InputError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer")
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{folder}: the tokenizer has no end-of-document (eos) token")
-    return tokenizer
-
-
-def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Hash over the tokenizer's content, and its length: ids at or above it do not exist."""
-    return {
-        "tokenizer_sha256": tokenizer_sha256(tokenizer.backend_tokenizer.to_str()),
-        "vocab_size": len(tokenizer),
-    }

@@ -37,6 +37,7 @@ from teacher_dump.token_store import (
     columns_of,
     refuse_other,
 )
+from teacher_dump.tokenizer import TeacherTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,10 @@ _ENCODING_THREADS = 2
 _RECORD_EVERY_S = 5.0
 
 
-def make_encoder(tokenizer: Any) -> Any:
+def make_encoder(tokenizer: TeacherTokenizer) -> Any:
     """The `tokenizers` tokenizer that encodes text, and nothing but text, of any length."""
     # A copy: the caller's tokenizer keeps its own treatment of special tokens
-    encoder = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    encoder = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
     encoder.encode_special_tokens = True
     encoder.no_truncation()
     encoder.no_padding()
@@ -161,7 +162,7 @@ class TokenBuilder:
         self,
         folder: Path,
         files: Sequence[CorpusFile],
-        tokenizer: Any,
+        tokenizer: TeacherTokenizer,
         rules: TokenisingRules,
         made_from: Mapping[str, Any],
     ) -> None:

@@ -22,7 +22,8 @@ from shards.rows import Row
 from teacher_dump.engine_options import EngineOptions
 from teacher_dump.keep import TopPK
 from teacher_dump.sequences import TokenSequence
-from teacher_dump.teacher import load_tokenizer
+from teacher_dump.token_builder import make_encoder
+from teacher_dump.tokenizer import load_tokenizer
 from teacher_dump.transformers_engine import TransformersEngine
 from tests.tiny_teacher import (
     BOUND,
@@ -344,11 +345,12 @@ def test_separate_documents_are_read_by_the_teacher_one_at_a_time(
     result = run_dump(command)
     assert result.returncode == 0, result.stderr
     tokenizer = load_tokenizer(tiny_teacher)
+    encoder = make_encoder(tokenizer)
     manifest = json.loads((out / "manifest.json").read_text())
     length = manifest["identity"]["sequence_length"]
     expected = []
     for line in corpus.read_text(encoding="utf-8").splitlines():
-        tokens = [*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_token_id]
+        tokens = [*encoder.encode(json.loads(line)["text"]).ids, tokenizer.eos_token_id]
         expected += [tokens[s : s + length + 1] for s in range(0, len(tokens) - 1, length)]
     rows = list(all_rows(out).values())
     assert [row.tokens.tolist() for row in rows] == expected

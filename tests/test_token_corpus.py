@@ -22,8 +22,8 @@ from teacher_dump.open_store import open_or_build
 from teacher_dump.plan import read_corpus_sample
 from teacher_dump.prepare import prepare
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.teacher import load_tokenizer
 from teacher_dump.token_store import TokenStore
+from teacher_dump.tokenizer import load_tokenizer
 from tests.test_token_store import rules_of
 from tests.tiny_teacher import TOKENIZER_LENGTH, dense_logprobs, dump_command, run_dump
 

@@ -17,7 +17,7 @@ from teacher_dump.corpus import CorpusFile, list_files, read_documents
 from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import JoinedSequences, SeparateSequences
-from teacher_dump.teacher import load_tokenizer, tokenizer_identity
+from teacher_dump.tokenizer import load_tokenizer, tokenizer_identity
 from tests.tiny_teacher import write_corpus
 
 
