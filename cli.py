@@ -172,8 +172,8 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
     type=_FOLDER,
     multiple=True,
     required=True,
-    help="File or folder: text as .jsonl (.gz, .zst), .parquet, .arrow, .txt, .md; tokens as .npy, "
-    ".bin (flat or Megatron-LM's), .parquet, .arrow. Repeatable.",
+    help="File, folder or pattern: text as JSON lines (.gz, .zst, .bz2, .xz), .parquet, .arrow, "
+    ".txt, .md; tokens as .npy, .bin (flat or Megatron-LM's), .parquet, .arrow. Repeatable.",
 )
 @click.option(
     "--corpus-weight",
@@ -255,7 +255,10 @@ def _engine_args(pairs: tuple[str, ...]) -> dict[str, object]:
 )
 @click.option("--token-key", help="Column of token lists in Parquet and Arrow, instead of text.")
 @click.option("--mask-key", help="Column of lists of booleans: which tokens count as labels.")
-@click.option("--token-dtype", help="uint16 or uint32 in a flat .bin; default: by the vocabulary.")
+@click.option(
+    "--token-dtype",
+    help="uint16, uint32, int32 or int64 in a flat .bin; default: by the vocabulary.",
+)
 @click.option(
     "--documents",
     default="pack",

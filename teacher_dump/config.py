@@ -20,6 +20,7 @@ KEEP_OPTIONS: dict[str, dict[str, float]] = {
     "draws": {"draws": 50, "temperature": 1.0},
     "threshold": {"threshold": 0.05, "temperature": 1.0},
 }
+TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")  # of flat .bin files
 ENGINES = ("vllm", "vllm-logprobs", "transformers")
 MIN_THRESHOLD = 1e-3  # a thousand entries per position; below it sampling has nothing to save
 
@@ -98,8 +99,9 @@ class DumpConfig:
             raise InputError("--mask-key: says which tokens of --token-key count, which is missing")
         if self.documents not in ("pack", "separate"):
             raise InputError(f"--documents {self.documents}: expected pack or separate")
-        if self.token_dtype not in (None, "uint16", "uint32"):
-            raise InputError(f"--token-dtype {self.token_dtype}: expected uint16 or uint32")
+        if self.token_dtype not in (None, *TOKEN_DTYPES):
+            expected = ", ".join(TOKEN_DTYPES)
+            raise InputError(f"--token-dtype {self.token_dtype}: expected {expected}")
 
     def _check_engine(self) -> None:
         if self.engine not in ENGINES:

@@ -77,6 +77,7 @@ def run(config: DumpConfig) -> DumpSummary:
         _refuse_another(config.out, identity)
         if not (config.out / MANIFEST_NAME).exists():
             ready.check_engine(config)
+        ready.corpus.log()
         store = _tokens(config.out, ready.files, ready.tokenizer, rules)
         splits = {
             split: store.sequences(split, config.sequence_length, joined=config.joined)
@@ -88,7 +89,7 @@ def run(config: DumpConfig) -> DumpSummary:
         identity = complete_identity(identity, store.sha256, layout)
         sizes = _sizes(splits, config.max_tokens)
         _save_tokenizer(ready.tokenizer, config.out / "tokenizer")
-        recorded = make_record(config, ready.teacher)
+        recorded = make_record(config, ready.teacher, ready.corpus)
         manifest = create_or_continue(config.out, identity, sizes, recorded)
         plans = _plans(config.out, manifest)
         if not plans:

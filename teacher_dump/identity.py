@@ -11,6 +11,7 @@ from typing import Any
 from shards.layout import Layout
 from shards.schema import FORMAT_VERSION, TEACHER_ENTROPY
 from teacher_dump.config import DumpConfig
+from teacher_dump.corpus_summary import CorpusSummary
 from teacher_dump.engine_options import decisive
 from teacher_dump.keep import Keep
 from teacher_dump.rules import TokenisingRules
@@ -66,13 +67,14 @@ def without_tokens(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in identity.items() if k not in ("tokens_sha256", "layout")}
 
 
-def make_record(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+def make_record(config: DumpConfig, teacher: Teacher, corpus: CorpusSummary) -> dict[str, Any]:
     """What is worth knowing about a dataset and makes it no other one."""
     return {
         "teacher": teacher.name,
         "architecture": teacher.architecture,
         "corpus": [str(path) for path in config.corpus],
         "corpus_weight": list(config.corpus_weight),
+        "corpus_files": corpus.to_json(),
         "engine": config.engine,
         "engine_args": dict(config.engine_arg),
         "trust_remote_code": config.trust_remote_code,

@@ -8,7 +8,8 @@ from typing import Any
 
 from shards.identity import Json
 from shards.sealed import unseal
-from teacher_dump.corpus import CorpusFile, file_sha256
+from teacher_dump.corpus import file_sha256
+from teacher_dump.corpus_listing import CorpusFile
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.token_builder import TokenBuilder
 from teacher_dump.token_store import PROGRESS_NAME, STORE_NAME, Report, TokenStore, refuse_other

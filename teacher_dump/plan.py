@@ -24,7 +24,9 @@ from shards.sidecar import Sidecar
 from shards.writer import ShardWriter
 from teacher_dump.collector import make_row
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus import CorpusFile, read_sample
+from teacher_dump.corpus import read_sample
+from teacher_dump.corpus_listing import CorpusFile
+from teacher_dump.corpus_summary import CorpusSummary
 from teacher_dump.prepare import Prepared, prepare
 from teacher_dump.sequences import SplitSequences, TokenSequence, cut
 from teacher_dump.token_builder import Encoded, encode, make_encoder
@@ -75,6 +77,7 @@ class Plan:
     mask may make fewer.
     """
 
+    corpus: CorpusSummary
     positions: int
     source: str
     shards: int
@@ -103,6 +106,7 @@ class Plan:
         long = f", {days:,.1f} days" if days > 2 else ""
         of = "" if self.tokens == self.positions else f", labels of {count(self.positions)}"
         return [
+            *self.corpus.lines(),
             f"tokens         {count(self.tokens)} {self.source}{of}",
             f"entries/token  {self.entries_per_token:.1f}"
             f" (measured on {self.measured_positions:,} positions)",
@@ -142,6 +146,7 @@ def make_plan(config: DumpConfig, tokens: int | None) -> Plan:
     total, source = _total(config, tokens, sample.num_positions(split), sample.share)
     layout = config.layout(split.mean_positions)
     return Plan(
+        corpus=ready.corpus,
         positions=total,
         source=source,
         shards=layout.num_shards(-(-total // split.mean_positions)),

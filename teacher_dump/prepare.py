@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from shards.errors import InputError
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus import TABLES, CorpusFile, list_files
+from teacher_dump.corpus_kinds import TABLES
+from teacher_dump.corpus_listing import CorpusFile, list_corpus
+from teacher_dump.corpus_summary import CorpusSummary
 from teacher_dump.engine_options import EngineOptions
 from teacher_dump.engines import TeacherEngine, check_engine, start_engine
 from teacher_dump.identity import head_dtype
@@ -28,6 +30,7 @@ class Prepared:
     teacher: Teacher
     tokenizer: TeacherTokenizer
     files: Sequence[CorpusFile]
+    corpus: CorpusSummary
     rules: TokenisingRules
     keep: Keep
 
@@ -62,10 +65,10 @@ def prepare(config: DumpConfig) -> Prepared:
     tokenizer = load_tokenizer(teacher.folder, trust_remote_code=trust)
     about_tokenizer = tokenizer_identity(tokenizer)
     _check_lengths(config, teacher, about_tokenizer["vocab_size"])
-    files = list_files(config.corpus, config.corpus_weight)
-    if config.token_key is not None and not any(file.name.endswith(TABLES) for file in files):
+    corpus = list_corpus(config.corpus, config.corpus_weight, config.out)
+    if config.token_key is not None and not any(file.kind in TABLES for file in corpus.files):
         raise InputError(
-            f"--token-key {config.token_key}: a column of {' and '.join(TABLES)} files, of which"
+            f"--token-key {config.token_key}: a column of .parquet and .arrow files, of which"
             " the corpus has none"
         )
     if config.bos and tokenizer.bos_token_id is None:
@@ -85,7 +88,14 @@ def prepare(config: DumpConfig) -> Prepared:
     )
     keep = make_keep(config, rules.vocab_size)
     _say_threshold(config, keep)
-    return Prepared(teacher=teacher, tokenizer=tokenizer, files=files, rules=rules, keep=keep)
+    return Prepared(
+        teacher=teacher,
+        tokenizer=tokenizer,
+        files=corpus.files,
+        corpus=corpus.summary,
+        rules=rules,
+        keep=keep,
+    )
 
 
 def _fewer(known: int | None, vocab_size: int) -> int | None:

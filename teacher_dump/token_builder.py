@@ -27,7 +27,8 @@ from shards import durable
 from shards.errors import InputError, RunError
 from shards.rows import BoolArray
 from shards.sealed import seal, unseal
-from teacher_dump.corpus import CorpusFile, Document, file_sha256, read_documents, size_of
+from teacher_dump.corpus import Document, file_sha256, read_documents, size_of
+from teacher_dump.corpus_listing import CorpusFile
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.token_store import (
     PROGRESS_NAME,

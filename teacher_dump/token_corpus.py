@@ -1,10 +1,10 @@
 """Token files -> documents: corpora that somebody has tokenised already.
 
     .npy        integers; one row is one document, or, flat, documents end with the end token
-    .bin        flat uint16 or uint32, documents end with the end token
+    .bin        flat integers, documents end with the end token (`flat_tokens` tells their width)
     .bin + .idx the format of Megatron-LM, whose index says where documents are
     .parquet, .arrow   a column of lists of integers, one row is one document, and perhaps a column
-                of lists of booleans beside it, which tokens count as labels
+                of lists of booleans, or of 0 and 1, beside it: which tokens count as labels
 
 Files are mapped or streamed, so that memory does not grow with them. What cannot be meant (an id
 beyond the tokenizer, a flat file in which no document ends) raises InputError: most often the wrong
@@ -14,6 +14,7 @@ width of tokens, or another tokenizer's.
 from __future__ import annotations
 
 import struct
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,18 @@ import numpy.typing as npt
 
 from shards.errors import InputError
 from shards.rows import BoolArray
-from teacher_dump.tables import Columns, read_columns
+from teacher_dump.flat_tokens import check_flat
+from teacher_dump.rules import TokenisingRules
+from teacher_dump.tables import flat_lists, flat_masks, read_columns
 
 LONGEST_DOCUMENT = 1 << 24  # tokens; a flat file without document ends must not fill memory
 _CHUNK = 1 << 20
 
-_MEGATRON_HEADER = b"MMIDIDX\x00\x00"
+MEGATRON_HEADER = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+
+# What numpy raises for a file that is something else: its header is read as a Python literal.
+_NOT_NPY = (ValueError, TypeError, EOFError, SyntaxError, OverflowError, tokenize.TokenError)
 
 Tokens = npt.NDArray[Any]
 
@@ -43,25 +49,37 @@ class TokenDocument:
     mask: BoolArray | None = None
 
 
-def read_flat(path: Path, dtype: np.dtype[Any], end_token: int) -> Iterator[TokenDocument]:
+def index_of(path: Path) -> Path | None:
+    """The Megatron-LM index beside a `.bin`, if there is one."""
+    candidates = (path.with_suffix(suffix) for suffix in (".idx", ".IDX"))
+    return next((index for index in candidates if index.exists() or index.is_symlink()), None)
+
+
+def read_flat(path: Path, rules: TokenisingRules) -> Iterator[TokenDocument]:
     """The documents of a `.bin`, whether or not it has an index beside it."""
-    index = path.with_suffix(".idx")
-    if index.exists():
+    index = index_of(path)
+    if index is not None:
         yield from _read_megatron(path, index)
         return
-    size = path.stat().st_size
+    dtype, size = rules.flat_dtype, path.stat().st_size
     if size % dtype.itemsize:
-        raise InputError(f"{path}: {size} bytes are no whole number of {dtype.name} tokens")
+        raise InputError(
+            f"{path}: {size} bytes are no whole number of {dtype.name} tokens (--token-dtype gives"
+            " their type)"
+        )
     tokens = _map(path, dtype, 0, size // dtype.itemsize)
-    yield from _split_at_ends(path, tokens, end_token)
+    check_flat(path, tokens, rules.num_ids)
+    yield from _split_at_ends(path, tokens, rules.eos_token_id)
 
 
 def read_npy(path: Path, end_token: int) -> Iterator[TokenDocument]:
     """The documents of a `.npy`."""
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a .npy file that can be mapped ({error})") from error
+        open_memmap: Any = np.lib.format.open_memmap
+        tokens: Tokens = open_memmap(path, mode="r")
+    except _NOT_NPY as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not a .npy file that can be mapped ({reason})") from error
     if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
         raise InputError(
             f"{path}: {tokens.dtype} of {tokens.ndim} dimensions, expected integers of 1 or 2"
@@ -78,10 +96,10 @@ def read_lists(path: Path, token_key: str, mask_key: str | None) -> Iterator[Tok
     keys = (token_key,) if mask_key is None else (token_key, mask_key)
     row = 0
     for columns in read_columns(path, keys):
-        starts, tokens = _flat_lists(path, columns, token_key, "iu")
+        starts, tokens = flat_lists(path, columns, token_key, row)
         mask = None
         if mask_key is not None:
-            mask_starts, mask = _flat_lists(path, columns, mask_key, "b")
+            mask_starts, mask = flat_masks(path, columns, mask_key, row)
             different = np.flatnonzero(np.diff(starts) != np.diff(mask_starts))
             if len(different):
                 raise InputError(
@@ -93,28 +111,6 @@ def read_lists(path: Path, token_key: str, mask_key: str | None) -> Iterator[Tok
                 tokens=tokens[start:stop], mask=None if mask is None else mask[start:stop]
             )
         row += len(starts) - 1
-
-
-def _flat_lists(
-    path: Path, columns: Columns, key: str, kinds: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-    """Where the lists of a column start [rows + 1], and all their values."""
-    import pyarrow as pa
-
-    column = columns[key]
-    if pa.types.is_fixed_size_list(column.type):
-        column = column.cast(pa.list_(column.type.value_type))
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    values = column.values if is_list else None
-    if values is None or column.null_count:
-        raise InputError(f"{path}: column {key!r} is {column.type}, expected lists without nulls")
-    starts = column.offsets.to_numpy().astype(np.int64)
-    values = values.slice(starts[0], starts[-1] - starts[0])  # a batch may be part of a larger one
-    flat = values.to_numpy(zero_copy_only=False)
-    if flat.dtype.kind not in kinds or values.null_count:
-        wanted = "booleans" if kinds == "b" else "integers"
-        raise InputError(f"{path}: column {key!r} is {column.type}, expected lists of {wanted}")
-    return starts - starts[0], flat
 
 
 def _split_at_ends(path: Path, tokens: Tokens, end_token: int) -> Iterator[TokenDocument]:
@@ -137,8 +133,8 @@ def _split_at_ends(path: Path, tokens: Tokens, end_token: int) -> Iterator[Token
 
 def _read_megatron(path: Path, index: Path) -> Iterator[TokenDocument]:
     with index.open("rb") as stream:
-        header = stream.read(len(_MEGATRON_HEADER) + 25)
-    if len(header) < 34 or not header.startswith(_MEGATRON_HEADER):
+        header = stream.read(len(MEGATRON_HEADER) + 25)
+    if len(header) < 34 or not header.startswith(MEGATRON_HEADER):
         raise InputError(f"{index}: not an index of Megatron-LM")
     version, code, num_pieces, num_borders = struct.unpack("<QBQQ", header[9:])
     expected = 34 + 12 * num_pieces + 8 * num_borders

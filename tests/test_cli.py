@@ -138,7 +138,7 @@ def _options(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
         (["--bos"], "--bos: the tokenizer has no beginning-of-document (bos) token"),
         (["--token-key", "text"], "--token-key text: a column of .parquet and .arrow files"),
         (["--mask-key", "mask"], "--mask-key: says which tokens of --token-key count"),
-        (["--token-dtype", "int64"], "--token-dtype int64: expected uint16 or uint32"),
+        (["--token-dtype", "int8"], "--token-dtype int8: expected uint16, uint32, int32, int64"),
         (["--corpus-weight", "0"], "--corpus-weight 0.0: expected a value in (0, 1000]"),
         (["--corpus-weight", "1", "--corpus-weight", "2"], "--corpus-weight: 2 of them for 1"),
     ],

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from shards.errors import RunError
 from teacher_dump import sequences, token_builder
-from teacher_dump.corpus import CorpusFile, list_files, read_documents
+from teacher_dump.corpus import read_documents
+from teacher_dump.corpus_listing import CorpusFile, list_files
 from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import JoinedSequences, SeparateSequences
