@@ -29,6 +29,7 @@ from shards.rows import BoolArray
 from shards.sealed import seal, unseal
 from teacher_dump.corpus import Document, file_sha256, read_documents, size_of
 from teacher_dump.corpus_listing import CorpusFile
+from teacher_dump.long_documents import encode_texts, log_long_texts
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.token_store import (
     PROGRESS_NAME,
@@ -36,7 +37,6 @@ from teacher_dump.token_store import (
     STORE_NAME,
     Report,
     columns_of,
-    refuse_other,
 )
 from teacher_dump.tokenizer import TeacherTokenizer
 
@@ -75,11 +75,11 @@ def encode(
     InputError for a token beyond the tokenizer's length.
     """
     texts = [document for document in documents if isinstance(document, str)]
-    encodings = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
+    of_texts = iter(encode_texts(texts, encoder, rules.dtype))
     encoded: list[Encoded | None] = []
     for document in documents:
         if isinstance(document, str):
-            tokens, mask = np.array(next(encodings).ids, rules.dtype), None
+            tokens, mask = next(of_texts), None
             content = document.encode()
         else:
             tokens, mask = document.tokens, document.mask
@@ -203,7 +203,6 @@ class TokenBuilder:
         progress = self._folder / PROGRESS_NAME
         if progress.exists():
             content: Any = unseal(progress)
-            refuse_other(self._folder, self._made_from, content["made_from"])
             self._documents_read = content["documents_read"]
             self._sizes = content["splits"]
             logger.info("tokens: continuing after %d documents", self._documents_read)
@@ -220,6 +219,8 @@ class TokenBuilder:
                     stream.truncate(size)
 
     def _encode(self, batch: _Batch) -> list[Encoded | None]:
+        if batch.copy == 0:
+            log_long_texts(batch.file.path, batch.documents)
         try:
             return encode(batch.documents, self._encoder, self._rules)
         except InputError as error:

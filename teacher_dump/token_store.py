@@ -12,15 +12,14 @@ store count; `token_builder` writes it, `open_store` says when.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.errors import IdentityMismatchError, RunError
-from shards.identity import differences
+from shards.errors import RunError
 from shards.sealed import unseal
 from teacher_dump.sequences import SplitSequences, cut
 
@@ -86,21 +85,3 @@ def _map(path: Path, dtype: np.dtype[Any], count: int) -> Any:
             f"{path.parent} to have it made again"
         )
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype=dtype)
-
-
-def refuse_other(folder: Path, made_from: Mapping[str, Any], found: Any) -> None:
-    """Raise IdentityMismatchError unless both are the same but for the files' times."""
-
-    def timeless(content: Mapping[str, Any]) -> dict[str, Any]:
-        files = {
-            name: {key: value for key, value in entry.items() if key != "modified_ns"}
-            for name, entry in content["files"].items()
-        }
-        return {"corpus": files, "tokens": content["rules"]}
-
-    different = differences(timeless(made_from), timeless(found))
-    if different:
-        raise IdentityMismatchError(
-            f"{folder}: tokens of something else: {'; '.join(different[:5])}; give another --out, "
-            "or the corpus and options that it was made from"
-        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import RunError
+from shards.errors import IdentityMismatchError, RunError
 from teacher_dump import sequences, token_builder
 from teacher_dump.corpus import read_documents
 from teacher_dump.corpus_listing import CorpusFile, list_files
@@ -131,6 +132,102 @@ def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
     assert seen[0] > after - 20  # what was recorded was not encoded again
     for name in ("train.tokens", "train.documents", "validation.tokens", "validation.documents"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def interrupted(folder: Path, corpus: Path, tokenizer: Any, rules: TokenisingRules) -> None:
+    """A store that is half made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_builder, "_BATCH_CHARACTERS", 2000)
+        patch.setattr(token_builder, "_RECORD_EVERY_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            open_or_build(folder, list_files([corpus]), tokenizer, rules, stop_after(150))
+
+
+def some_files(folder: Path) -> Path:
+    folder.mkdir()
+    for number, name in enumerate(("a.jsonl", "b.jsonl", "c.jsonl")):
+        write_corpus(folder / name, num_documents=100, seed=number)
+    return folder
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_corpus_that_is_renamed_and_moved_continues_without_being_hashed_again(
+    finished: bool, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = some_files(tmp_path / "corpus")
+    tokenizer = load_tokenizer(tiny_teacher)
+    rules = rules_of(tokenizer)
+    whole = open_or_build(
+        tmp_path / "whole", list_files([corpus]), tokenizer, rules, lambda *_: None
+    )
+    store = tmp_path / "store"
+    if finished:
+        shutil.copytree(tmp_path / "whole", store)
+    else:
+        interrupted(store, corpus, tokenizer, rules)
+    record = (store / ("store.json" if finished else "progress.json")).read_text()
+    assert "corpus" not in record
+    assert ".jsonl" not in record
+    (corpus / "a.jsonl").rename(corpus / "z.JSON")  # is read last, and was read first
+    moved = corpus.rename(tmp_path / "another")
+    hashed: list[int] = []
+    again = open_or_build(
+        store, list_files([moved]), tokenizer, rules, lambda *_: None, lambda *_: hashed.append(1)
+    )
+    assert again.sha256 == whole.sha256
+    assert not hashed
+    for path in (moved / "b.jsonl", moved / "c.jsonl", moved / "z.JSON"):
+        copy = tmp_path / "copies" / path.name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())  # other inodes and times: content decides
+    copied = list_files([tmp_path / "copies"])
+    assert open_or_build(store, copied, tokenizer, rules, lambda *_: None).sha256 == whole.sha256
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_corpus_of_another_content_is_refused_by_the_name_of_the_file(
+    finished: bool, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = some_files(tmp_path / "corpus")
+    tokenizer = load_tokenizer(tiny_teacher)
+    rules = rules_of(tokenizer)
+    store = tmp_path / "store"
+    if finished:
+        open_or_build(store, list_files([corpus]), tokenizer, rules, lambda *_: None)
+    else:
+        interrupted(store, corpus, tokenizer, rules)
+
+    def refusal(weights: Sequence[float] = (), **more: Any) -> str:
+        files = list_files([corpus], weights)
+        with pytest.raises(IdentityMismatchError) as error:
+            open_or_build(store, files, tokenizer, rules_of(tokenizer, **more), lambda *_: None)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    original = (corpus / "b.jsonl").read_bytes()
+    (corpus / "b.jsonl").write_bytes(original.replace(b"w1", b"w2", 1))
+    assert f"{corpus}/b.jsonl: its content changed; give another --out" in refusal()
+    (corpus / "b.jsonl").unlink()
+    assert "files of it that are gone: 1" in refusal()
+    (corpus / "b.jsonl").write_bytes(original)
+    (corpus / "new.jsonl").write_bytes(original + b"\n")
+    assert f"{corpus}/new.jsonl: it is new" in refusal()
+    (corpus / "new.jsonl").unlink()
+    assert f"{corpus}/a.jsonl: weight 2.0, was 1.0" in refusal([2.0])
+    assert "tokens.held_out: 0.5 here, 0.2 there" in refusal(held_out=0.5)
+    (corpus / "b.jsonl").rename(corpus / "b.txt")
+    assert f"{corpus}/b.txt: kind plain text, was JSON lines" in refusal()
+
+
+def test_copies_of_a_file_are_read_and_said(
+    tiny_teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = some_files(tmp_path / "corpus")
+    (corpus / "d.jsonl").write_bytes((corpus / "a.jsonl").read_bytes())
+    tokenizer = load_tokenizer(tiny_teacher)
+    files = list_files([corpus])
+    open_or_build(tmp_path / "store", files, tokenizer, rules_of(tokenizer), lambda *_: None)
+    assert f"d.jsonl: the same content as {corpus}/a.jsonl; both are read" in caplog.text
 
 
 def test_a_store_that_is_shorter_than_its_record_is_not_filled_with_zeros(
