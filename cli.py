@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,20 @@ import click
 from shards.errors import InputError, LogitshardsError
 from shards.stop_signals import stopped_by_signals
 
-_FOLDER = click.Path(path_type=Path)
+
+class _PathType(click.Path):
+    """A path; a YAML file may have one that looks like a number or a date."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path of what was given as text, or would be text on the command line."""
+        if isinstance(value, int | float | date) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str | os.PathLike):
+            self.fail(f"{value!r}: expected a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_FOLDER = _PathType(path_type=Path)
 
 
 class _Command(click.Command):
@@ -102,6 +116,8 @@ def _load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None)
         name = "" if parameter is None else parameter.name or ""
         if parameter is None or name in ("config", "debug", "help"):
             raise click.BadParameter(f"{path}: unknown option {key!r}")
+        if value is None or (isinstance(value, list) and None in value):
+            raise click.BadParameter(f"{path}: {key}: a value is missing")
         if name == "engine_arg" and isinstance(value, Mapping):
             value = [f"{argument}={json.dumps(setting)}" for argument, setting in value.items()]
         elif parameter.multiple and not isinstance(value, list):

@@ -19,6 +19,7 @@ import zstandard
 from click.testing import CliRunner
 
 import cli
+from teacher_dump.corpus_summary import size_text
 from tests.tiny_teacher import ROOT, dump_command, run_dump, write_corpus
 
 HEAVY = ("torch", "vllm", "transformers", "pyarrow", "numpy", "yaml", "tokenizers")
@@ -103,6 +104,40 @@ def test_several_datasets_may_be_in_a_configuration_file(
     context = cli.train_student.make_context("train-student", list(command))
     assert context.params["shards"] == (Path("one"), Path("other"))
     assert context.params["weights"] == weights
+
+
+@pytest.mark.parametrize(
+    ("line", "out", "corpus"),
+    [("out: 2024-01-01", "2024-01-01", "c"), ("out: 123", "123", "c"), ("corpus: 7", "o", "7")],
+)
+def test_a_path_in_a_configuration_file_may_look_like_something_else(
+    line: str, out: str, corpus: str, tmp_path: Path
+) -> None:
+    (tmp_path / "options.yaml").write_text(f"out: o\ncorpus: c\nteacher: t\n{line}\n")
+    context = cli.dump_logits.make_context(
+        "dump-logits", ["--config", str(tmp_path / "options.yaml")]
+    )
+    assert (context.params["out"], context.params["corpus"]) == (Path(out), (Path(corpus),))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("corpus:", "corpus: a value is missing"),
+        ("corpus: [a, ]\nout:", "out: a value is missing"),
+        ("corpus: [a, null]", "corpus: a value is missing"),
+        ("corpus: {a: 1}", "{'a': 1}: expected a path"),
+        ("corpus: [[a]]", "['a']: expected a path"),
+        ("out: true", "True: expected a path"),
+    ],
+)
+def test_what_is_no_path_in_a_configuration_file_is_refused(
+    line: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "options.yaml").write_text(f"out: o\ncorpus: c\nteacher: t\n{line}\n")
+    result = CliRunner().invoke(cli.dump_logits, ["--config", str(tmp_path / "options.yaml")])
+    assert result.exit_code == 2
+    assert says in result.output
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
@@ -307,3 +342,29 @@ def test_inspect_shows_figures_rows_and_a_sound_dataset(tiny_teacher: Path, tmp_
     result = run(cli.inspect_shards, [str(tmp_path)])
     assert result.exit_code == 2
     assert "not a dataset" in result.output
+
+
+def test_a_run_its_plan_and_its_manifest_say_what_is_read(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_corpus(folder / "a.jsonl", num_documents=10)
+    for name in ("README.md", "b.csv"):
+        (folder / name).write_text("w1 w2")
+    command = dump_command(tiny_teacher, folder, tmp_path / "out", "--engine", "transformers")
+    plan, run = run_dump([*command, "--plan"]), run_dump(command)
+    for printed in (plan.stdout, run.stderr):
+        assert f"corpus         JSON lines: 1 file, {file_size(folder / 'a.jsonl')}" in printed
+        assert f"left out       {folder}/README.md (dataset card or licence)" in printed
+        assert f"left out       {folder}/b.csv (looks like data" in printed
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    found = manifest["recorded"][0]["corpus_files"]
+    assert found["kinds"] == {
+        "JSON lines": {"files": 1, "bytes": (folder / "a.jsonl").stat().st_size}
+    }
+    assert len(found["left_out"]) == 2
+
+
+def file_size(path: Path) -> str:
+    return size_text(path.stat().st_size)
