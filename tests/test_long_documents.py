@@ -18,8 +18,8 @@ from teacher_dump import long_documents
 from teacher_dump.corpus_listing import list_files
 from teacher_dump.long_documents import cut_at_line_ends, encode_texts
 from teacher_dump.open_store import open_or_build
-from teacher_dump.tokenizer import load_tokenizer
 from teacher_dump.token_builder import make_encoder
+from teacher_dump.tokenizer import load_tokenizer
 from tests.test_token_store import rules_of
 from tests.tiny_teacher import ROOT
 
@@ -98,8 +98,9 @@ def test_a_document_of_26_mb_takes_less_than_500_mb(
     between: str, smollm2: Path, tmp_path: Path
 ) -> None:
     random = np.random.default_rng(0)
-    words = ["".join(random.choice(list("etaoinshrdlu"), 6)) for _ in range(5000)]
-    lines = [" ".join(random.choice(words, 12)) for _ in range(300_000)]
+    letters = random.choice(list("etaoinshrdlu"), (5000, 6))
+    words = np.array(["".join(word) for word in letters])
+    lines = [" ".join(line) for line in random.choice(words, (320_000, 12))]
     (tmp_path / "small.txt").write_text(between.join(lines[:100]))
     (tmp_path / "large.txt").write_text(between.join(lines)[:26_000_000])
     assert (tmp_path / "large.txt").stat().st_size > 25_000_000
