@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -68,33 +67,37 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     import torch
 
     import teacher_dump.vllm_pooler
+    from benchmarks.example_spec import example_spec
     from benchmarks.teacher_inputs import engine_options
+    from shards.keep import KEEP_METHODS
     from shards.layout import Layout
     from teacher_dump import vllm_logprobs_engine
-    from teacher_dump.collector import ShardCollector, ShardPlan, make_row
+    from teacher_dump.collector import ShardCollector, ShardPlan
     from teacher_dump.config import DumpConfig
-    from teacher_dump.engines import start_engine
+    from teacher_dump.engines import ENGINES
     from teacher_dump.head import block_rows
-    from teacher_dump.keep import make_keep
-    from teacher_dump.tokenizer import load_tokenizer, tokenizer_identity
+    from teacher_dump.keep import Selection
+    from teacher_dump.rows import make_row
+    from teacher_dump.tokenizer import load_tokenizer
 
     method = mode if mode in KEEPS else "top-p-k"
     name = mode if mode == WITHOUT_PLUGIN else "vllm"
-    config = DumpConfig(teacher=str(teacher), corpus=(teacher,), out=out, keep=method, engine=name)
-    keep = make_keep(config, tokenizer_identity(load_tokenizer(teacher))["vocab_size"])
+    keep = KEEP_METHODS[method]()
+    config = DumpConfig(teacher=str(teacher), corpus=(teacher,), out=out, keep=keep, engine=name)
+    selection = Selection(keep, load_tokenizer(teacher).vocab_size)
     vllm_engine: Any = import_module("teacher_dump.vllm_engine")
     if mode == "limit":
 
         def largest(self: Any, hidden: Any, labels: Any, keys: Any) -> Any:
-            rows = block_rows(hidden.device, self.keep.vocab_size)
+            rows = block_rows(hidden.device, self.selection.vocab_size)
             return torch.cat(
                 [self.compute_logits(block)[:, :1].float() for block in torch.split(hidden, rows)]
             )
 
         pooler: Any = teacher_dump.vllm_pooler.TeacherPooler
         pooler.score = largest
-        vllm_engine.unpack = lambda packed, keep: packed
-    engine: Any = start_engine(name, engine_options(teacher, length, keep))
+        vllm_engine.unpack = lambda packed, selection: packed
+    engine: Any = ENGINES[name].load().start(engine_options(teacher, length, selection))
     frontend = _ThreadTime()
     engine._submit = frontend.of(engine._submit)
     vllm_engine.unpack = frontend.of(vllm_engine.unpack)
@@ -119,12 +122,13 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
         with ShardCollector(
             out / f"round-{next(rounds)}",
             [plan],
-            identity={
-                "vocab_size": keep.vocab_size,
-                "layout": asdict(layout),
-                "teacher_entropy": config.has_entropy,
-            },
-            layout=layout,
+            spec=example_spec(
+                keep=keep,
+                layout=layout,
+                vocab_size=selection.vocab_size,
+                sequence_length=length,
+                entropies=config.sees_distribution,
+            ),
             on_shard=lambda sidecar: None,
         ) as collector:
             add = frontend.of(collector.add)

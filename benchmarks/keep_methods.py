@@ -27,38 +27,38 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.example_spec import example_spec
 from benchmarks.teacher_inputs import engine_options, read_sequences
-from shards.identity import Json
+from shards.keep import Draws, Keep, Threshold, TopPK
+from shards.layout import Layout
 from shards.reader import ShardReader
 from shards.rows import Row
 from shards.schema import ENTRY_COLUMNS
+from shards.spec import TRAIN
 from shards.writer import ShardWriter
-from teacher_dump.collector import make_row
-from teacher_dump.config import DumpConfig
-from teacher_dump.keep import Keep, make_keep
+from teacher_dump.keep import Selection
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key
-from teacher_dump.selection import make_selector, select_in_blocks
-from teacher_dump.tokenizer import load_tokenizer, tokenizer_identity
+from teacher_dump.rows import make_row
+from teacher_dump.selection import select_in_blocks, selector_of
+from teacher_dump.tokenizer import load_tokenizer
 from teacher_dump.transformers_engine import TransformersEngine
 
-METHODS: tuple[dict[str, Any], ...] = (
-    *({"keep": "top-p-k", "top_p": 0.95, "top_k": k} for k in (12, 25, 50, 100, 200)),
-    *({"keep": "draws", "draws": n} for n in (12, 25, 50, 100, 200)),
-    *({"keep": "threshold", "threshold": t} for t in (0.2, 0.1, 0.05, 0.03, 0.01)),
+METHODS: tuple[tuple[str, Keep], ...] = (
+    *((f"top-p-k 0.95 {k}", TopPK(top_p=0.95, top_k=k)) for k in (12, 25, 50, 100, 200)),
+    *((f"draws {n}", Draws(draws=n)) for n in (12, 25, 50, 100, 200)),
+    *((f"threshold {t}", Threshold(threshold=t)) for t in (0.2, 0.1, 0.05, 0.03, 0.01)),
 )
 
 
 class _Method:
     """One method: its open shard and its sums."""
 
-    def __init__(self, options: dict[str, Any], vocab_size: int, folder: Path, rows: int) -> None:
-        config = DumpConfig(teacher="", corpus=(Path(),), out=folder, **options)
-        self.keep: Keep = make_keep(config, vocab_size)
-        self.name = " ".join(str(value) for value in options.values())
-        self.kind = options["keep"]
-        self._select = make_selector(self.keep)
-        self._layout = {"sequences_per_shard": rows, "sequences_per_row_group": rows}
+    def __init__(self, name: str, keep: Keep, vocab_size: int, folder: Path, rows: int) -> None:
+        self.keep, self.name, self.kind = keep, name, keep.method
+        self._selection = Selection(keep, vocab_size)
+        self._select = selector_of(self._selection)
+        self._layout = Layout(sequences_per_shard=rows, sequences_per_row_group=rows)
         self._folder = folder
         self._rows: list[Row] = []
         self._error = self._divergence = 0.0
@@ -70,7 +70,7 @@ class _Method:
             position_keys(sequence_key(0, "train", sequence.number), 0, len(labels))
         )
         packed = select_in_blocks(self._select, logits, labels, keys)
-        selected = unpack(packed.numpy(), self.keep)
+        selected = unpack(packed.numpy(), self._selection)
         self._rows.append(make_row(sequence, selected, self.keep.logprob_step))
         self._measure(selected, probs)
 
@@ -89,14 +89,10 @@ class _Method:
         self._tokens += len(probs)
 
     def figures(self) -> dict[str, Any]:
-        identity: dict[str, Json] = {"vocab_size": self.keep.vocab_size, "layout": self._layout}
-        with ShardWriter(
-            self._folder / "train",
-            shard=0,
-            split="train",
-            identity=identity,
-            sequences_per_row_group=len(self._rows),
-        ) as writer:
+        spec = example_spec(
+            keep=self.keep, layout=self._layout, vocab_size=self._selection.vocab_size
+        )
+        with ShardWriter(self._folder / TRAIN, shard=0, split=TRAIN, spec=spec) as writer:
             writer.write_rows(self._rows)
             writer.publish()
             path = writer.path
@@ -114,14 +110,13 @@ class _Method:
 
 def measure(teacher: Path, corpus: Path, num_sequences: int, length: int) -> list[dict[str, Any]]:
     """Figures of every method over the same positions."""
-    vocab_size = tokenizer_identity(load_tokenizer(teacher))["vocab_size"]
-    keep = make_keep(DumpConfig(teacher="", corpus=(Path(),), out=Path()), vocab_size)
-    engine = TransformersEngine(engine_options(teacher, length, keep))
+    vocab_size = load_tokenizer(teacher).vocab_size
+    engine = TransformersEngine(engine_options(teacher, length, Selection(TopPK(), vocab_size)))
     sequences = read_sequences(corpus, teacher, num_sequences, length)
     with tempfile.TemporaryDirectory() as folder:
         methods = [
-            _Method(options, vocab_size, Path(folder) / str(number), num_sequences)
-            for number, options in enumerate(METHODS)
+            _Method(name, keep, vocab_size, Path(folder) / str(number), num_sequences)
+            for number, (name, keep) in enumerate(METHODS)
         ]
         for sequence in sequences:
             logits = torch.cat(list(engine.logits(sequence.tokens[:-1]))).cpu()

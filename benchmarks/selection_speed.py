@@ -29,9 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shards.allocator import keep_freed_tensors
+from shards.keep import KEEP_METHODS
 from teacher_dump.compiling import WORTH_COMPILING
-from teacher_dump.config import DumpConfig
-from teacher_dump.keep import make_keep
 from teacher_dump.selection import make_selector, select_in_blocks
 
 METHODS = ("top-p-k", "draws", "threshold")
@@ -48,9 +47,8 @@ def variants(logits: torch.Tensor) -> dict[str, Callable[[], Any]]:
         "softmax": lambda: torch.softmax(logits, -1, out=other),
     }
     for name in METHODS:
-        config = DumpConfig(teacher="", corpus=(Path(),), out=Path(), keep=name)
-        keep = make_keep(config, vocab_size)
-        found[name] = partial(select_in_blocks, make_selector(keep), logits, labels, keys)
+        select = make_selector(KEEP_METHODS[name](), vocab_size)
+        found[name] = partial(select_in_blocks, select, logits, labels, keys)
     return found
 
 

@@ -13,9 +13,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shards.dataset import Dataset, SplitSize, create_or_continue, missing_shards
-from shards.identity import Json
+from benchmarks.example_spec import example_spec
+from shards.completeness import shards_to_write
+from shards.continuing import create_or_continue, record_completeness
+from shards.dataset import Dataset
+from shards.keep import TopPK
+from shards.layout import Layout
+from shards.manifest import SplitSize
 from shards.rows import Row
+from shards.spec import TRAIN
+from shards.tokenizer_files import write_tokenizer
 from shards.writer import ShardWriter
 
 TOP_P, TOP_K = 0.95, 100
@@ -36,42 +43,27 @@ def make_shards(
     """Write a complete dataset of one split in shards of 4 row groups."""
     scale = entries / MEAN_ENTRIES
     per_row_group = max(1, row_group_tokens // sequence_length)
-    identity: dict[str, Json] = {
-        "format_version": 1,
-        "teacher": {"config_sha256": "", "weights_sha256": "synthetic"},
-        "tokenizer_sha256": "",
-        "vocab_size": vocab_size,
-        "tokens_sha256": str(seed),
-        "documents": {"bos": False, "eos_token_id": 0, "joined": True, "held_out": 0.0},
-        "sequence_length": sequence_length,
-        "keep": {
-            "method": "top-p-k",
-            "top_p": TOP_P,
-            "top_k": round(scale * TOP_K),
-            "logprob_step": LOGPROB_STEP,
-        },
-        "seed": seed,
-        "layout": {
-            "sequences_per_shard": 4 * per_row_group,
-            "sequences_per_row_group": per_row_group,
-        },
-    }
+    layout = Layout(sequences_per_shard=4 * per_row_group, sequences_per_row_group=per_row_group)
+    spec = example_spec(
+        keep=TopPK(top_p=TOP_P, top_k=round(scale * TOP_K), logprob_step=LOGPROB_STEP),
+        layout=layout,
+        vocab_size=vocab_size,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
     size = SplitSize(sequences=num_sequences, positions=num_sequences * sequence_length)
-    manifest = create_or_continue(path, identity, {"train": size}, {"engine": "synthetic"})
-    for shard, sequences in missing_shards(path, manifest, "train"):
-        with ShardWriter(
-            path / "train",
-            shard=shard,
-            split="train",
-            identity=identity,
-            sequences_per_row_group=per_row_group,
-        ) as writer:
+    hashes = write_tokenizer(path, lambda folder: None)
+    record = {"engine": "synthetic"}
+    manifest = create_or_continue(path, spec, {TRAIN: size}, record, hashes)
+    for shard, sequences in shards_to_write(path, manifest, TRAIN):
+        with ShardWriter(path / TRAIN, shard=shard, split=TRAIN, spec=spec) as writer:
             for first in range(sequences.start, sequences.stop, per_row_group):
                 group = range(first, min(first + per_row_group, sequences.stop))
                 writer.write_rows(
                     [_row(s, sequence_length, vocab_size, scale, seed) for s in group]
                 )
             writer.publish()
+    record_completeness(path, manifest)
     return Dataset.open(path)
 
 
@@ -96,6 +88,7 @@ def _row(sequence: int, length: int, vocab_size: int, scale: float, seed: int) -
         logprobs=_rounded(np.log(kept[inside])),
         tail_logmass=_rounded(np.full(length, np.log(1 - TOP_P))),
         label_logprobs=_rounded(-random.exponential(3.0, length)),
+        entropies=_rounded(random.exponential(3.0, length)),
         teacher_nll=3.0 * length,
         teacher_entropy=3.0 * length,
     )

@@ -14,7 +14,7 @@ _WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "interme
 
 def read_sequences(corpus: Path, teacher: Path, count: int, length: int) -> list[Any]:
     """The first sequences of a JSON-lines text, repeated if it is short, tokens [length + 1]."""
-    from teacher_dump.sequences import TokenSequence
+    from teacher_dump.rows import TokenSequence
     from teacher_dump.token_builder import make_encoder
     from teacher_dump.tokenizer import load_tokenizer
 
@@ -39,7 +39,7 @@ def read_sequences(corpus: Path, teacher: Path, count: int, length: int) -> list
     ]
 
 
-def engine_options(teacher: Path, length: int, keep: Any) -> Any:
+def engine_options(teacher: Path, length: int, selection: Any) -> Any:
     """A bfloat16 teacher with a float32 head, which is what `dump-logits` makes of SmolLM2."""
     from teacher_dump.engine_options import EngineOptions
     from teacher_dump.teacher import find_teacher
@@ -50,7 +50,7 @@ def engine_options(teacher: Path, length: int, keep: Any) -> Any:
         dtype="bfloat16",
         head_dtype="float32",
         sequence_length=length,
-        keep=keep,
+        selection=selection,
     )
 
 

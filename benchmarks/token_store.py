@@ -27,7 +27,7 @@ from teacher_dump.corpus_listing import list_files
 from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.token_builder import make_encoder
-from teacher_dump.tokenizer import load_tokenizer, tokenizer_identity
+from teacher_dump.tokenizer import load_tokenizer
 
 BARE, TEXT = "bare tokenizer", "text.jsonl"
 BATCH_DOCUMENTS = 200  # of the demo's text about a million characters, as the builder takes them
@@ -73,7 +73,8 @@ def main(
     tokenizer = load_tokenizer(teacher)
     texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
     rules = TokenisingRules(
-        **tokenizer_identity(tokenizer),
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
         eos_token_id=tokenizer.eos_token_id,
         text_key="text",
         held_out=0.01,

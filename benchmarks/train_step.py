@@ -155,11 +155,9 @@ class Student:
     """One of the students that take turns, with its own model, optimizer and read-ahead thread."""
 
     def __init__(self, dataset: Dataset, shape: Shape, variant: str, stack: ExitStack) -> None:
-        identity = dataset.identity
+        length = dataset.spec.sequence_length
         torch.manual_seed(0)
-        config = PRESETS[shape.preset].config_json(
-            identity["vocab_size"], identity["sequence_length"], 0
-        )
+        config = PRESETS[shape.preset].config_json(dataset.spec)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         batches = training_batches(
             [Source.of(dataset.split("train"), seed=0)],
@@ -187,11 +185,11 @@ class Student:
         prepare_blocks(
             options,
             self.model.train(),
-            sequence_length=identity["sequence_length"],
+            sequence_length=length,
             packed=False,
             autocast=self.autocast,
         )
-        peak = peak_tokens_per_s(self.model, identity["sequence_length"], shape.dtype, device)
+        peak = peak_tokens_per_s(self.model, length, shape.dtype, device)
         self.clock = StepClock(device, peak)
 
     def step(self) -> dict[str, float]:
@@ -253,7 +251,7 @@ def take_turns(
     with ExitStack() as stack:
         students = {name: Student(data, shape, name, stack) for name, data in datasets.items()}
         if "torch" in students:
-            length = datasets["torch"].identity["sequence_length"]
+            length = datasets["torch"].spec.sequence_length
             chunk_rows = choose_chunk_rows(students["torch"], shape.batch_sequences * length)
         for student in students.values():
             student.step()

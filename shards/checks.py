@@ -5,10 +5,38 @@ Asked before writing, where a NaN still has a culprit, and again by `verify_shar
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from shards.row_group import Offsets, RowGroup, require
+from shards.schema import (
+    ENTROPIES,
+    LABEL_LOGPROBS,
+    LOGPROBS,
+    TAIL_LOGMASS,
+    TEACHER_ENTROPY,
+    TEACHER_NLL,
+)
+
+
+class _Check(NamedTuple):
+    """Where something is wrong, by where rows begin; `values` are numbers that a teacher gave."""
+
+    wrong: npt.NDArray[np.bool_]
+    row_offsets: Offsets
+    what: str
+    values: npt.NDArray[np.float32] | None = None
+
+    def text(self, group: RowGroup) -> str:
+        """The first place and what is wrong there."""
+        place = int(self.wrong.argmax())
+        row = int(np.searchsorted(self.row_offsets, place, side="right")) - 1
+        sequence = f"sequence {group.sequences[row]}"
+        if self.values is not None and np.isnan(self.values[place]):
+            return f"{sequence}: {self.what} is nan: the teacher gave no number"
+        return f"{sequence}: {self.what} is not valid"
 
 
 def problem_with_values(group: RowGroup, vocab_size: int) -> str | None:
@@ -16,36 +44,46 @@ def problem_with_values(group: RowGroup, vocab_size: int) -> str | None:
 
     Tokens and ids are below `vocab_size`; log-probabilities are finite and largest first; where
     `loss_mask` is false nothing is kept. A tail of minus infinity is fine: nothing was left out.
+    A teacher that gives NaN gives it in most columns: what it says itself is named before sums.
     """
-    logprobs = require("logprobs", group.logprobs)
-    position_offsets = require("ids", group.position_offsets)
-    entry_offsets = require("ids", group.entry_offsets)
-    by_row = np.arange(group.num_rows + 1)
     by_token = require("tokens", group.token_offsets)
-    by_entry = entry_offsets[position_offsets]
-
-    checks: list[tuple[npt.NDArray[np.bool_], Offsets, str]] = [
-        (_outside(require("tokens", group.tokens), vocab_size), by_token, "a token"),
-        (_outside(require("ids", group.ids), vocab_size), by_entry, "a kept id"),
-        (~np.isfinite(logprobs), by_entry, "a log-probability"),
-        (_rises(logprobs, entry_offsets), by_entry, "the order of the log-probabilities"),
-    ]
+    by_position = require("tokens", group.position_offsets)
+    checks = [_Check(_outside(require("tokens", group.tokens), vocab_size), by_token, "a token")]
+    checks += _finite(LABEL_LOGPROBS, group.label_logprobs, by_position)
+    if group.entry_offsets is not None:
+        checks += _entry_checks(group, group.entry_offsets, by_position, vocab_size)
     if group.tail_logmass is not None:
-        checks.append((~(group.tail_logmass < np.inf), position_offsets, "a tail_logmass"))
+        tail = group.tail_logmass
+        checks.append(_Check(~(tail < np.inf), by_position, TAIL_LOGMASS, tail))
+    checks += _finite(ENTROPIES, group.entropies, by_position)
+    by_row = np.arange(group.num_rows + 1)
+    checks += _finite(TEACHER_NLL, group.teacher_nll, by_row)
+    checks += _finite(TEACHER_ENTROPY, group.teacher_entropy, by_row)
+    return next((check.text(group) for check in checks if check.wrong.any()), None)
+
+
+def _entry_checks(
+    group: RowGroup, entry_offsets: Offsets, by_position: Offsets, vocab_size: int
+) -> list[_Check]:
+    """What is wrong with kept entries."""
+    logprobs = require("logprobs", group.logprobs)
+    by_entry = entry_offsets[by_position]
+    checks = [
+        *_finite(LOGPROBS, logprobs, by_entry),
+        _Check(_outside(require("ids", group.ids), vocab_size), by_entry, "a kept id"),
+        _Check(_rises(logprobs, entry_offsets), by_entry, "the order of logprobs"),
+    ]
     if group.loss_mask is not None:
         masked = ~group.loss_mask & (np.diff(entry_offsets) > 0)
-        checks.append((masked, position_offsets, "an entry where loss_mask is false"))
-    labels = require("label_logprobs", group.label_logprobs)
-    checks.append((~np.isfinite(labels), position_offsets, "a label's log-probability"))
-    checks.append((~np.isfinite(require("teacher_nll", group.teacher_nll)), by_row, "teacher_nll"))
-    if group.teacher_entropy is not None:
-        checks.append((~np.isfinite(group.teacher_entropy), by_row, "teacher_entropy"))
+        checks.append(_Check(masked, by_position, "an entry where loss_mask is false"))
+    return checks
 
-    for wrong, offsets, what in checks:
-        if wrong.any():
-            row = int(np.searchsorted(offsets, wrong.argmax(), side="right")) - 1
-            return f"sequence {group.sequences[row]}: {what} is not valid"
-    return None
+
+def _finite(
+    column: str, values: npt.NDArray[np.float32] | None, row_offsets: Offsets
+) -> list[_Check]:
+    """That a column has finite numbers only, if it is there."""
+    return [] if values is None else [_Check(~np.isfinite(values), row_offsets, column, values)]
 
 
 def _outside(values: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.bool_]:

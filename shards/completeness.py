@@ -1,8 +1,8 @@
-"""Which shards of a dataset are there, from names alone, and removing what does not count.
+"""Which shards of a dataset are there, from names alone.
 
-One listing of a split's folder answers for any number of shards: a Parquet file counts if its
-sidecar is there. Only a split's last shard can be there and be too short, and only its sidecar is
-read: extending a dataset discards a short shard that stops being the last (`continuing.py`).
+One listing of a split's folder answers for any number of shards: a shard counts if its sidecar is
+there. Only a split's last shard can be there and be too short, and only its sidecar is read:
+extending a dataset removes a short shard that stops being the last (`continuing.py`).
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shards.durable import is_temporary_name_of, sync_folder
-from shards.layout import Layout
+from shards.durable import sync_folder
+from shards.footer import Footer
 from shards.manifest import Manifest
+from shards.publication import adopt, check_not_alone
 from shards.sidecar import Sidecar, sidecar_path
 from shards.writer import shard_name
 
 
 def missing_shards(path: Path, manifest: Manifest, split: str) -> list[tuple[int, range]]:
-    """The shards of a split still to be written, ascending: number and sequences of each.
+    """The shards of a split that do not count yet, ascending: number and sequences of each.
 
-    Whatever is there of them must be discarded first. ShardCorruptError if the last shard's
-    sidecar is damaged.
+    ShardCorruptError if the last shard's sidecar is damaged.
     """
-    layout = Layout.of(manifest.identity)
+    layout = manifest.spec.layout
     num_sequences = manifest.splits[split].sequences
     folder = path / split
     names = set(os.listdir(folder)) if folder.is_dir() else set()
@@ -39,8 +39,26 @@ def missing_shards(path: Path, manifest: Manifest, split: str) -> list[tuple[int
     return missing
 
 
-def discard_shard(path: Path, split: str, shard: int) -> None:
-    """Remove a shard that does not count, or is to be extended, and temporary files of it.
+def shards_to_write(path: Path, manifest: Manifest, split: str) -> list[tuple[int, range]]:
+    """The missing shards, after those that only lack a sidecar got one.
+
+    ShardCorruptError for a Parquet file without a sidecar that is damaged, and for a shard of
+    another number of sequences; ShardError for a sidecar without its Parquet file.
+    """
+    missing = []
+    for shard, sequences in missing_shards(path, manifest, split):
+        parquet = path / split / shard_name(shard)
+        check_not_alone(parquet)
+        if parquet.exists():
+            footer = Footer(spec=manifest.spec, split=split, shard=shard)
+            adopt(parquet, footer, len(sequences))
+        else:
+            missing.append((shard, sequences))
+    return missing
+
+
+def remove_shard(path: Path, split: str, shard: int) -> None:
+    """Remove a short shard that is to be written again with more sequences.
 
     The sidecar goes first, so that an interruption leaves nothing that seems to be complete.
     """
@@ -48,11 +66,7 @@ def discard_shard(path: Path, split: str, shard: int) -> None:
     if not folder.is_dir():
         return
     parquet = folder / shard_name(shard)
-    sidecar = sidecar_path(parquet)
-    sidecar.unlink(missing_ok=True)
+    sidecar_path(parquet).unlink(missing_ok=True)
     sync_folder(folder)
     parquet.unlink(missing_ok=True)
-    for name in os.listdir(folder):
-        if is_temporary_name_of(name, parquet.name) or is_temporary_name_of(name, sidecar.name):
-            (folder / name).unlink(missing_ok=True)
     sync_folder(folder)

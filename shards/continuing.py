@@ -1,26 +1,28 @@
 """Starting a dataset in a folder, or continuing the one that is there, or refusing.
 
-The same command over and over leads to the same dataset: a folder is continued if and only if it
-was made from the same identity. Sizes only grow. Any number of processes may start at once: the
-first manifest is published without overwriting, and whoever loses that race continues.
+The same command over and over leads to the same dataset: a folder is continued if and only if its
+description is equal. Sizes only grow. Any number of processes may start at once: the first manifest
+is published without overwriting, and whoever loses that race continues.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from shards import durable
-from shards.completeness import discard_shard
+from shards.completeness import missing_shards, remove_shard
 from shards.errors import IdentityMismatchError, InputError, RunError
-from shards.identity import Json, differences
-from shards.layout import Layout
+from shards.json_text import Json
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
+from shards.spec import SPLITS, DatasetSpec, differences
 
-# What the teacher pass may put into a folder before it can tell the identity.
-_MADE_BEFORE = {"tokenizer", "tokens"}
+# What may be in a folder before it has a manifest; `lost+found` is in the root of a file system.
+_MADE_BEFORE = {"tokenizer", "tokens", "lost+found"}
 
 
 def check_folder(path: Path) -> None:
@@ -28,11 +30,7 @@ def check_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: a file, where a folder for the dataset is expected")
     names = set(os.listdir(path)) if path.exists() else set()
-    others = sorted(
-        name
-        for name in names - _MADE_BEFORE
-        if not durable.is_temporary_name_of(name, MANIFEST_NAME)
-    )
+    others = sorted(name for name in names - _MADE_BEFORE if not durable.is_temporary(name))
     if others and MANIFEST_NAME not in names:
         raise InputError(
             f"{path}: holds something else ({others[0]}), no dataset; give an empty or a new folder"
@@ -41,9 +39,10 @@ def check_folder(path: Path) -> None:
 
 def create_or_continue(
     path: Path,
-    identity: Mapping[str, Json],
+    spec: DatasetSpec,
     splits: Mapping[str, SplitSize],
     recorded: Mapping[str, Json],
+    tokenizer_files: Mapping[str, str],
 ) -> Manifest:
     """Make the dataset's manifest, or take the one that is there, extended to larger sizes.
 
@@ -52,9 +51,10 @@ def create_or_continue(
     """
     check_folder(path)
     asked = Manifest(
-        identity=json.loads(json.dumps(identity, allow_nan=False)),
+        spec=spec,
         splits=splits,
         recorded=(json.loads(json.dumps(recorded, allow_nan=False)),),
+        tokenizer_files=tokenizer_files,
     )
     manifest_path = path / MANIFEST_NAME
     try:
@@ -62,14 +62,33 @@ def create_or_continue(
         if not manifest_path.exists() and _create(manifest_path, asked):
             return asked
         present = load_manifest(path)
-        check_identity(path, asked.identity, present.identity)
+        check_spec(path, asked.spec, present.spec)
         merged = _merge(asked, present)
         if merged != present:
-            _discard_outgrown(path, present, merged)
+            _remove_outgrown(path, present, merged)
             durable.replace(manifest_path, merged.to_text())
     except OSError as error:
         raise RunError(f"{manifest_path}: cannot be written: {error.strerror}") from error
     return merged
+
+
+def record_completeness(path: Path, manifest: Manifest) -> Manifest:
+    """Say in the manifest whether every shard is there, if it says otherwise. RunError if not."""
+    complete = not any(missing_shards(path, manifest, split) for split in manifest.splits)
+    if complete == manifest.complete:
+        return manifest
+    manifest = replace(manifest, complete=complete)
+    try:
+        durable.replace(path / MANIFEST_NAME, manifest.to_text())
+    except OSError as error:
+        raise RunError(f"{path / MANIFEST_NAME}: cannot be written: {error.strerror}") from error
+    return manifest
+
+
+def remove_old_temporaries(path: Path) -> None:
+    """Remove what killed runs left in a dataset's folders a day ago or earlier."""
+    for folder in (path, *(path / split for split in SPLITS)):
+        durable.remove_old_temporaries(folder)
 
 
 def _create(path: Path, manifest: Manifest) -> bool:
@@ -81,7 +100,7 @@ def _create(path: Path, manifest: Manifest) -> bool:
     return True
 
 
-def check_identity(path: Path, asked: Mapping[str, Json], present: Mapping[str, Json]) -> None:
+def check_spec(path: Path, asked: DatasetSpec, present: DatasetSpec) -> None:
     """IdentityMismatchError naming every difference between this command and the folder `path`."""
     found = differences(asked, present)
     if found:
@@ -97,18 +116,34 @@ def _merge(asked: Manifest, present: Manifest) -> Manifest:
     for name, size in asked.splits.items():
         if name not in splits or size.sequences > splits[name].sequences:
             splits[name] = size
-    new = tuple(one for one in asked.recorded if one not in present.recorded)
-    return Manifest(identity=present.identity, splits=splits, recorded=(*present.recorded, *new))
+    new = [one for one in asked.recorded if not _is_known(one, present.recorded)]
+    return replace(
+        present,
+        splits=splits,
+        recorded=(*present.recorded, *new),
+        complete=present.complete and splits == present.splits,
+    )
 
 
-def _discard_outgrown(path: Path, present: Manifest, merged: Manifest) -> None:
+def _is_known(record: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a record says nothing that another does not say already."""
+    return any(
+        all(key in old and old[key] == value for key, value in record.items()) for old in known
+    )
+
+
+def _remove_outgrown(path: Path, present: Manifest, merged: Manifest) -> None:
     """Remove last shards that were short and are to be full.
 
     Before the manifest is replaced, so that an interruption leaves a dataset with a shard missing
     and never a short shard in the middle of a split.
     """
-    sequences_per_shard = Layout.of(present.identity).sequences_per_shard
+    outgrown = []
     for name, size in present.splits.items():
-        shard, rest = divmod(size.sequences, sequences_per_shard)
+        shard, rest = divmod(size.sequences, present.spec.layout.sequences_per_shard)
         if rest and merged.splits[name].sequences > size.sequences:
-            discard_shard(path, name, shard)
+            outgrown.append((name, shard))
+    if outgrown and present.complete:
+        durable.replace(path / MANIFEST_NAME, replace(present, complete=False).to_text())
+    for name, shard in outgrown:
+        remove_shard(path, name, shard)

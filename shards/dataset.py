@@ -1,40 +1,29 @@
-"""A complete dataset folder, opened for reading; and, gathered here, what makes such a folder.
+"""A complete dataset folder, opened for reading.
 
-Opening costs one file and one listing per split, whatever the size. A split finds any sequence by
-arithmetic and keeps nothing per sequence or shard but a few open readers.
+Opening a dataset whose manifest says that it is complete costs that file and the hashes of its
+tokenizer, whatever the size; otherwise a listing per split tells whether shards are missing. A
+split finds any sequence by arithmetic and keeps nothing per sequence or shard but a few open
+readers.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from shards.completeness import discard_shard, missing_shards
-from shards.continuing import check_folder, create_or_continue
+from shards.completeness import missing_shards
 from shards.errors import IdentityMismatchError, ShardCorruptError, ShardError
-from shards.identity import differences
-from shards.layout import Layout
 from shards.manifest import Manifest, SplitSize, load_manifest
 from shards.reader import RowGroup, ShardReader
 from shards.rows import Row
 from shards.sidecar import Sidecar, sidecar_path
+from shards.spec import DatasetSpec, differences
+from shards.tokenizer_files import check_tokenizer
 from shards.writer import shard_name
-
-__all__ = [
-    "Dataset",
-    "Manifest",
-    "Split",
-    "SplitSize",
-    "check_folder",
-    "create_or_continue",
-    "discard_shard",
-    "load_manifest",
-    "missing_shards",
-]
 
 # Every open reader holds a map and a parsed footer; opening one again costs about a millisecond.
 _MAX_OPEN_READERS = 8
@@ -49,22 +38,27 @@ class Dataset:
 
     @classmethod
     def open(cls, path: Path) -> Dataset:
-        """Open a folder. ShardFormatError if it is no dataset, ShardError if it is incomplete."""
+        """Open a folder.
+
+        ShardFormatError if it is no dataset, ShardError if it is incomplete, ShardCorruptError if
+        its tokenizer is missing or changed.
+        """
         manifest = load_manifest(path)
-        layout = Layout.of(manifest.identity)
-        for name, size in manifest.splits.items():
+        for name, size in () if manifest.complete else manifest.splits.items():
             missing = missing_shards(path, manifest, name)
             if missing:
                 raise ShardError(
-                    f"{path}: {len(missing)} of {layout.num_shards(size.sequences)} shards of split"
-                    f" {name} are missing; running the same dump-logits command again completes it"
+                    f"{path}: {len(missing)} of {manifest.spec.layout.num_shards(size.sequences)}"
+                    f" shards of split {name} are missing; the same dump-logits command completes"
+                    " it"
                 )
+        check_tokenizer(path, manifest.tokenizer_files)
         return cls(path, manifest)
 
     @property
-    def identity(self) -> Mapping[str, Any]:
-        """What the dataset was made from."""
-        return self.manifest.identity
+    def spec(self) -> DatasetSpec:
+        """What the dataset is."""
+        return self.manifest.spec
 
     @property
     def split_names(self) -> list[str]:
@@ -76,7 +70,7 @@ class Dataset:
         if name not in self.split_names:
             names = ", ".join(self.split_names)
             raise ShardError(f"{self.path}: no split {name}; there is {names}")
-        return Split(self.path / name, self.manifest.splits[name], self.identity)
+        return Split(self.path / name, self.manifest.splits[name], self.spec)
 
 
 class Split:
@@ -85,11 +79,11 @@ class Split:
     Not for use by several threads at once: give each a split of its own.
     """
 
-    def __init__(self, path: Path, size: SplitSize, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, size: SplitSize, spec: DatasetSpec) -> None:
         self.path = path
         self._size = size
-        self.identity = identity
-        self._layout = Layout.of(identity)
+        self.spec = spec
+        self._layout = spec.layout
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
 
     @property
@@ -154,7 +148,7 @@ class Split:
 
     def reopened(self) -> Split:
         """The same split with readers of its own, for another thread."""
-        return Split(self.path, self._size, self.identity)
+        return Split(self.path, self._size, self.spec)
 
     def close(self) -> None:
         """Close all readers; the next read opens them again."""
@@ -187,7 +181,7 @@ class Split:
         """Open a shard and make sure that it is this dataset's and stands where it belongs."""
         reader = ShardReader(self.path / shard_name(shard))
         try:
-            found = differences(self.identity, reader.metadata["identity"])
+            found = differences(self.spec, reader.spec)
             if found:
                 raise IdentityMismatchError(
                     f"{reader.path}: a shard of another dataset than the one around it:"

@@ -4,38 +4,115 @@ A file is written under a temporary name in the same folder, flushed to disk, an
 its name: by a hard link where nothing may be overwritten, by a rename where replacing is meant.
 So a name that exists stands for a complete file, whatever was killed when. The price is one fsync
 of the file and one of its folder each time.
+
+A temporary file belongs to the process that made it. Another one removes it only when it is older
+than a day: it may be that of a process on another machine.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
+import re
 import secrets
+import shutil
+import time
+from functools import cache
 from pathlib import Path
+
+from shards.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# What a file system says of a call that it does not have.
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+OLD_AFTER_S = 86_400.0
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def temporary_name(path: Path) -> Path:
-    """A fresh hidden name beside `path`; `is_temporary_name_of` recognises what a kill left."""
+    """A fresh hidden name beside `path`; `is_temporary` recognises what a kill left."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def is_temporary_name_of(name: str, final_name: str) -> bool:
-    """Whether `temporary_name` of a file called `final_name` may have given this name."""
-    return name.startswith(f".{final_name}.") and name.endswith(".tmp")
+def is_temporary(name: str) -> bool:
+    """Whether `temporary_name` may have given this name."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_old_temporaries(folder: Path, older_than_s: float = OLD_AFTER_S) -> None:
+    """Remove what killed processes left in a folder, as far as possible, once it is a day old."""
+    now = time.time()
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if not is_temporary(entry.name) or now - entry.stat().st_mtime < older_than_s:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk."""
+    """Flush the names in a folder to disk, where the file system can do that for a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        _warn_once(f"{folder}: its file system does not flush folders; a power cut may lose names")
     finally:
         os.close(descriptor)
 
 
+def check_links(folder: Path) -> None:
+    """InputError for a folder whose file system has no hard links, which publishing needs."""
+    temporary = temporary_name(folder / "links")
+    linked = temporary_name(folder / "links")
+    try:
+        temporary.touch()
+        os.link(temporary, linked)
+    except OSError as error:
+        if error.errno not in (*NOT_SUPPORTED, errno.EPERM, errno.EMLINK):
+            raise
+        raise InputError(
+            f"{folder}: its file system has no hard links ({error.strerror}), by which files get"
+            " their names without overwriting others; give a folder on another one"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+        linked.unlink(missing_ok=True)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("warning: %s", text)
+
+
+def sync_files(folder: Path) -> None:
+    """Flush every file below a folder, and the folder itself, to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 def publish(temporary: Path, final: Path) -> None:
-    """Give a file that is already flushed its final name. FileExistsError if the name is taken."""
-    os.link(temporary, final)
-    temporary.unlink()
+    """Give a file that is already flushed its final name too. FileExistsError if that is taken.
+
+    The temporary name stays. Calling it again after it succeeded does nothing.
+    """
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        # Over NFS a repeated request can fail after it has succeeded.
+        if not os.path.samefile(temporary, final):
+            raise
     sync_folder(final.parent)
 
 
@@ -57,9 +134,8 @@ def write_new(path: Path, text: str) -> None:
     write_flushed(temporary, text)
     try:
         publish(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def replace(path: Path, text: str) -> None:

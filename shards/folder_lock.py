@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shards.durable import NOT_SUPPORTED
 from shards.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -27,6 +32,13 @@ def folder_lock(folder: Path, holder: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{folder}: another {holder} is writing to it") from error
+        except OSError as error:
+            if error.errno not in (*NOT_SUPPORTED, errno.ENOLCK):
+                raise
+            logger.warning(
+                "warning: %s: cannot be locked on its file system (%s); do not start two %s there",
+                folder, error.strerror, holder,
+            )  # fmt: skip
         yield
     finally:
         os.close(descriptor)

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shards.completeness import missing_shards
-from shards.dataset import Split
+from shards.dataset import Dataset, Split
 from shards.errors import ShardError
-from shards.layout import Layout
 from shards.manifest import Manifest, load_manifest
+from shards.names import TRAIN
+from shards.options import OptionError
 from shards.reader import ShardReader, verify_shard
 from shards.rendering import format_row, render
 from shards.row_group import Totals
+from shards.rows import Row
+from shards.tokenizer_files import check_tokenizer
 from shards.writer import shard_name
 
-__all__ = ["describe", "format_row", "render", "verify"]
+__all__ = ["describe", "find_row", "format_row", "render", "verify"]
 
 _Checked = TypeVar("_Checked")
 
@@ -31,14 +34,14 @@ def describe(path: Path) -> dict[str, Any]:
 
     Counts `sequences`, `tokens` (labelled positions), `entries`, `bytes`, `missing_shards`; per
     token `teacher_cross_entropy` and `teacher_entropy` (nats, None if there is no such column),
-    `entries`, `kept_mass`, bytes in all and by column; the identity; for a folder all of it by
+    `entries`, `kept_mass`, bytes in all and by column; the `spec`; for a folder all of it by
     split, and what was recorded. ShardError if it is neither a dataset nor a shard.
     """
     if path.is_file():
         with ShardReader(path) as reader:
             place = {"split": reader.sidecar.split, "shard": reader.sidecar.shard}
-            identity = reader.metadata["identity"]
-        return {**_figures([path]), **place, "missing_shards": 0, "identity": identity}
+            spec = reader.spec
+        return {**_figures([path]), **place, "missing_shards": 0, "spec": spec.to_json()}
     manifest = load_manifest(path)
     missing = {name: _missing(path, manifest, name) for name in manifest.splits}
     shards = {name: _present(path, manifest, name, missing[name]) for name in manifest.splits}
@@ -49,7 +52,7 @@ def describe(path: Path) -> dict[str, Any]:
             name: {**_figures(paths), "missing_shards": len(missing[name])}
             for name, paths in shards.items()
         },
-        "identity": manifest.identity,
+        "spec": manifest.spec.to_json(),
         "recorded": list(manifest.recorded),
     }
 
@@ -62,7 +65,7 @@ def verify(path: Path) -> list[str]:
     if path.is_file():
         return _problem(verify_shard, path)
     manifest = load_manifest(path)
-    problems = []
+    problems = _problem(lambda folder: check_tokenizer(folder, manifest.tokenizer_files), path)
     for name, size in manifest.splits.items():
         try:
             numbers = _missing(path, manifest, name)
@@ -70,11 +73,34 @@ def verify(path: Path) -> list[str]:
             numbers = set()
         if numbers:
             problems.append(f"{path}: {len(numbers)} shards of split {name} are missing")
-        num_shards = Layout.of(manifest.identity).num_shards(size.sequences)
-        with Split(path / name, size, manifest.identity) as split:
+        num_shards = manifest.spec.layout.num_shards(size.sequences)
+        with Split(path / name, size, manifest.spec) as split:
             for shard in sorted(set(range(num_shards)) - numbers):
                 problems += _problem(split.verify_shard, shard)
     return problems
+
+
+def find_row(path: Path, split: str | None, number: int) -> Row:
+    """A sequence by its number in a split (None: train) of a dataset, or in a shard file.
+
+    OptionError for one that is not there; ShardError if `path` is neither.
+    """
+    if path.is_file():
+        with ShardReader(path) as reader:
+            first = reader.sidecar.first_sequence
+            if not first <= number < first + reader.num_rows:
+                last = first + reader.num_rows - 1
+                raise OptionError("row", f" {number}: {path} has sequences {first} to {last}")
+            return reader.row(number - first)
+    dataset = Dataset.open(path)
+    name = split or TRAIN
+    if name not in dataset.split_names:
+        raise OptionError("split", f" {name}: {path} has {', '.join(dataset.split_names)}")
+    with dataset.split(name) as rows:
+        if not 0 <= number < rows.num_sequences:
+            last = rows.num_sequences - 1
+            raise OptionError("row", f" {number}: {path} {name} has sequences 0 to {last}")
+        return rows.row(number)
 
 
 def _problem(check: Callable[[_Checked], None], what: _Checked) -> list[str]:
@@ -91,7 +117,7 @@ def _missing(path: Path, manifest: Manifest, split: str) -> set[int]:
 
 
 def _present(path: Path, manifest: Manifest, split: str, missing: set[int]) -> list[Path]:
-    num_shards = Layout.of(manifest.identity).num_shards(manifest.splits[split].sequences)
+    num_shards = manifest.spec.layout.num_shards(manifest.splits[split].sequences)
     return [path / split / shard_name(i) for i in range(num_shards) if i not in missing]
 
 

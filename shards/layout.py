@@ -6,14 +6,12 @@ the last of a split is full; the last row group of any shard, and the last shard
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How many sequences a shard and a row group hold, `identity["layout"]`."""
+    """How many sequences a shard and a row group hold."""
 
     sequences_per_shard: int
     sequences_per_row_group: int
@@ -22,15 +20,14 @@ class Layout:
         if min(self.sequences_per_shard, self.sequences_per_row_group) < 1:
             raise ValueError(f"{self}: both numbers must be at least 1")
 
-    @classmethod
-    def of(cls, identity: Mapping[str, Any]) -> Layout:
-        """The layout that an identity states."""
-        return cls(**identity["layout"])
-
     @property
     def row_groups_per_shard(self) -> int:
         """Row groups of a full shard."""
         return -(-self.sequences_per_shard // self.sequences_per_row_group)
+
+    def first_sequence(self, shard: int) -> int:
+        """The number of the first sequence of a shard."""
+        return shard * self.sequences_per_shard
 
     def num_shards(self, num_sequences: int) -> int:
         """Shards of a split with this many sequences."""

@@ -1,29 +1,32 @@
-"""The manifest of a dataset folder: what was asked for, everything needed to continue or refuse.
+"""The manifest of a dataset folder: what it is, how large it is to be, whether it is complete.
 
     DIR/manifest.json          this
-    DIR/tokenizer/, tokens/    made by the teacher pass before the first shard
+    DIR/tokenizer/, tokens/    made before the first shard
     DIR/<split>/shard-000000.parquet, shard-000000.json, ...
 
-It says how large the dataset is to be, not how far it is: that is told from the shards themselves
-(`completeness.py`), so that writing a shard never touches a file that others write.
+It does not say how far an incomplete dataset is: the shards themselves do (`completeness.py`), so
+that writing a shard never touches a file that others write. Once no shard is missing it says so,
+and whoever opens the dataset lists no folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shards.errors import ShardCorruptError, ShardFormatError
 from shards.sealed import seal, unseal
+from shards.spec import SPLITS, DatasetSpec
+from shards.typed_json import parse
 
 MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSize:
-    """The size that a split has when it is complete: sequences, and labelled positions of them."""
+    """The size of a complete split: sequences, and their labelled positions."""
 
     sequences: int
     positions: int
@@ -31,31 +34,48 @@ class SplitSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a dataset was made from (compared), how large it is to be, what it was made with.
+    """What a dataset is (`spec`, compared), its sizes, and what it was made with.
 
-    `recorded` (engine, versions) has one entry for each different one that wrote to the dataset,
-    oldest first; it is never compared.
+    `recorded` (engine, versions, corpus) has one entry for each different set-up that wrote to the
+    dataset, oldest first; it is never compared. `tokenizer_files` are SHA-256 hashes of the files
+    in `tokenizer/` by name. `complete`: every shard was there once.
     """
 
-    identity: Mapping[str, Any]
+    spec: DatasetSpec
     splits: Mapping[str, SplitSize]
     recorded: tuple[Mapping[str, Any], ...]
+    tokenizer_files: Mapping[str, str]
+    complete: bool = False
 
     def to_text(self) -> str:
         """The content of `manifest.json`."""
         return seal(
             {
-                "identity": self.identity,
+                "spec": self.spec.to_json(),
                 "splits": {name: asdict(size) for name, size in self.splits.items()},
+                "complete": self.complete,
+                "tokenizer_files": self.tokenizer_files,
                 "recorded": self.recorded,
             }
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """The keys of `manifest.json`."""
+
+    spec: object
+    splits: Mapping[str, SplitSize]
+    complete: bool
+    tokenizer_files: Mapping[str, str]
+    recorded: Sequence[Mapping[str, Any]]
+
+
 def load_manifest(path: Path) -> Manifest:
     """Read the manifest of the dataset in the folder `path`.
 
-    ShardFormatError if there is none or its version is unknown, ShardCorruptError if it is damaged.
+    ShardFormatError if there is none, or for a version, key, keep method or split that is not
+    known; ShardCorruptError if it is damaged.
     """
     file = path / MANIFEST_NAME
     try:
@@ -65,10 +85,16 @@ def load_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise ShardCorruptError(f"{file}: cannot be read: {error.strerror}") from error
     try:
-        return Manifest(
-            identity=content["identity"],
-            splits={name: SplitSize(**size) for name, size in content["splits"].items()},
-            recorded=tuple(content["recorded"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ShardFormatError(f"{file}: not the manifest of a dataset: {error}") from error
+        found = parse(_Content, content)
+        for name in found.splits:
+            if name not in SPLITS:
+                raise ValueError(f"unknown split {name!r}, this release knows {', '.join(SPLITS)}")
+    except ValueError as error:
+        raise ShardFormatError(f"{file}: {error}") from error
+    return Manifest(
+        spec=DatasetSpec.from_json(found.spec, f"{file}: spec"),
+        splits=found.splits,
+        recorded=tuple(found.recorded),
+        tokenizer_files=found.tokenizer_files,
+        complete=found.complete,
+    )

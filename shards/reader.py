@@ -12,7 +12,6 @@ SIGBUS.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,22 +27,14 @@ import pyarrow.parquet as pq
 from shards.arrow import from_table
 from shards.checks import problem_with_values
 from shards.checksums import chunk_crc32, file_sha256, footer_sha256
-from shards.errors import ShardCorruptError, ShardError, ShardFormatError
+from shards.errors import ShardCorruptError, ShardError, one_line
 from shards.flat_values import values_in_lists_of
+from shards.footer import Footer
 from shards.row_group import RowGroup, Totals, require
 from shards.rows import Float32Array, Row
-from shards.schema import (
-    ALL_COLUMNS,
-    ENTRY_COLUMNS,
-    FORMAT_VERSION,
-    IDS,
-    LOGPROBS,
-    METADATA_KEY,
-    TEACHER_ENTROPY,
-    has_entropy,
-    is_shard_schema,
-)
+from shards.schema import ALL_COLUMNS, ENTRY_COLUMNS, IDS, LOGPROBS
 from shards.sidecar import Sidecar, sidecar_path
+from shards.spec import DatasetSpec
 
 __all__ = ["RowGroup", "ShardReader", "verify_shard"]
 
@@ -66,8 +57,11 @@ class ShardReader:
                 raise self._corrupt("its footer is not the one in the sidecar")
             self._parquet = pq.ParquetFile(pa.BufferReader(self._buffer))
         except (ValueError, OSError, pa.ArrowException) as error:
-            raise self._corrupt(str(error)) from error
-        self.metadata: dict[str, Any] = self._read_metadata()
+            raise self._corrupt(one_line(error)) from error
+        footer = Footer.read(path, self._parquet)
+        if (footer.split, footer.shard) != (self.sidecar.split, self.sidecar.shard):
+            raise self._corrupt("the sidecar belongs to another shard")
+        self.spec: DatasetSpec = footer.spec
         self._columns: list[str] = self._parquet.schema_arrow.names
         rows = [self._parquet.metadata.row_group(i).num_rows for i in range(self.num_row_groups)]
         self._row_offsets = np.concatenate([[0], np.cumsum(rows)])
@@ -117,9 +111,11 @@ class ShardReader:
                 raise ValueError(f"{len(logprobs)} values of logprobs, and another number of ids")
             return replace(group, logprobs=logprobs)
         except MemoryError as error:
-            raise ShardError(f"{self.path}: no memory for row group {i}: {error}") from error
+            raise ShardError(
+                f"{self.path}: no memory for row group {i}: {one_line(error)}"
+            ) from error
         except (ValueError, OSError, pa.ArrowException) as error:
-            raise self._corrupt(f"row group {i}: {error}") from error
+            raise self._corrupt(f"row group {i}: {one_line(error)}") from error
 
     def column_bytes(self) -> dict[str, int]:
         """The bytes that each column takes in the file."""
@@ -147,7 +143,7 @@ class ShardReader:
         totals = Totals()
         for i in range(self.num_row_groups):
             group = self.read_row_group(i)
-            problem = problem_with_values(group, self.metadata["identity"]["vocab_size"])
+            problem = problem_with_values(group, self.spec.tokenizer.vocab_size)
             if problem is not None:
                 raise self._corrupt(problem)
             totals += group.totals()
@@ -212,29 +208,6 @@ class ShardReader:
             size = self.path.stat().st_size
         if size != self.sidecar.bytes:
             raise self._corrupt(f"{size} bytes, {self.sidecar.bytes} in the sidecar")
-
-    def _read_metadata(self) -> dict[str, Any]:
-        """The footer's own JSON, after checking that this release can read the file."""
-        stored = self._parquet.metadata.metadata or {}
-        if METADATA_KEY not in stored:
-            raise ShardFormatError(f"{self.path}: a Parquet file, but not a shard of logitshards")
-        metadata: dict[str, Any] = json.loads(stored[METADATA_KEY])
-        version = metadata["format_version"]
-        if version != FORMAT_VERSION:
-            raise ShardFormatError(
-                f"{self.path}: format version {version}, this release reads {FORMAT_VERSION}"
-            )
-        if not is_shard_schema(self._parquet.schema_arrow):
-            raise ShardFormatError(f"{self.path}: its columns are not those of format {version}")
-        found = TEACHER_ENTROPY in self._parquet.schema_arrow.names
-        if found != has_entropy(metadata["identity"]):
-            raise ShardFormatError(
-                f"{self.path}: {'has' if found else 'lacks'} the column {TEACHER_ENTROPY}, and its"
-                " identity says otherwise"
-            )
-        if (metadata["split"], metadata["shard"]) != (self.sidecar.split, self.sidecar.shard):
-            raise self._corrupt("the sidecar belongs to another shard")
-        return metadata
 
 
 def _is_close(value: float | None, expected: float | None) -> bool:

@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from shards.row_group import require
 from shards.rows import Row
 
 _MAX_TEXT = 14
 
 
 def render(description: Mapping[str, Any]) -> str:
-    """What `describe` returned, as lines of text: figures by split, columns, identity."""
+    """What `describe` returned, as lines of text: figures by split, columns, spec."""
     splits = description.get("splits", {description.get("split", ""): description})
     lines = [_table(splits), "", "bytes per token by column"]
     columns = sorted(description["columns"].items(), key=lambda item: -(item[1] or 0.0))
     lines += [f"  {name:<20}{_number(size):>12}" for name, size in columns]
     lines += ["", "made from"]
-    lines += [f"  {line}" for line in _flat(description["identity"])]
+    lines += [f"  {line}" for line in _flat(description["spec"])]
     for recorded in description.get("recorded", []):
         lines += ["", "made with"]
         lines += [f"  {line}" for line in _flat(recorded)]
@@ -34,18 +35,23 @@ def format_row(row: Row, decode: Callable[[int], str], *, num_predictions: int =
     `decode` gives the text of one token id. Probabilities are in percent, as the teacher had them
     after reading the token on the left of the line and all before it.
     """
+    lines = [f"sequence {row.sequence}: {len(row.tokens) - 1} positions", ""]
+    if row.counts is None:
+        pairs = itertools.pairwise(row.tokens)
+        lines.append(f"{'token':<18}label")
+        return "\n".join([*lines, *(f"{_text(decode, a):<18}{_text(decode, b)}" for a, b in pairs)])
+    ids, logprobs = require("ids", row.ids), require("logprobs", row.logprobs)
+    label_logprobs = require("label_logprobs", row.label_logprobs)
     bounds = np.concatenate([[0], np.cumsum(row.counts)])
-    lines = [f"sequence {row.sequence}: {len(row.counts)} positions", ""]
     lines.append(f"{'token':<18}{'label':<18}{'label %':>8}   leading predictions, %")
     for t, (start, stop) in enumerate(itertools.pairwise(bounds)):
         stop = min(stop, start + num_predictions)
         predictions = [
-            f"{_text(decode, row.ids[e])} {100 * math.exp(row.logprobs[e]):.1f}"
-            for e in range(start, stop)
+            f"{_text(decode, ids[e])} {100 * math.exp(logprobs[e]):.1f}" for e in range(start, stop)
         ]
         lines.append(
             f"{_text(decode, row.tokens[t]):<18}{_text(decode, row.tokens[t + 1]):<18}"
-            f"{100 * math.exp(row.label_logprobs[t]):8.2f}   {'  '.join(predictions)}".rstrip()
+            f"{100 * math.exp(label_logprobs[t]):8.2f}   {'  '.join(predictions)}".rstrip()
         )
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,29 +24,33 @@ Offsets = npt.NDArray[np.signedinteger]  # int64 as they are made, Arrow's int32
 _T = TypeVar("_T")
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
+# Columns whose values lie end to end in a group.
+_FLAT = ("tokens", "segments", "ids", "logprobs", "tail_logmass", "label_logprobs", "entropies",
+         "loss_mask")  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
     """Counts and sums (nats) over sequences; `tokens` are labelled positions that count.
 
-    `teacher_entropy` is None where any of what was added up does not have it.
+    `teacher_nll`, `kept_mass` and `teacher_entropy` are None where any part does not have them.
     """
 
     sequences: int = 0
     tokens: int = 0
     entries: int = 0
-    teacher_nll: float = 0.0
+    teacher_nll: float | None = 0.0
     teacher_entropy: float | None = 0.0
-    kept_mass: float = 0.0
+    kept_mass: float | None = 0.0
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(
             sequences=self.sequences + other.sequences,
             tokens=self.tokens + other.tokens,
             entries=self.entries + other.entries,
-            teacher_nll=self.teacher_nll + other.teacher_nll,
+            teacher_nll=_sum_of_both(self.teacher_nll, other.teacher_nll),
             teacher_entropy=_sum_of_both(self.teacher_entropy, other.teacher_entropy),
-            kept_mass=self.kept_mass + other.kept_mass,
+            kept_mass=_sum_of_both(self.kept_mass, other.kept_mass),
         )
 
 
@@ -55,9 +59,9 @@ class RowGroup:
     """R sequences: sequences [R] int64, ids [E] int32, logprobs [E] float32, nats.
 
     Row r has tokens and segments `[token_offsets[r] : token_offsets[r + 1]]` and the positions
-    `[position_offsets[r] : position_offsets[r + 1]]` (P in all) of tail_logmass, label_logprobs
-    and loss_mask; position p has entries `[entry_offsets[p] : entry_offsets[p + 1]]` (E in all)
-    of ids and logprobs. teacher_nll and teacher_entropy are [R]. Offsets are `Offsets`.
+    `[position_offsets[r] : position_offsets[r + 1]]` (P in all) of tail_logmass, label_logprobs,
+    entropies and loss_mask; position p has entries `[entry_offsets[p] : entry_offsets[p + 1]]`
+    (E in all) of ids and logprobs. teacher_nll and teacher_entropy are [R]. Offsets are `Offsets`.
     """
 
     sequences: Int64Array
@@ -70,6 +74,7 @@ class RowGroup:
     logprobs: Float32Array | None = None
     tail_logmass: Float32Array | None = None
     label_logprobs: Float32Array | None = None
+    entropies: Float32Array | None = None
     loss_mask: BoolArray | None = None
     teacher_nll: Float32Array | None = None
     teacher_entropy: Float32Array | None = None
@@ -97,24 +102,22 @@ class RowGroup:
         """Lay at least one row flat. ValueError if a row's arrays do not fit together."""
         for row in rows:
             _check_shapes(row)
-        counts = np.concatenate([row.counts for row in rows])
+        counts = _all_or_none("counts", [row.counts for row in rows])
         lengths = np.array([len(row.tokens) for row in rows])
+        sums: dict[str, Any] = {
+            name: _all_or_none(name, [_array_of(getattr(row, name)) for row in rows])
+            for name in ("teacher_nll", "teacher_entropy")
+        }
+        flat: dict[str, Any] = {
+            name: _all_or_none(name, [getattr(row, name) for row in rows]) for name in _FLAT
+        }
         return cls(
             sequences=np.array([row.sequence for row in rows], np.int64),
             token_offsets=_offsets(lengths),
-            tokens=np.concatenate([row.tokens for row in rows]),
-            segments=np.concatenate([row.segments for row in rows]),
             position_offsets=_offsets(lengths - 1),
-            entry_offsets=_offsets(counts),
-            ids=np.concatenate([row.ids for row in rows]),
-            logprobs=np.concatenate([row.logprobs for row in rows]),
-            tail_logmass=_all_or_none("tail_logmass", [row.tail_logmass for row in rows]),
-            label_logprobs=np.concatenate([row.label_logprobs for row in rows]),
-            loss_mask=_all_or_none("loss_mask", [row.loss_mask for row in rows]),
-            teacher_nll=np.array([row.teacher_nll for row in rows], np.float32),
-            teacher_entropy=_all_or_none(
-                "teacher_entropy", [_array_of(row.teacher_entropy) for row in rows]
-            ),
+            entry_offsets=None if counts is None else _offsets(counts),
+            **flat,
+            **sums,
         )
 
     def row(self, r: int) -> Row:
@@ -122,47 +125,60 @@ class RowGroup:
         if not 0 <= r < self.num_rows:
             raise IndexError(f"row {r} of a row group with {self.num_rows}")
         token_offsets = require("tokens", self.token_offsets)
-        position_offsets = require("ids", self.position_offsets)
-        entry_offsets = require("ids", self.entry_offsets)
+        position_offsets = require("tokens", self.position_offsets)
         tokens = slice(token_offsets[r], token_offsets[r + 1])
         positions = slice(position_offsets[r], position_offsets[r + 1])
-        bounds = entry_offsets[positions.start : positions.stop + 1]
-        entries = slice(bounds[0], bounds[-1])
+        counts = ids = logprobs = None
+        if self.entry_offsets is not None:
+            bounds = self.entry_offsets[positions.start : positions.stop + 1]
+            entries = slice(bounds[0], bounds[-1])
+            counts = np.diff(bounds).astype(np.int32)
+            ids = require("ids", self.ids)[entries]
+            logprobs = require("logprobs", self.logprobs)[entries]
+
+        def part(values: npt.NDArray[_Scalar] | None) -> npt.NDArray[_Scalar] | None:
+            return None if values is None else values[positions]
+
+        def number(values: Float32Array | None) -> float | None:
+            return None if values is None else float(values[r])
+
         return Row(
             sequence=int(self.sequences[r]),
             tokens=require("tokens", self.tokens)[tokens],
             segments=require("segments", self.segments)[tokens],
-            counts=np.diff(bounds).astype(np.int32),
-            ids=require("ids", self.ids)[entries],
-            logprobs=require("logprobs", self.logprobs)[entries],
-            tail_logmass=None if self.tail_logmass is None else self.tail_logmass[positions],
-            label_logprobs=require("label_logprobs", self.label_logprobs)[positions],
-            loss_mask=None if self.loss_mask is None else self.loss_mask[positions],
-            teacher_nll=float(require("teacher_nll", self.teacher_nll)[r]),
-            teacher_entropy=(
-                None if self.teacher_entropy is None else float(self.teacher_entropy[r])
-            ),
+            counts=counts,
+            ids=ids,
+            logprobs=logprobs,
+            tail_logmass=part(self.tail_logmass),
+            label_logprobs=part(self.label_logprobs),
+            entropies=part(self.entropies),
+            loss_mask=part(self.loss_mask),
+            teacher_nll=number(self.teacher_nll),
+            teacher_entropy=number(self.teacher_entropy),
         )
 
     def totals(self) -> Totals:
-        """Counts and float64 sums over the group. ValueError if a column was not read."""
-        num_positions = int(require("ids", self.position_offsets)[-1])
-        logprobs = require("logprobs", self.logprobs)
+        """Counts and float64 sums over a group of which every column was read."""
+        num_positions = int(require("tokens", self.position_offsets)[-1])
         mask = self.loss_mask
-        if self.tail_logmass is None:
-            kept_mass = np.exp(logprobs, dtype=np.float64).sum()
-        else:
-            tail = self.tail_logmass if mask is None else self.tail_logmass[mask]
-            kept_mass = -np.expm1(tail, dtype=np.float64).sum()
-        entropy = self.teacher_entropy
         return Totals(
             sequences=self.num_rows,
             tokens=num_positions if mask is None else int(mask.sum()),
-            entries=len(logprobs),
-            teacher_nll=float(require("teacher_nll", self.teacher_nll).sum(dtype=np.float64)),
-            teacher_entropy=None if entropy is None else float(entropy.sum(dtype=np.float64)),
-            kept_mass=float(kept_mass),
+            entries=0 if self.logprobs is None else len(self.logprobs),
+            teacher_nll=_sum(self.teacher_nll),
+            teacher_entropy=_sum(self.teacher_entropy),
+            kept_mass=self._kept_mass(),
         )
+
+    def _kept_mass(self) -> float | None:
+        """The sum over positions of the probability that was kept; None without entries."""
+        if self.logprobs is None:
+            return None
+        if self.tail_logmass is None:
+            return float(np.exp(self.logprobs, dtype=np.float64).sum())
+        mask = self.loss_mask
+        tail = self.tail_logmass if mask is None else self.tail_logmass[mask]
+        return float(-np.expm1(tail, dtype=np.float64).sum())
 
 
 def require(column: str, values: _T | None) -> _T:
@@ -174,6 +190,10 @@ def require(column: str, values: _T | None) -> _T:
 
 def _sum_of_both(left: float | None, right: float | None) -> float | None:
     return None if left is None or right is None else left + right
+
+
+def _sum(values: Float32Array | None) -> float | None:
+    return None if values is None else float(values.sum(dtype=np.float64))
 
 
 def _array_of(value: float | None) -> Float32Array | None:
@@ -204,7 +224,7 @@ def _check_shapes(row: Row) -> None:
     num_tokens = len(row.tokens)
     if num_tokens < 2:
         raise ValueError(f"sequence {row.sequence}: {num_tokens} tokens; at least 2 are needed")
-    num_entries = int(row.counts.sum())
+    num_entries = 0 if row.counts is None else int(row.counts.sum())
     expected: dict[str, tuple[int, type[np.generic]]] = {
         "tokens": (num_tokens, np.int32),
         "segments": (num_tokens, np.int32),
@@ -213,6 +233,7 @@ def _check_shapes(row: Row) -> None:
         "logprobs": (num_entries, np.float32),
         "tail_logmass": (num_tokens - 1, np.float32),
         "label_logprobs": (num_tokens - 1, np.float32),
+        "entropies": (num_tokens - 1, np.float32),
         "loss_mask": (num_tokens - 1, np.bool_),
     }
     for name, (length, dtype) in expected.items():
@@ -222,5 +243,5 @@ def _check_shapes(row: Row) -> None:
                 f"sequence {row.sequence}: {name} is {array.dtype} {array.shape},"
                 f" expected {np.dtype(dtype)} ({length},)"
             )
-    if (row.counts < 0).any():
+    if row.counts is not None and (row.counts < 0).any():
         raise ValueError(f"sequence {row.sequence}: negative counts")

@@ -21,22 +21,25 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One sequence: tokens [n] int32, entries [E] flat over T = n - 1 positions, sums in nats.
+    """One sequence: tokens [n] int32, entries [E] flat over T = n - 1 positions, in nats.
 
     `counts[t]` entries belong to position t, largest log-probability first, equal values by
-    ascending id. `tail_logmass` is None for sampled keep methods, `loss_mask` is None where every
-    position counts. `teacher_nll` and `teacher_entropy` are sums over the row's counted positions;
-    `teacher_entropy` is None where the engine did not see the whole distribution.
+    ascending id. `entropies` [T] are of the teacher's full distribution at each position. Sampling
+    keep methods have no `tail_logmass`, engines that do not see the whole distribution no
+    entropies, datasets without a teacher nothing of one, and where every position counts there is
+    no `loss_mask`: all these are None. `teacher_nll` and `teacher_entropy` are sums over the
+    positions that count.
     """
 
     sequence: int
     tokens: Int32Array
     segments: Int32Array
-    counts: Int32Array
-    ids: Int32Array
-    logprobs: Float32Array
-    tail_logmass: Float32Array | None
-    label_logprobs: Float32Array
+    counts: Int32Array | None = None
+    ids: Int32Array | None = None
+    logprobs: Float32Array | None = None
+    tail_logmass: Float32Array | None = None
+    label_logprobs: Float32Array | None = None
+    entropies: Float32Array | None = None
     loss_mask: BoolArray | None = None
-    teacher_nll: float
-    teacher_entropy: float | None
+    teacher_nll: float | None = None
+    teacher_entropy: float | None = None

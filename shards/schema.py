@@ -16,7 +16,7 @@ at 400,000 tokens/s; 20.1 with level 19, at 74,000.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -32,6 +32,7 @@ IDS: Final = "ids"
 LOGPROBS: Final = "logprobs"
 TAIL_LOGMASS: Final = "tail_logmass"
 LABEL_LOGPROBS: Final = "label_logprobs"
+ENTROPIES: Final = "entropies"
 SEGMENTS: Final = "segments"
 LOSS_MASK: Final = "loss_mask"
 TEACHER_NLL: Final = "teacher_nll"
@@ -53,48 +54,31 @@ def _list_of(data_type: pa.DataType) -> pa.DataType:
     return pa.list_(_required("element", data_type))
 
 
-def schema(*, has_tail: bool, has_mask: bool, has_entropy: bool) -> pa.Schema:
-    """The Arrow schema of a shard; nothing in it is nullable.
-
-    `has_tail`: a truncating keep method, which records the mass that it left out. `has_mask`: some
-    positions do not count. `has_entropy`: the engine saw the whole distribution.
-    """
+def _types() -> dict[str, pa.DataType]:
     int32, float32 = pa.int32(), pa.float32()
-    fields = [
-        _required(SEQUENCE, pa.int64()),
-        _required(TOKENS, _list_of(int32)),
-        _required(IDS, _list_of(_list_of(int32))),
-        _required(LOGPROBS, _list_of(_list_of(float32))),
-        _required(LABEL_LOGPROBS, _list_of(float32)),
-        _required(SEGMENTS, _list_of(int32)),
-        _required(TEACHER_NLL, float32),
-    ]
-    if has_tail:
-        fields.insert(4, _required(TAIL_LOGMASS, _list_of(float32)))
-    if has_entropy:
-        fields.append(_required(TEACHER_ENTROPY, float32))
-    if has_mask:
-        fields.append(_required(LOSS_MASK, _list_of(pa.bool_())))
-    return pa.schema(fields)
+    return {
+        SEQUENCE: pa.int64(),
+        TOKENS: _list_of(int32),
+        IDS: _list_of(_list_of(int32)),
+        LOGPROBS: _list_of(_list_of(float32)),
+        TAIL_LOGMASS: _list_of(float32),
+        LABEL_LOGPROBS: _list_of(float32),
+        ENTROPIES: _list_of(float32),
+        SEGMENTS: _list_of(int32),
+        LOSS_MASK: _list_of(pa.bool_()),
+        TEACHER_NLL: float32,
+        TEACHER_ENTROPY: float32,
+    }
 
 
-ALL_COLUMNS: Final = tuple(schema(has_tail=True, has_mask=True, has_entropy=True).names)
+_TYPES: Final = _types()
+# All columns, in the order in which a shard has those that it has.
+ALL_COLUMNS: Final = tuple(_TYPES)
 
 
-def has_entropy(identity: Mapping[str, Any]) -> bool:
-    """Whether the shards of a dataset have `teacher_entropy`: all of them, or none."""
-    return bool(identity.get(TEACHER_ENTROPY, True))
-
-
-def is_shard_schema(found: pa.Schema) -> bool:
-    """Whether a file's schema, metadata aside, is one that `schema` makes."""
-    names = set(found.names)
-    expected = schema(
-        has_tail=TAIL_LOGMASS in names,
-        has_mask=LOSS_MASK in names,
-        has_entropy=TEACHER_ENTROPY in names,
-    )
-    return bool(found.equals(expected, check_metadata=False))
+def schema(columns: Sequence[str]) -> pa.Schema:
+    """The Arrow schema of a shard with these columns (`DatasetSpec.columns`); none is nullable."""
+    return pa.schema([_required(name, _TYPES[name]) for name in columns])
 
 
 def _leaf(field: pa.Field) -> tuple[str, pa.DataType]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import ShardCorruptError, ShardFormatError
-from shards.identity import canonical_json
+from shards.json_text import canonical_json
 from shards.schema import FORMAT_VERSION
 
 _VERSION = "format_version"
@@ -44,7 +44,7 @@ def unseal(path: Path) -> dict[str, Any]:
         # Before the checksum: another version may have another kind of it.
         if version != FORMAT_VERSION:
             raise ShardFormatError(
-                f"{path}: format version {version}, this release reads version {FORMAT_VERSION}"
+                f"{path}: format version {version!r}, this release reads version {FORMAT_VERSION}"
             )
         checksum = content.pop(_CHECKSUM)
         if _checksum(content) != checksum:

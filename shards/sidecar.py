@@ -9,13 +9,15 @@ turn BYTE_STREAM_SPLIT into PLAIN without an error; the hash of the whole file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from shards.durable import write_flushed
-from shards.errors import ShardCorruptError, ShardError
+from shards.errors import ShardCorruptError, ShardError, ShardFormatError
 from shards.row_group import Totals
 from shards.sealed import seal, unseal
+from shards.typed_json import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class Sidecar:
 
     `tokens` counts labelled positions, `entries` kept vocabulary entries. `kept_mass` is the sum
     over positions of the probability that was kept: 1 - exp(tail_logmass), or the sum of
-    exp(logprobs) for sampled methods. `teacher_entropy` is None if the shard has no such column.
+    exp(logprobs) for sampled methods; None without a teacher. `teacher_nll` and `teacher_entropy`
+    are None if the shard has no such column.
     `chunks_crc32[i][j]` is of column j in row group i.
     """
 
@@ -35,12 +38,12 @@ class Sidecar:
     tokens: int
     entries: int
     bytes: int
-    teacher_nll: float
+    teacher_nll: float | None
     teacher_entropy: float | None
-    kept_mass: float
+    kept_mass: float | None
     footer_sha256: str
     sha256: str
-    chunks_crc32: tuple[tuple[int, ...], ...]
+    chunks_crc32: Sequence[Sequence[int]]
 
     @property
     def totals(self) -> Totals:
@@ -55,8 +58,8 @@ class Sidecar:
     def read(cls, path: Path) -> Sidecar:
         """Read a sidecar.
 
-        ShardError if there is none, ShardCorruptError if it is damaged, ShardFormatError if its
-        version is unknown.
+        ShardError if there is none, ShardCorruptError if it is damaged, ShardFormatError for an
+        unknown version or key.
         """
         try:
             content = unseal(path)
@@ -72,10 +75,9 @@ class Sidecar:
         except OSError as error:
             raise ShardCorruptError(f"{path}: cannot be read: {error.strerror}") from error
         try:
-            content["chunks_crc32"] = tuple(tuple(group) for group in content["chunks_crc32"])
-            return cls(**content)
-        except (KeyError, TypeError) as error:
-            raise ShardCorruptError(f"{path}: not the sidecar of a shard: {error}") from error
+            return parse(cls, content)
+        except ValueError as error:
+            raise ShardFormatError(f"{path}: not the sidecar of a shard: {error}") from error
 
 
 def sidecar_path(shard_path: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 
 from shards.errors import InputError, LogitshardsError, one_line
 from shards.git_lfs import refuse_lfs_pointer
-from shards.identity import Json, canonical_json
+from shards.json_text import Json, canonical_json
 
 logger = logging.getLogger(__name__)
 

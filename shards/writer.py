@@ -4,17 +4,15 @@ The mirror of `reader.py`. Rows are checked before they are written, because a d
 run that made it: shapes and order of the sequences (a ValueError, a mistake in the calling code)
 and the values that a teacher gave (a RunError naming the sequence).
 
-The Parquet file and the sidecar are both written and flushed under temporary names before the
-first of them is published, so the moment in which a shard has no sidecar yet is two system calls
-long. Such a shard does not count: `dataset.discard_shard` removes it and it is written again.
+Both files are written and flushed under temporary names before the first of them is published, so
+the moment in which a shard has no sidecar yet is two system calls long (`publication.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -23,16 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards import publication
 from shards.arrow import to_table
 from shards.checks import problem_with_values
-from shards.checksums import chunks_crc32, file_sha256, footer_sha256
-from shards.durable import publish, temporary_name
-from shards.errors import RunError, ShardError
-from shards.identity import Json
+from shards.durable import temporary_name
+from shards.errors import RunError
+from shards.footer import Footer, parquet_writer
 from shards.row_group import RowGroup, Totals
 from shards.rows import Row
-from shards.schema import FORMAT_VERSION, METADATA_KEY, has_entropy, schema, writer_options
+from shards.schema import ALL_COLUMNS, SEQUENCE, schema
 from shards.sidecar import Sidecar, sidecar_path
+from shards.spec import DatasetSpec
 
 
 def shard_name(shard: int) -> str:
@@ -44,35 +43,20 @@ class ShardWriter:
     """Writes one shard of a split, a row group per call; a context manager that aborts.
 
     `directory` is the split's folder, made if missing. The shard holds the sequences from
-    `shard * sequences_per_shard` on, as `identity["layout"]` says.
+    `shard * sequences_per_shard` on, as the layout of `spec` says.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        shard: int,
-        split: str,
-        identity: Mapping[str, Json],
-        sequences_per_row_group: int,
-    ) -> None:
-        layout = identity["layout"]
-        assert isinstance(layout, Mapping)
-        if layout["sequences_per_row_group"] != sequences_per_row_group:
-            raise ValueError(f"{sequences_per_row_group} rows per row group, but {layout}")
+    def __init__(self, directory: Path, *, shard: int, split: str, spec: DatasetSpec) -> None:
         self.path = directory / shard_name(shard)
-        self._shard = shard
-        self._split = split
-        self._identity = identity
-        self._vocab_size = _integer(identity["vocab_size"])
-        self._sequences_per_shard = _integer(layout["sequences_per_shard"])
-        self._sequences_per_row_group = sequences_per_row_group
-        self._first_sequence = shard * self._sequences_per_shard
+        self._footer = Footer(spec=spec, split=split, shard=shard)
+        self._layout = spec.layout
+        self._columns = schema(spec.columns)
         self._totals = Totals()
         self._temporary = temporary_name(self.path)
         self._temporary_sidecar = temporary_name(sidecar_path(self.path))
         self._file: IO[bytes] | None = None
         self._parquet: pq.ParquetWriter | None = None
+        self._stopped = False
         with _run_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -84,29 +68,24 @@ class ShardWriter:
         """
         group = RowGroup.from_rows(rows)
         self._check_place(group)
-        problem = problem_with_values(group, self._vocab_size)
+        self._check_columns(group)
+        problem = problem_with_values(group, self._footer.spec.tokenizer.vocab_size)
         if problem is not None:
             raise RunError(f"{self.path}: the teacher gave what cannot be written: {problem}")
-        if (group.teacher_entropy is not None) != has_entropy(self._identity):
-            raise ValueError("teacher_entropy is in the rows or in the identity, but not in both")
-        columns = schema(
-            has_tail=group.tail_logmass is not None,
-            has_mask=group.loss_mask is not None,
-            has_entropy=group.teacher_entropy is not None,
-        )
         with _run_errors(self.path):
             if self._parquet is None:
-                self._open(columns)
+                self._open()
             assert self._parquet is not None
-            if not self._parquet.schema.equals(columns):
-                raise ValueError("all rows of a shard have the same optional columns")
-            self._parquet.write_table(to_table(group, columns), row_group_size=group.num_rows)
+            table = to_table(group, self._columns)
+            self._parquet.write_table(table, row_group_size=group.num_rows)
         self._totals += group.totals()
 
-    def publish(self) -> Sidecar:
+    def publish(self, stop_after: str | None = None) -> Sidecar:
         """Flush the shard to disk and give it its name, then the sidecar.
 
-        ShardError if there is a shard of this name already: nothing is overwritten.
+        Where another writer has published the shard already, the sidecar returned is that one's.
+        `stop_after` names a step of `publication.STEPS`: publication.StoppedError is raised after
+        it, and everything is left as a kill would leave it.
         """
         if self._parquet is None or self._file is None:
             raise ValueError("a shard without rows cannot be published")
@@ -116,15 +95,31 @@ class ShardWriter:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
-                sidecar = self._make_sidecar()
+                publication.stop_if(stop_after, publication.PARQUET_FLUSHED)
+                sidecar = publication.make_sidecar(self._temporary, self._footer, self._totals)
                 sidecar.write(self._temporary_sidecar)
-                self._publish_both()
-        finally:
+                publication.stop_if(stop_after, publication.SIDECAR_FLUSHED)
+                sidecar = publication.publish(
+                    self._temporary,
+                    self._temporary_sidecar,
+                    self.path,
+                    self._footer,
+                    self._totals.sequences,
+                    stop_after,
+                )
+        except publication.StoppedError:
+            self._stopped = True
+            raise
+        except BaseException:
             self.abort()
+            raise
+        self.abort()
         return sidecar
 
     def abort(self) -> None:
         """Remove what is not published; after `publish`, or a second time, do nothing."""
+        if self._stopped:
+            return
         # Closing writes what is buffered, and may fail as the write before it did.
         with contextlib.suppress(OSError, ValueError, pa.ArrowException):
             if self._parquet is not None:
@@ -147,65 +142,30 @@ class ShardWriter:
     ) -> None:
         self.abort()
 
-    def _open(self, columns: pa.Schema) -> None:
-        about = {
-            "format_version": FORMAT_VERSION,
-            "shard": self._shard,
-            "split": self._split,
-            "identity": self._identity,
-        }
-        columns = columns.with_metadata({METADATA_KEY: json.dumps(about, allow_nan=False)})
+    def _open(self) -> None:
         self._file = self._temporary.open("xb")
-        self._parquet = pq.ParquetWriter(self._file, columns, **writer_options(columns))
+        metadata = self._footer.to_metadata()
+        self._parquet = parquet_writer(self._file, self._columns.names, metadata)
+
+    def _check_columns(self, group: RowGroup) -> None:
+        """ValueError unless the rows have the columns of the dataset, no less and no more."""
+        found = [name for name in ALL_COLUMNS if getattr(group, _field(name)) is not None]
+        if found != self._columns.names:
+            raise ValueError(f"rows with columns {found}, expected {self._columns.names}")
 
     def _check_place(self, group: RowGroup) -> None:
-        done = self._totals.sequences
-        first = self._first_sequence + done
+        done, layout = self._totals.sequences, self._layout
+        first = layout.first_sequence(self._footer.shard) + done
         if not np.array_equal(group.sequences, np.arange(first, first + group.num_rows)):
             raise ValueError(f"sequences {group.sequences} where {first} and following belong")
-        if done % self._sequences_per_row_group:
+        if done % layout.sequences_per_row_group:
             raise ValueError("only the last row group of a shard may be short")
-        if group.num_rows > self._sequences_per_row_group:
+        if group.num_rows > layout.sequences_per_row_group:
             raise ValueError(
-                f"{group.num_rows} rows in a row group of {self._sequences_per_row_group}"
+                f"{group.num_rows} rows in a row group of {layout.sequences_per_row_group}"
             )
-        if done + group.num_rows > self._sequences_per_shard:
-            raise ValueError(f"more than {self._sequences_per_shard} sequences in a shard")
-
-    def _make_sidecar(self) -> Sidecar:
-        """Checksums of what can be read back, not of what was meant to be written."""
-        with pa.memory_map(str(self._temporary)) as file:
-            buffer = file.read_buffer()
-            content = memoryview(buffer)
-            metadata = pq.read_metadata(pa.BufferReader(buffer))
-            return Sidecar(
-                shard=self._shard,
-                split=self._split,
-                first_sequence=self._first_sequence,
-                sequences=self._totals.sequences,
-                tokens=self._totals.tokens,
-                entries=self._totals.entries,
-                bytes=len(content),
-                teacher_nll=self._totals.teacher_nll,
-                teacher_entropy=self._totals.teacher_entropy,
-                kept_mass=self._totals.kept_mass,
-                footer_sha256=footer_sha256(content),
-                sha256=file_sha256(content),
-                chunks_crc32=chunks_crc32(content, metadata),
-            )
-
-    def _publish_both(self) -> None:
-        sidecar = sidecar_path(self.path)
-        # A sidecar without its shard would make ours count with the wrong checksums.
-        if sidecar.exists():
-            raise ShardError(f"{sidecar}: already there; nothing was overwritten")
-        try:
-            publish(self._temporary, self.path)
-            publish(self._temporary_sidecar, sidecar)
-        except FileExistsError as error:
-            raise ShardError(
-                f"{error.filename2}: already there; nothing was overwritten"
-            ) from error
+        if done + group.num_rows > layout.sequences_per_shard:
+            raise ValueError(f"more than {layout.sequences_per_shard} sequences in a shard")
 
 
 @contextlib.contextmanager
@@ -220,6 +180,6 @@ def _run_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _integer(value: Json) -> int:
-    assert isinstance(value, int)
-    return value
+def _field(column: str) -> str:
+    """The attribute of a `RowGroup` that holds a column."""
+    return "sequences" if column == SEQUENCE else column

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from shards.dataset import Split
 from shards.row_group import RowGroup, require
-from shards.schema import ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
+from shards.schema import ENTROPIES, ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
 from student_train.kept_entries import KeptEntries, Run
 from student_train.lines import Line, Source, all_lines, lines_in_order, packed_length
 from student_train.loss import IGNORE_INDEX
@@ -52,9 +52,10 @@ class Batch:
     """input_ids, labels [B, L] int64, the kept entries of their B L positions, line after line.
 
     labels are -100 where padded or where `loss_mask` is false; num_valid counts the others.
-    tail_logmass [B, L] float32, nats, is padded with -inf. What was not read is None, tail_logmass
-    also if the dataset has none. position_ids [B, L] int64 begin again with every packed sequence;
-    None: each line is one. num_sequences are those of all lines, by the dataset that they are of.
+    tail_logmass and entropies [B, L] float32, nats, are padded with -inf and 0. What was not read
+    is None, and so is a column that the dataset does not have. position_ids [B, L] int64 begin
+    again with every packed sequence; None: each line is one. num_sequences are those of all lines,
+    by the dataset that they are of.
     """
 
     input_ids: Tensor
@@ -64,6 +65,7 @@ class Batch:
     position_ids: Tensor | None = None
     entries: KeptEntries | None = None
     tail_logmass: Tensor | None = None
+    entropies: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         """This batch on a device; itself if it is there."""
@@ -98,7 +100,7 @@ def training_batches(
     which the last may be smaller; none spans two steps. Closing the iterator ends what is decoded
     ahead.
     """
-    lengths = [packed_length(source.split.identity) for source in sources]
+    lengths = [packed_length(source.split.spec) for source in sources]
     packed = next((length for length in lengths if length is not None), None)
     with ExitStack() as stack:
         lines = [stack.enter_context(closing(lines_in_order(s, columns))) for s in sources]
@@ -117,7 +119,7 @@ def sequential_batches(
 
     Closing the iterator ends what is decoded ahead.
     """
-    packed = packed_length(split.identity)
+    packed = packed_length(split.spec)
     with closing(all_lines(split, columns)) as lines:
         while batch := _next_batch(lines, batch_lines, packed):
             yield batch
@@ -163,7 +165,8 @@ def make_batch(
         num_sequences=num_sequences,
         position_ids=None if packed is None else _position_ids(positions, shape),
         entries=_entries(spots, size),
-        tail_logmass=_tail_logmass(spots, shape),
+        tail_logmass=_per_position(spots, shape, TAIL_LOGMASS, -np.inf),
+        entropies=_per_position(spots, shape, ENTROPIES, 0.0),
     )
 
 
@@ -216,14 +219,17 @@ def _runs(spots: Sequence[_Spot]) -> Iterator[tuple[int, RowGroup, range]]:
     yield start, group, place
 
 
-def _tail_logmass(spots: Sequence[_Spot], shape: tuple[int, int]) -> Tensor | None:
-    if spots[0].group.tail_logmass is None:
+def _per_position(
+    spots: Sequence[_Spot], shape: tuple[int, int], column: str, padding: float
+) -> Tensor | None:
+    """A column of one number per position [B, L]; None if it was not read or is not there."""
+    if getattr(spots[0].group, column) is None:
         return None
-    tails = np.full(shape[0] * shape[1], -np.inf, np.float32)
+    padded = np.full(shape[0] * shape[1], padding, np.float32)
     for start, group, _, place in spots:
-        row = require(TAIL_LOGMASS, group.tail_logmass)[place.start : place.stop]
-        tails[start : start + len(row)] = row
-    return torch.from_numpy(tails.reshape(shape))
+        row = require(column, getattr(group, column))[place.start : place.stop]
+        padded[start : start + len(row)] = row
+    return torch.from_numpy(padded.reshape(shape))
 
 
 def _positions(group: RowGroup, r: int) -> range:

@@ -115,7 +115,7 @@ def _to_text(progress: Progress) -> str:
 def _remove_unrecorded(path: Path) -> None:
     """Remove what a kill left of a progress that was being replaced."""
     for entry in list(path.iterdir()):
-        if durable.is_temporary_name_of(entry.name, _PROGRESS):
+        if durable.is_temporary(entry.name):
             entry.unlink()
 
 

@@ -7,129 +7,196 @@ is plain JSON once paths are text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.errors import InputError
-from shards.identity import Json
+from shards.json_text import Json
+from shards.options import OptionError, check, check_choices, option
+from student_train.presets import PRESETS
 from student_train.schedules import ALPHA_SCHEDULES, LR_SCHEDULES
+
+_FLOAT32 = 3e38  # weights are in it, and what they are multiplied by
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Options of `train-student`, one field each; raises InputError for values nobody can mean.
+    """Options of `train-student`, one field each; OptionError for values that cannot be meant.
 
-    `student` is a preset, a Hugging Face config.json or a model folder. `tokens` and `batch_tokens`
-    count labelled positions; more `tokens` than the dataset has are further epochs. A learning rate
-    of None is the preset's own. `save_every` and `eval_every` are optimizer steps; None saves every
-    ten minutes or so (`saving.py`) and evaluates only at the end, which is saved and evaluated
-    always. `shards` are datasets of one tokenizer, `weights` the share of the batch lines that
-    each of them gives, at any scale; none: by size. `eval_shards` None evaluates on the validation
-    split of the first of `shards`. `eval_tasks` are names or YAML files of lm-evaluation-harness.
+    `tokens` and `batch_tokens` count labelled positions; `save_every` and `eval_every` are
+    optimizer steps.
     """
 
-    shards: Sequence[Path]
-    student: str
-    out: Path
-    tokens: int
-    weights: Sequence[float] = ()
-    loss: str = "kld"
-    tail: str = "renormalize"
-    alpha: float = 0.9
-    alpha_schedule: str = "constant"
-    temperature: float = 1.0
-    student_temperature: float = 1.0
-    adaptive_temperature: str | None = None
-    batch_tokens: int = 1 << 19
-    micro_batch_sequences: int = 8
-    learning_rate: float | None = None
-    lr_schedule: str = "wsd"
-    warmup_fraction: float = 0.02
-    decay_fraction: float = 0.2
-    min_learning_rate_ratio: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    gradient_clip: float | None = 1.0
-    save_every: int | None = None
-    eval_every: int | None = None
-    eval_shards: Path | None = None
-    eval_tasks: Sequence[str] = ()
-    seed: int = 0
-    dtype: str = "bfloat16"
-    compile: bool = False
-    gradient_checkpointing: bool = False
+    shards: Sequence[Path] = option(
+        "Folder of a dataset that dump-logits made. Repeatable.", metavar="FOLDER"
+    )
+    weights: Sequence[float] = option(
+        "Share of the batch lines that each dataset gives, such as 0.7,0.3. One per --shards, in "
+        "the same order.",
+        default=(),
+        metavar="LIST",
+        shown_default="in proportion to the sizes",
+    )
+    student: str = option(
+        f"Preset ({', '.join(PRESETS)}), Hugging Face config.json, or model folder to continue "
+        "training.",
+        metavar="MODEL",
+    )
+    out: Path = option("Folder of the run.", metavar="FOLDER")
+    tokens: int = option(
+        "Labelled positions to train on; larger values repeat the dataset.", metavar="TOKENS"
+    )
+    loss: str = option(
+        "How to compare the student with the teacher (docs/training.md).",
+        default="kld",
+        choices=("kld", "nll", "mse"),
+    )
+    tail: str = option(
+        "What to do with the mass that was not kept. renormalize: leave it out. bucket: make it "
+        "one more class.",
+        default="renormalize",
+        choices=("renormalize", "bucket"),
+    )
+    alpha: float = option(
+        "Weight of distillation; plain language modelling has 1 - alpha.", default=0.9
+    )
+    alpha_schedule: str = option(
+        "How alpha changes over the run; --alpha sets the maximum.",
+        default="constant",
+        choices=ALPHA_SCHEDULES,
+    )
+    temperature: float = option("Temperature of the teacher's targets.", default=1.0)
+    student_temperature: float = option(
+        "Temperature of the student's softmax in distillation. The distillation loss is "
+        "multiplied by its square.",
+        default=1.0,
+    )
+    adaptive_temperature: str | None = option(
+        "How --temperature, or the weight of distillation, follows the position "
+        "(docs/training.md).",
+        default=None,
+        choices=("normkd", "wttm", "adakd-sd", "adakd-h"),
+        shown_default="the same everywhere",
+    )
+    batch_tokens: int = option(
+        "Labelled positions of one optimizer step.", default=1 << 19, metavar="TOKENS"
+    )
+    micro_batch_sequences: int = option("Sequences on the device at once.", default=8)
+    learning_rate: float | None = option(
+        "Highest learning rate of the run.", default=None, shown_default="the preset's own"
+    )
+    lr_schedule: str = option(
+        "How the learning rate changes over the run.", default="wsd", choices=LR_SCHEDULES
+    )
+    warmup_fraction: float = option(
+        "Part of the run in which the learning rate rises; alpha too with --alpha-schedule wsd.",
+        default=0.02,
+        metavar="FRACTION",
+    )
+    decay_fraction: float = option(
+        "Part of the run in which the wsd schedules fall.", default=0.2, metavar="FRACTION"
+    )
+    min_learning_rate_ratio: float = option(
+        "Learning rate at the end of the run, as a fraction of the highest.",
+        default=0.1,
+        metavar="FRACTION",
+    )
+    beta1: float = option("AdamW beta1.", default=0.9)
+    beta2: float = option("AdamW beta2.", default=0.95)
+    weight_decay: float = option("Weight decay, matrices only.", default=0.1)
+    gradient_clip: float = option(
+        "Largest norm of the gradient; 0 does not clip.", default=1.0, metavar="NORM"
+    )
+    save_every: int | None = option(
+        "Steps between checkpoints.",
+        default=None,
+        metavar="STEPS",
+        shown_default="about every ten minutes",
+    )
+    eval_every: int | None = option(
+        "Steps between evaluations.",
+        default=None,
+        metavar="STEPS",
+        shown_default="only at the end",
+    )
+    eval_shards: Path | None = option(
+        "Dataset whose validation split is used.",
+        default=None,
+        metavar="FOLDER",
+        shown_default="the first --shards",
+    )
+    eval_tasks: Sequence[str] = option(
+        "Tasks of lm-evaluation-harness to run on the result: names or YAML files, with commas "
+        "between them.",
+        default=(),
+        metavar="LIST",
+        shown_default="none",
+    )
+    seed: int = option(
+        "Seed of the student's first weights and of the order of sequences.", default=0
+    )
+    dtype: str = option(
+        "Dtype that the student runs in; its weights stay in float32.",
+        default="bfloat16",
+        choices=("bfloat16", "float32"),
+    )
+    compile: bool = option("Compile the student's blocks with torch.compile.", default=False)
+    gradient_checkpointing: bool = option(
+        "Compute the activations of the blocks twice instead of keeping them.", default=False
+    )
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_numbers()
+        check_choices(self)
+        self._check_fractions()
+        self._check_sizes()
         self._check_weights()
         _check_bucket(self)
         _check_temperatures(self)
 
-    def _check_choices(self) -> None:
-        _one_of("--loss", self.loss, ("kld", "nll", "mse"))
-        _one_of("--tail", self.tail, ("renormalize", "bucket"))
-        _one_of("--alpha-schedule", self.alpha_schedule, ALPHA_SCHEDULES)
-        if self.adaptive_temperature is not None:
-            _one_of(
-                "--adaptive-temperature",
-                self.adaptive_temperature,
-                ("normkd", "wttm", "adakd-sd", "adakd-h"),
-            )
-        _one_of("--lr-schedule", self.lr_schedule, LR_SCHEDULES)
-        _one_of("--dtype", self.dtype, ("bfloat16", "float32"))
-
-    def _check_numbers(self) -> None:
-        for option, fraction in (
-            ("--alpha", self.alpha),
-            ("--warmup-fraction", self.warmup_fraction),
-            ("--decay-fraction", self.decay_fraction),
-            ("--min-learning-rate-ratio", self.min_learning_rate_ratio),
-        ):
-            _require(0 <= fraction <= 1, option, fraction, "a value in [0, 1]")
-        for option, beta in (("--beta1", self.beta1), ("--beta2", self.beta2)):
-            _require(0 <= beta < 1, option, beta, "a value in [0, 1)")
+    def _check_fractions(self) -> None:
+        for name in ("alpha", "warmup_fraction", "decay_fraction", "min_learning_rate_ratio"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, name, value, "a value in [0, 1]")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            check(0 <= value < 1, name, value, "a value in [0, 1)")
         falls = {"wsd", "wsd-sqrt"} & {self.lr_schedule, self.alpha_schedule}
         if falls and self.warmup_fraction + self.decay_fraction > 1:
-            raise InputError(
-                f"--warmup-fraction {self.warmup_fraction} and --decay-fraction"
-                f" {self.decay_fraction}: expected at most 1 together"
+            raise OptionError(
+                "warmup_fraction",
+                f" {self.warmup_fraction} and --decay-fraction {self.decay_fraction}: expected at"
+                " most 1 together",
             )
-        for option, positive in (
-            ("--temperature", self.temperature),
-            ("--student-temperature", self.student_temperature),
-            ("--learning-rate", self.learning_rate),
-            ("--gradient-clip", self.gradient_clip),
-        ):
-            if positive is not None:
-                _require(0 < positive < float("inf"), option, positive, "a value above 0")
-        _require(
-            0 <= self.weight_decay < float("inf"), "--weight-decay", self.weight_decay, "0 or more"
-        )
-        for option, count in (
-            ("--tokens", self.tokens),
-            ("--batch-tokens", self.batch_tokens),
-            ("--micro-batch-sequences", self.micro_batch_sequences),
-            ("--save-every", self.save_every),
-            ("--eval-every", self.eval_every),
-        ):
-            if count is not None:
-                _require(count >= 1, option, count, "at least 1")
-        _require(0 <= self.seed < 1 << 63, "--seed", self.seed, "a number from 0 to 2^63 - 1")
+
+    def _check_sizes(self) -> None:
+        for name in ("temperature", "student_temperature"):
+            value = getattr(self, name)
+            check(0.01 <= value <= 100, name, value, "a value in [0.01, 100]")
+        if self.learning_rate is not None:
+            holds = 0 < self.learning_rate < _FLOAT32
+            check(holds, "learning_rate", self.learning_rate, "a value above 0 that float32 has")
+        for name in ("weight_decay", "gradient_clip"):
+            value = getattr(self, name)
+            check(0 <= value < _FLOAT32, name, value, "0 or more, and a value that float32 has")
+        for name in ("tokens", "batch_tokens", "micro_batch_sequences", "save_every", "eval_every"):
+            value = getattr(self, name)
+            if value is not None:
+                check(value >= 1, name, value, "at least 1")
+        check(0 <= self.seed < 1 << 63, "seed", self.seed, "a number from 0 to 2^63 - 1")
 
     def _check_weights(self) -> None:
         if not self.shards:
-            raise InputError("--shards: expected at least one dataset")
+            raise OptionError("shards", ": expected at least one dataset")
         if self.weights and len(self.weights) != len(self.shards):
-            raise InputError(
-                f"--weights: {len(self.weights)} of them for {len(self.shards)} --shards; expected"
-                " one for each, in their order, or none"
+            raise OptionError(
+                "weights",
+                f": {len(self.weights)} of them for {len(self.shards)} --shards; expected one for"
+                " each, in the same order, or none",
             )
         for weight in self.weights:
-            _require(0 < weight < float("inf"), "--weights", weight, "values above 0")
+            check(0 < weight < math.inf, "weights", weight, "values above 0")
 
     @property
     def reads_entries(self) -> bool:
@@ -153,11 +220,11 @@ def _to_json(value: Any) -> Json:
 
 
 def _check_bucket(config: TrainConfig) -> None:
-    """InputError for what `--tail bucket` has no definition for."""
+    """OptionError for what `tail` "bucket" has no definition for."""
     if config.tail != "bucket":
         return
     if config.loss == "mse":
-        raise InputError("--tail bucket: --loss mse compares the kept entries alone")
+        raise OptionError("tail", " bucket: --loss mse compares the kept entries alone")
     other = None
     if config.temperature != 1:
         other = f"{config.temperature}"
@@ -166,41 +233,32 @@ def _check_bucket(config: TrainConfig) -> None:
     elif config.adaptive_temperature is not None:
         other = f"those of --adaptive-temperature {config.adaptive_temperature}"
     if other is not None:
-        raise InputError(
-            f"--tail bucket: what was not kept is known at temperature 1, not at {other}"
+        raise OptionError(
+            "tail", f" bucket: what was not kept is known at temperature 1, not at {other}"
         )
 
 
 def _check_temperatures(config: TrainConfig) -> None:
-    """InputError for temperatures that say the same twice, or nothing."""
+    """OptionError for temperatures that say the same twice, or nothing."""
     strategy, student = config.adaptive_temperature, config.student_temperature
     if config.loss == "mse" and student != 1:
-        raise InputError(
-            f"--student-temperature {student}: --loss mse compares logits, where that is the same"
-            f" as --temperature {config.temperature / student:g}"
+        raise OptionError(
+            "student_temperature",
+            f" {student}: --loss mse compares logits, where that is the same as --temperature"
+            f" {config.temperature / student:g}",
         )
     if config.loss == "mse" and strategy is not None:
-        raise InputError(
-            f"--adaptive-temperature {strategy}: is of a softmax, and --loss mse compares logits"
+        raise OptionError(
+            "adaptive_temperature",
+            f" {strategy}: is of a softmax, and --loss mse compares logits",
         )
     if strategy == "wttm" and config.temperature <= 1:
-        raise InputError(
-            f"--adaptive-temperature wttm: its weights need a --temperature above 1, not"
-            f" {config.temperature}"
+        raise OptionError(
+            "adaptive_temperature",
+            f" wttm: its weights need a --temperature above 1, not {config.temperature}",
         )
     if strategy == "wttm" and student != 1:
-        raise InputError(
-            f"--adaptive-temperature wttm: its student is at temperature 1, not at"
-            f" --student-temperature {student}"
+        raise OptionError(
+            "adaptive_temperature",
+            f" wttm: its student is at temperature 1, not at --student-temperature {student}",
         )
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{option} {value}: expected {', '.join(allowed[:-1])} or {allowed[-1]}")
-
-
-def _require(holds: bool, option: str, value: float, expected: str) -> None:
-    # A NaN compares false with everything and so is refused as well.
-    if not holds:
-        raise InputError(f"{option} {value}: expected {expected}")

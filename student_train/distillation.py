@@ -46,10 +46,15 @@ from student_train.temperatures import adapt
 
 
 class Targets(NamedTuple):
-    """The teacher's kept entries of T positions; tail_logmass [T] is for the bucket alone."""
+    """The teacher's kept entries of T positions.
+
+    tail_logmass [T] is for the bucket alone, entropies [T] (nats) for "adakd-h" where they are
+    stored.
+    """
 
     entries: KeptEntries
     tail_logmass: Tensor | None = None
+    entropies: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,8 @@ class Entries:
     """The entries of a block: ids [R, K] int64, logprobs, the student's logits there [R, K].
 
     Where a logprob is -inf there is no entry, whatever the id, which must be one all the same.
-    `logsumexp` [R, 1] is that of all the student's logits, `tail_logmass` [R, 1] the teacher's.
+    `logsumexp` [R, 1] is that of all the student's logits, `tail_logmass` and `entropies` [R, 1]
+    the teacher's.
     """
 
     ids: Tensor
@@ -84,6 +90,7 @@ class Entries:
     logits: Tensor
     logsumexp: Tensor
     tail_logmass: Tensor | None
+    entropies: Tensor | None = None
 
     @property
     def kept(self) -> Tensor:
@@ -134,7 +141,10 @@ def _soft_targets(
         entropy = torch.zeros_like(mass)
     else:
         temperature, weight = adapt(
-            entries.logprobs, objective.temperature, objective.adaptive_temperature
+            entries.logprobs,
+            objective.temperature,
+            objective.adaptive_temperature,
+            entries.entropies,
         )
         target = torch.softmax(entries.logprobs / temperature, 1)
         target = torch.where(entries.kept, target, 0.0)

@@ -36,10 +36,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shards.dataset import Split
-from shards.errors import InputError
-from shards.keep_method import KeepMethod
+from shards.errors import InputError, RunError
 from shards.row_group import Totals
+from shards.spec import DatasetSpec
 from student_train.batches import TAIL_COLUMNS, Batch, for_device, sequential_batches
+from student_train.kept_entries import KeptEntries
 from student_train.loss import IGNORE_INDEX, split_evenly
 from student_train.model import head_weight, hidden_states
 from student_train.read_ahead import ReadAhead
@@ -66,9 +67,10 @@ def evaluate(
 
     bytes_of_tokens [V] int64 is that of `token_bytes.py`. `autocast` surrounds the model without
     its head, whose logits are float32 always. None if it was `asked_to_end` before it was through.
-    InputError if none of the split's positions counts.
+    InputError if none of the split's positions counts, RunError for a student that gives no
+    numbers.
     """
-    method = KeepMethod.of(split.identity)
+    spec = split.spec
     totals = counted_totals(split)
     sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
     bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=device)
@@ -89,11 +91,11 @@ def evaluate(
             batch = batch.to(device)
             with autocast:
                 hidden = hidden_states(model, batch.input_ids, batch.position_ids)
-            _add_batch(sums, bins, hidden, head_weight(model), batch, method)
+            _add_batch(sums, bins, hidden, head_weight(model), batch, spec)
     model.train(was_training)
     if asked_to_end():
         return None
-    return _figures(sums, bins, totals, num_bytes, method)
+    return _figures(sums, bins, totals, num_bytes, spec)
 
 
 def counted_totals(split: Split) -> Totals:
@@ -105,20 +107,29 @@ def counted_totals(split: Split) -> Totals:
 
 
 def _figures(
-    sums: Tensor, bins: Tensor, totals: Totals, num_bytes: int, method: KeepMethod
+    sums: Tensor, bins: Tensor, totals: Totals, num_bytes: int, spec: DatasetSpec
 ) -> dict[str, float]:
     """What the sums over a split come to; num_bytes 0: they are not known."""
     num_tokens = totals.tokens
     nll, kl_kept, kl_bound, weighted, num_agreed, num_known = sums.tolist()
+    if not math.isfinite(nll):
+        raise RunError(
+            f"the student gives {nll} for log-probabilities of the validation split; the run"
+            " diverged, a lower --learning-rate may help"
+        )
     figures = {
         "tokens": num_tokens,
         "cross_entropy": nll / num_tokens,
         "perplexity": _exp(nll / num_tokens),
         "calibration_error": (bins[1] - bins[2]).abs().sum().item() / num_tokens,
-        "teacher_cross_entropy": totals.teacher_nll / num_tokens,
     }
+    if totals.teacher_nll is not None:
+        figures["teacher_cross_entropy"] = totals.teacher_nll / num_tokens
     if num_bytes:
         figures["bits_per_byte"] = nll / math.log(2) / num_bytes
+    if not spec.has_teacher:
+        return figures
+    method = spec.keep
     if not method.is_sampled:
         figures |= {"kl_kept": kl_kept / num_tokens, "kl_bound": kl_bound / num_tokens}
     elif method.temperature == 1 and totals.teacher_entropy is not None:
@@ -137,17 +148,20 @@ def _exp(value: float) -> float:
 
 
 def _add_batch(
-    sums: Tensor, bins: Tensor, hidden: Tensor, weight: Tensor, batch: Batch, method: KeepMethod
+    sums: Tensor, bins: Tensor, hidden: Tensor, weight: Tensor, batch: Batch, spec: DatasetSpec
 ) -> None:
     """Add `position_sums` and `calibration_bins` of a batch's labelled positions, by blocks."""
-    assert batch.entries is not None
+    entries = (
+        KeptEntries.gather([], batch.labels.numel()) if batch.entries is None else batch.entries
+    )
+    entries = entries.with_tensors(lambda tensor: tensor.to(hidden.device))
+    exact_above = spec.keep.exact_above
     labels, hidden = batch.labels.flatten(), hidden.flatten(0, 1)
     tails = None if batch.tail_logmass is None else batch.tail_logmass.flatten()
     rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    exact_above = -math.inf if method.exact_above is None else method.exact_above
     block_bytes = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _GPU_BLOCK_BYTES
     blocks = split_evenly(rows, block_bytes // (4 * len(weight)))
-    padded = batch.entries.padded_blocks(blocks)
+    padded = entries.padded_blocks(blocks)
     for block, (ids, logprobs) in zip(blocks, padded, strict=True):
         logits = hidden[block].float() @ weight.float().T
         prediction = predict(logits)
@@ -159,7 +173,7 @@ def _add_batch(
             ids,
             logprobs,
             None if tails is None else tails[block],
-            exact_above,
+            -math.inf if exact_above is None else exact_above,
         )
 
 
@@ -181,7 +195,7 @@ def predict(logits: Tensor) -> Prediction:
 def calibration_bins(prediction: Prediction, labels: Tensor) -> Tensor:
     """Per bin of the largest probability: number, its sum, hits; float64 [3, bins]."""
     probability = prediction.probability.double()
-    index = (probability * _NUM_BINS).long().clamp_(max=_NUM_BINS - 1)
+    index = (probability * _NUM_BINS).long().clamp_(min=0, max=_NUM_BINS - 1)
     values = torch.stack(
         [torch.ones_like(probability), probability, (prediction.token == labels).double()]
     )

@@ -49,7 +49,7 @@ def _parse(text: bytes, place: str) -> dict[str, Any]:
         sound = isinstance(line["step"], int) and isinstance(line["kind"], str)
         if sound and (line["kind"] == "validation" or is_number(line["tokens"])):
             return line
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise InputError(
         f"{place}: not a line of figures (step, kind, tokens); delete it, and the run continues and"

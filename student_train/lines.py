@@ -7,18 +7,18 @@ size of the dataset; of several datasets each has its own.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from shards.dataset import Split
-from shards.layout import Layout
 from shards.row_group import RowGroup, require
 from shards.schema import TOKENS
+from shards.spec import DatasetSpec
 from student_train.decode_ahead import decode_ahead
 from student_train.order import GROUPS_PER_WINDOW, Order, Window
 from student_train.packing import after, pack
@@ -42,20 +42,19 @@ class Source:
     @classmethod
     def of(cls, split: Split, *, seed: int, start: int = 0) -> Self:
         """A split in the order that belongs to a seed."""
-        layout = Layout.of(split.identity)
-        order = Order(num_sequences=split.num_sequences, layout=layout, seed=seed)
+        order = Order(num_sequences=split.num_sequences, layout=split.spec.layout, seed=seed)
         return cls(split=split, order=order, start=start)
 
 
-def packed_length(identity: Mapping[str, Any]) -> int | None:
+def packed_length(spec: DatasetSpec) -> int | None:
     """Positions of a line into which sequences of the dataset are packed; None: they are not."""
-    return None if identity["documents"]["joined"] else int(identity["sequence_length"])
+    return None if spec.documents.joined else spec.sequence_length
 
 
 def lines_in_order(source: Source, columns: Sequence[str]) -> Generator[Line]:
     """Lines for training, without end. Closing the iterator ends what is decoded ahead."""
     order, start = source.order, source.start
-    length = packed_length(source.split.identity)
+    length = packed_length(source.split.spec)
     numbers = (g for window in order.windows(start) for g in window.row_groups)
     ahead = _row_groups_ahead(source.split)
     with closing(decode_ahead(source.split, numbers, columns, ahead)) as row_groups:
@@ -70,7 +69,7 @@ def all_lines(split: Split, columns: Sequence[str]) -> Generator[Line]:
     """All sequences once, in their own order unless they are packed. To be closed likewise."""
     numbers = range(split.num_row_groups)
     with closing(decode_ahead(split, numbers, columns, _row_groups_ahead(split))) as row_groups:
-        yield from _lines(row_groups, packed_length(split.identity))
+        yield from _lines(row_groups, packed_length(split.spec))
 
 
 def _row_groups_ahead(split: Split) -> int:

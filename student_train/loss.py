@@ -126,11 +126,12 @@ def split_evenly(rows: Tensor, most: int) -> tuple[Tensor, ...]:
 
 
 class _Kept(NamedTuple):
-    """The targets of a block: ids and logprobs [R, K], tail_logmass [R, 1] if that is needed."""
+    """The targets of a block: ids and logprobs [R, K], the others [R, 1] if they are needed."""
 
     ids: Tensor
     logprobs: Tensor
     tail_logmass: Tensor | None
+    entropies: Tensor | None
 
 
 def _kept(blocks: tuple[Tensor, ...], targets: Targets | None) -> Iterator[_Kept | None]:
@@ -138,12 +139,20 @@ def _kept(blocks: tuple[Tensor, ...], targets: Targets | None) -> Iterator[_Kept
     if targets is None:
         yield from repeat(None, len(blocks))
         return
-    tail = targets.tail_logmass
     padded = targets.entries.padded_blocks(blocks)
     for rows, (ids, logprobs) in zip(blocks, padded, strict=True):
-        tails = None if tail is None else tail.index_select(0, rows).unsqueeze(1)
         # Looking up logits by int32 takes longer than by int64, more than the copy does.
-        yield _Kept(ids.long(), logprobs, tails)
+        yield _Kept(
+            ids.long(),
+            logprobs,
+            _rows_of(targets.tail_logmass, rows),
+            _rows_of(targets.entropies, rows),
+        )
+
+
+def _rows_of(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    """values [T] at rows [R] -> [R, 1]."""
+    return None if values is None else values.index_select(0, rows).unsqueeze(1)
 
 
 def _block_bytes(device: str, row_bytes: int) -> int:
@@ -184,13 +193,14 @@ class _Blocks:
         self.lm += (logsumexp - label_logits).sum()
         coefficient = torch.ones_like(label_logits)
         if kept is not None:
-            tail = kept.tail_logmass
+            tail, entropies = kept.tail_logmass, kept.entropies
             entries = Entries(
                 ids=kept.ids,
                 logprobs=kept.logprobs.to(self.sum_dtype),
                 logits=kept_logits,
                 logsumexp=logsumexp,
                 tail_logmass=None if tail is None else tail.to(self.sum_dtype),
+                entropies=None if entropies is None else entropies.to(self.sum_dtype),
             )
             if tempered is None:
                 kd, coefficient = distil(probabilities, entries, self._objective)

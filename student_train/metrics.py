@@ -19,8 +19,8 @@ from typing import Self, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from shards import durable
+from shards.spec import VALIDATION
 from student_train.figure_lines import read_lines
-from student_train.prepare import VALIDATION
 from student_train.run_folder import RunFolder
 
 

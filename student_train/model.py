@@ -11,7 +11,10 @@ a vocabulary that is padded to more rows is fine.
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,11 @@ from transformers import (
 
 from shards.dataset import Dataset
 from shards.errors import InputError, one_line
+from shards.tokenizer_files import TOKENIZER
 from student_train.presets import PRESETS
 from student_train.student_tokenizer import check_tokenizer
+
+logger = logging.getLogger(__name__)
 
 # What reading a model folder raises, depending on which part of it is wrong.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
@@ -60,14 +66,7 @@ def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
     """
     path = Path(student)
     if student in PRESETS:
-        identity = dataset.identity
-        config = LlamaConfig(
-            **PRESETS[student].config_json(
-                identity["vocab_size"],
-                identity["sequence_length"],
-                identity["documents"]["eos_token_id"],
-            )
-        )
+        config = LlamaConfig(**PRESETS[student].config_json(dataset.spec))
         model = _fresh(student, config, seed)
     elif path.is_dir():
         check_tokenizer(path, dataset)
@@ -116,9 +115,31 @@ def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def export(model: PreTrainedModel, dataset: Dataset, folder: Path) -> None:
-    """Write a Hugging Face folder: config, float32 safetensors, and the dataset's tokenizer."""
-    model.save_pretrained(folder)
-    shutil.copytree(dataset.path / "tokenizer", folder, dirs_exist_ok=True)
+    """Write a Hugging Face folder: config, float32 safetensors, and the dataset's tokenizer.
+
+    The tokens that begin and end documents are those of the dataset, in every file.
+    """
+    documents = dataset.spec.documents
+    kinds = {"bos_token_id": documents.bos_token_id, "eos_token_id": documents.eos_token_id}
+    with _attributes(model.config, kinds), _attributes(model.generation_config, kinds):
+        model.save_pretrained(folder)
+    shutil.copytree(dataset.path / TOKENIZER, folder, dirs_exist_ok=True)
+
+
+@contextmanager
+def _attributes(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Give an object other values for a while; a None leaves its own, an owner of None is none."""
+    before = {name: getattr(owner, name, None) for name, value in values.items()}
+    changed = {name for name, value in values.items() if owner is not None and value is not None}
+    for name in changed:
+        if before[name] not in (None, values[name]):
+            logger.info("%s %s: the dataset's, %s, is exported", name, before[name], values[name])
+        setattr(owner, name, values[name])
+    try:
+        yield
+    finally:
+        for name in changed:
+            setattr(owner, name, before[name])
 
 
 def _fresh(student: str, config: Any, seed: int) -> PreTrainedModel:
@@ -175,13 +196,13 @@ def check_sizes(student: str, model: PreTrainedModel, dataset: Dataset) -> None:
     if model.get_output_embeddings() is None:
         raise InputError(f"--student {student}: {type(model).__name__} has no head")
     num_rows = len(head_weight(model))
-    vocab_size = dataset.identity["vocab_size"]
+    vocab_size = dataset.spec.tokenizer.vocab_size
     if num_rows < vocab_size:
         raise InputError(
             f"--student {student}: a vocabulary of {num_rows}, {dataset.path} has {vocab_size}"
         )
     most = getattr(model.config, "max_position_embeddings", None)
-    length = dataset.identity["sequence_length"]
+    length = dataset.spec.sequence_length
     if most is not None and most < length:
         raise InputError(
             f"--student {student}: at most {most} positions, the sequences of {dataset.path} have"

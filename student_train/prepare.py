@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 from shards.dataset import Dataset, Split
 from shards.errors import IdentityMismatchError, InputError
-from shards.keep_method import KeepMethod
+from shards.keep import Keep
+from shards.schema import ENTROPIES
+from shards.spec import TRAIN, VALIDATION
 from student_train.config import TrainConfig
 from student_train.distillation import Objective
 from student_train.evaluate import counted_totals
 from student_train.schedules import Alpha, LearningRate, learning_rate
 
 logger = logging.getLogger(__name__)
-
-VALIDATION = "validation"
 
 
 def open_datasets(config: TrainConfig) -> list[Dataset]:
@@ -34,26 +34,41 @@ def open_datasets(config: TrainConfig) -> list[Dataset]:
 def _check_mixes(config: TrainConfig, other: Dataset, first: Dataset) -> None:
     """InputError or IdentityMismatchError for a dataset that cannot be mixed into the first."""
     _check_tokenizers("--shards", other, first)
-    length, expected = (d.identity["sequence_length"] for d in (other, first))
+    length, expected = (d.spec.sequence_length for d in (other, first))
     if length != expected:
         raise InputError(
             f"--shards {other.path}: has sequences of {length} tokens, {first.path} of"
             f" {expected}; expected the same --sequence-length"
         )
-    methods = [KeepMethod.of(dataset.identity) for dataset in (other, first)]
-    if config.alpha and methods[0].is_sampled != methods[1].is_sampled:
+    keep, expected_keep = other.spec.keep, first.spec.keep
+    if config.alpha and keep.is_sampled != expected_keep.is_sampled:
         raise InputError(
-            f"--shards {other.path}: its entries (--keep {methods[0].name}) are used in another"
-            f" way than those of {first.path} (--keep {methods[1].name}): probabilities and"
+            f"--shards {other.path}: its entries (--keep {keep.method}) are used in another way"
+            f" than those of {first.path} (--keep {expected_keep.method}): probabilities and"
             " sampled weights do not mix"
         )
-    documents = [dataset.identity["documents"] for dataset in (first, other)]
-    for name in ("bos", "eos_token_id"):
-        if documents[0][name] != documents[1][name]:
+    if reads_entropies(config, first) != reads_entropies(config, other):
+        raise InputError(
+            f"--adaptive-temperature {config.adaptive_temperature}: one of {first.path} and"
+            f" {other.path} has the teacher's entropies and the other has not"
+        )
+    documents = first.spec.documents, other.spec.documents
+    for name in ("bos", "bos_token_id", "eos_token_id"):
+        here, there = (getattr(part, name) for part in documents)
+        if here != there:
             logger.warning(
                 "%s: %s of its documents is %s, %s in %s, which decides for the student",
-                other.path, name, documents[1][name], documents[0][name], first.path,
+                other.path, name, there, here, first.path,
             )  # fmt: skip
+
+
+def reads_entropies(config: TrainConfig, dataset: Dataset) -> bool:
+    """Whether training takes the temperature of a position from its stored entropy."""
+    return (
+        config.reads_entries
+        and config.adaptive_temperature == "adakd-h"
+        and ENTROPIES in dataset.spec.columns
+    )
 
 
 def shares(config: TrainConfig, splits: Sequence[Split]) -> list[float]:
@@ -69,7 +84,7 @@ def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
     Every sequence counts as full: the few that are short, or have positions that do not count,
     must not change the number of steps. InputError if a step would hold no sequence.
     """
-    length = dataset.identity["sequence_length"]
+    length = dataset.spec.sequence_length
     step_sequences = config.batch_tokens // length
     if not step_sequences:
         raise InputError(
@@ -114,7 +129,7 @@ def make_objective(config: TrainConfig, split: Split) -> Objective:
         kind=config.loss,
         alpha=config.alpha,
         temperature=config.temperature,
-        sampled=KeepMethod.of(split.identity).is_sampled,
+        sampled=split.spec.keep.is_sampled,
         bucket=config.tail == "bucket",
         student_temperature=config.student_temperature,
         adaptive_temperature=config.adaptive_temperature,
@@ -122,30 +137,42 @@ def make_objective(config: TrainConfig, split: Split) -> Objective:
 
 
 def check_objective(config: TrainConfig, dataset: Dataset) -> None:
-    """InputError for what sampled weights do not carry: they are of one temperature."""
-    method = KeepMethod.of(dataset.identity)
+    """InputError for what a dataset does not carry: sampled weights are of one temperature."""
+    method: Keep = dataset.spec.keep
+    if config.alpha and not dataset.spec.has_teacher:
+        raise InputError(
+            f"--alpha {config.alpha}: {dataset.path} has tokens and nothing of a teacher; give"
+            " --alpha 0"
+        )
+    if config.alpha and config.adaptive_temperature is not None and not method.is_sampled:
+        stored = reads_entropies(config, dataset)
+        logger.info(
+            "%s: --adaptive-temperature %s uses %s", dataset.path, config.adaptive_temperature,
+            "the teacher's entropies" if stored else "the kept entries of a position",
+        )  # fmt: skip
     if not (config.alpha and method.is_sampled):
         return
     if config.loss == "mse":
         raise InputError(
-            f"--loss mse: {dataset.path} was sampled (--keep {method.name}); a weight is not the"
+            f"--loss mse: {dataset.path} was sampled (--keep {method.method}); a weight is not the"
             " probability of its entry"
         )
     if config.tail == "bucket":
         raise InputError(
-            f"--tail bucket: {dataset.path} was sampled (--keep {method.name}), nothing is missing"
-            " in its expectation"
+            f"--tail bucket: {dataset.path} was sampled (--keep {method.method}), nothing is"
+            " missing in its expectation"
         )
     if config.adaptive_temperature is not None:
         raise InputError(
             f"--adaptive-temperature {config.adaptive_temperature}: {dataset.path} was sampled at"
-            f" temperature {method.temperature} (--keep {method.name}), and its weights can be used"
-            " at no other"
+            f" temperature {method.temperature} (--keep {method.method}), and its weights can be"
+            " used at no other"
         )
     if config.temperature != method.temperature:
         raise InputError(
             f"--temperature {config.temperature}: {dataset.path} was sampled at temperature"
-            f" {method.temperature} (--keep {method.name}), and its weights can be used at no other"
+            f" {method.temperature} (--keep {method.method}), and its weights can be used at no"
+            " other"
         )
 
 
@@ -163,9 +190,15 @@ def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | 
     return found
 
 
+def check_counted(datasets: Sequence[Dataset]) -> None:
+    """InputError for a dataset of whose training split no position counts."""
+    for dataset in datasets:
+        counted_totals(dataset.split(TRAIN))
+
+
 def _check_tokenizers(option: str, found: Dataset, dataset: Dataset) -> None:
     """IdentityMismatchError unless both have the same tokenizer."""
-    expected, other = dataset.identity["tokenizer_sha256"], found.identity["tokenizer_sha256"]
+    expected, other = dataset.spec.tokenizer.sha256, found.spec.tokenizer.sha256
     if expected != other:
         raise IdentityMismatchError(
             f"{option} {found.path}: has another tokenizer ({other[:12]}) than"

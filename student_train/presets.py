@@ -14,6 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shards.spec import DatasetSpec
 
 # Vocabularies are padded to whole tiles of matrix units.
 _VOCAB_MULTIPLE = 64
@@ -32,10 +36,9 @@ class Preset:
     tie_word_embeddings: bool
     learning_rate: float
 
-    def config_json(
-        self, vocab_size: int, sequence_length: int, eos_token_id: int
-    ) -> dict[str, int | float | bool | None]:
-        """The keyword arguments of a LlamaConfig for a tokenizer of `vocab_size` tokens."""
+    def config_json(self, spec: DatasetSpec) -> dict[str, int | float | bool | None]:
+        """The keyword arguments of a LlamaConfig for a dataset's tokenizer and sequences."""
+        vocab_size, sequence_length = spec.tokenizer.vocab_size, spec.sequence_length
         return {
             "vocab_size": -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
             "hidden_size": self.hidden_size,
@@ -45,8 +48,8 @@ class Preset:
             "num_key_value_heads": self.num_key_value_heads,
             "tie_word_embeddings": self.tie_word_embeddings,
             "max_position_embeddings": max(_LEAST_MAX_POSITIONS, sequence_length),
-            "bos_token_id": None,
-            "eos_token_id": eos_token_id,
+            "bos_token_id": spec.documents.bos_token_id,
+            "eos_token_id": spec.documents.eos_token_id,
         }
 
 

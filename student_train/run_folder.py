@@ -20,14 +20,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shards import durable
 from shards.dataset import Dataset
 from shards.errors import InputError
-from shards.identity import Json, differences
+from shards.json_text import Json, json_differences
 from student_train.config import TrainConfig
 from student_train.presets import PRESETS
 
@@ -58,10 +58,10 @@ class RunFolder:
             raise InputError(f"{self.path}: a file, where a folder for the run is expected")
         file = self.path / _RUN
         if file.is_file():
-            self._check_same(description, _read_json(file))
+            self._check_same(description, _read_settings(file))
             return
         names = sorted(os.listdir(self.path)) if self.path.exists() else []
-        others = [name for name in names if not durable.is_temporary_name_of(name, _RUN)]
+        others = [name for name in names if not durable.is_temporary(name)]
         if others:
             raise InputError(
                 f"{self.path}: holds something else ({others[0]}), no run; give an empty or a new"
@@ -83,7 +83,7 @@ class RunFolder:
                 f"{self.path}: not the folder of a run, it has no {_RUN}; expected one that"
                 " train-student --out made"
             )
-        return _read_json(file)
+        return _read_settings(file)
 
     def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, else None."""
@@ -95,7 +95,7 @@ class RunFolder:
         durable.replace(self.path / _SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def _check_same(self, here: Mapping[str, Json], there: Mapping[str, Any]) -> None:
-        found = differences(_compared(here), _compared(there))
+        found = json_differences(_compared(here), _compared(there))
         if not found:
             return
         reason = ""
@@ -137,8 +137,7 @@ def publish_folder(final: Path, fill: Callable[[Path], None]) -> None:
     temporary.mkdir()
     try:
         fill(temporary)
-        _flush(path for path in temporary.rglob("*") if path.is_file())
-        durable.sync_folder(temporary)
+        durable.sync_files(temporary)
         remove_folder(final)
         temporary.rename(final)
         durable.sync_folder(final.parent)
@@ -165,15 +164,9 @@ def remove_unpublished(parent: Path) -> None:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
-def _flush(files: Iterable[Path]) -> None:
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
 def _describe_dataset(dataset: Dataset) -> dict[str, Json]:
     sizes = {name: size.sequences for name, size in dataset.manifest.splits.items()}
-    return {"identity": dataset.identity, "sequences": sizes}
+    return {"spec": dataset.spec.to_json(), "sequences": sizes}
 
 
 def _describe_student(student: str) -> str:
@@ -197,8 +190,18 @@ def _compared(description: Mapping[str, Any]) -> dict[str, Any]:
     config = {
         key: value for key, value in description["config"].items() if key not in _NOT_COMPARED
     }
-    # Runs that were started before there was a hash have the name alone.
-    return {"student": description["config"]["student"], **description, "config": config}
+    return {**description, "config": config}
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    """The content of run.json. InputError unless it has the parts that `describe_run` gives it."""
+    content = _read_json(file)
+    for key in ("config", "dataset"):
+        if not isinstance(content.get(key), dict):
+            raise InputError(
+                f"{file}: not the settings of a run: no object {key!r}; give another folder"
+            )
+    return content
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -206,6 +209,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); give another folder") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: cannot be read ({reason}); give another folder") from error
     return content

@@ -66,7 +66,7 @@ def optimizer_step(
     micro_batches: Iterable[Batch],
     loss_of: Callable[[PreTrainedModel, Batch], Loss],
     *,
-    gradient_clip: float | None,
+    gradient_clip: float,
     autocast: AbstractContextManager[object],
 ) -> StepResult:
     """Train on the micro batches of one step, which may be on another device than the model.
@@ -111,6 +111,11 @@ def batch_loss(model: PreTrainedModel, batch: Batch, *, objective: Objective) ->
     targets = None
     if objective.alpha and batch.entries is not None:
         tail = batch.tail_logmass if objective.bucket else None
-        targets = Targets(batch.entries, None if tail is None else tail.flatten())
+        entropies = batch.entropies
+        targets = Targets(
+            batch.entries,
+            None if tail is None else tail.flatten(),
+            None if entropies is None else entropies.flatten(),
+        )
     hidden = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)
     return distillation_loss(hidden, head_weight(model), batch.labels.flatten(), targets, objective)

@@ -28,7 +28,7 @@ def check_tokenizer(folder: Path, dataset: Dataset) -> None:
     InputError, one line, where no tokenizer can be read from the folder.
     """
     found = _sha256(folder)
-    expected = dataset.identity["tokenizer_sha256"]
+    expected = dataset.spec.tokenizer.sha256
     if found != expected:
         raise IdentityMismatchError(
             f"--student {folder}: has another tokenizer ({found[:12]}) than {dataset.path}"

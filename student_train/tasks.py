@@ -30,6 +30,7 @@ import numpy as np
 
 from shards import durable
 from shards.errors import InputError, RunError
+from shards.spec import DatasetSpec
 
 STANDARD_ERROR = "_stderr"  # behind a metric
 TaskFigures = Mapping[str, Mapping[str, float]]  # task -> metric -> value
@@ -62,7 +63,7 @@ def read_tasks(file: Path) -> dict[str, Any]:
             values = [value for task in entry["results"].values() for value in task.values()]
             if not (all(isinstance(v, int | float) for v in values) and "file_sha256" in entry):
                 raise ValueError("not the results of tasks")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(
             f"{file}: cannot be read ({error!r}); without it train-student runs its tasks again"
         ) from error
@@ -125,13 +126,13 @@ def run_tasks(
     model: Path,
     file: Path,
     *,
-    identity: Mapping[str, Any],
+    spec: DatasetSpec,
     dtype: str,
     device: str,
 ) -> None:
     """Evaluate the model in a folder on tasks, writing each to `file`.
 
-    `identity` is that of the dataset it was trained on. RunError for tasks that fail, after all
+    `spec` is of the dataset it was trained on. RunError for tasks that fail, after all
     others.
     """
     from lm_eval import evaluate
@@ -139,7 +140,7 @@ def run_tasks(
     failed = []
     try:
         with redirect_stdout(sys.stderr):
-            student = _student(model, identity, dtype, device)
+            student = _student(model, spec, dtype, device)
     except Exception as error:  # whatever the harness and transformers raise
         raise RunError(f"--eval-tasks: {model}: cannot be loaded: {error!r}") from error
     for task in tasks:
@@ -200,12 +201,12 @@ def _load(manager: Any, task: str) -> Any:
     return loaded
 
 
-def _student(model: Path, identity: Mapping[str, Any], dtype: str, device: str) -> Any:
+def _student(model: Path, spec: DatasetSpec, dtype: str, device: str) -> Any:
     """The harness's view of a student that was trained in `dtype` on a dataset."""
     from lm_eval.models.huggingface import HFLM
 
-    documents, length = identity["documents"], identity["sequence_length"]
-    row_bytes = 2 * 4 * length * identity["vocab_size"]
+    documents, length = spec.documents, spec.sequence_length
+    row_bytes = 2 * 4 * length * spec.tokenizer.vocab_size
     student = HFLM(
         pretrained=str(model),
         dtype="float32",
@@ -214,8 +215,10 @@ def _student(model: Path, identity: Mapping[str, Any], dtype: str, device: str) 
         device=device,
         batch_size="auto" if device == "cuda" else max(1, _BATCH_BYTES // row_bytes),
         max_length=length,
-        add_bos_token=documents["bos"],
-        prefix_token_id=None if documents["bos"] else documents["eos_token_id"],
+        add_bos_token=documents.bos_token_id is not None,
+        prefix_token_id=documents.eos_token_id
+        if documents.bos_token_id is None
+        else documents.bos_token_id,
     )
     _keep_float32(student.model.get_output_embeddings())
     return student

@@ -20,11 +20,11 @@ the teacher is sure (s large, H small) the target is made softer, where it is no
 tau / 2 and 2 * tau; s or H of 1 nat leave tau. For tau = 1 these are the static temperatures 0.5 to
 2 among which Peng et al. found little difference.
 
-Truncated shards hold neither all logits nor an entropy per position (only a sum per sequence). So
-s, H and U are those of the kept entries, renormalised: of the truncated teacher, which is also what
-the target is made of. s divides by n - 1, as its source does, and does not see the constant between
-logits and log-probabilities. Where s is 0, "normkd" has tau: one entry, or n equal ones, have the
-same target at every temperature.
+Truncated shards do not hold all logits. So s and U are those of the kept entries, renormalised: of
+the truncated teacher, which is also what the target is made of. H is the teacher's own entropy
+where the shards hold it (`entropies`), else that of the kept entries. s divides by n - 1, as its
+source does, and does not see the constant between logits and log-probabilities. Where s is 0,
+"normkd" has tau: one entry, or n equal ones, have the same target at every temperature.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ from torch import Tensor
 
 
 def adapt(
-    logprobs: Tensor, temperature: float, strategy: str | None
+    logprobs: Tensor,
+    temperature: float,
+    strategy: str | None,
+    entropies: Tensor | None = None,
 ) -> tuple[Tensor | float, Tensor | float]:
     """Temperature and weight, numbers or [R, 1], for logprobs [R, K], -inf where nothing was kept.
+
+    entropies [R, 1], nats, are the teacher's own; None: those of the kept entries are used.
 
     Always finite and above 0, also where one entry or none was kept; see above.
     """
@@ -45,7 +50,7 @@ def adapt(
     if strategy == "wttm":
         return temperature, _power_sum(logprobs, 1 / temperature)
     if strategy == "adakd-h":
-        entropy = _entropy(logprobs)
+        entropy = _entropy(logprobs) if entropies is None else entropies
         return temperature * ((1 - entropy) / (1 + entropy)).exp2(), 1.0
     deviation = _deviation(logprobs)
     if strategy == "adakd-sd":

@@ -26,7 +26,7 @@ _SPACE = "\u2581"
 def token_bytes(dataset: Dataset) -> Tensor | None:
     """[V] int64: bytes of every token of a dataset's tokenizer; None where that is not known."""
     return bytes_by_id(
-        dataset.path / "tokenizer" / "tokenizer.json", dataset.identity["vocab_size"]
+        dataset.path / "tokenizer" / "tokenizer.json", dataset.spec.tokenizer.vocab_size
     )
 
 
@@ -36,7 +36,7 @@ def bytes_by_id(tokenizer_file: Path, vocab_size: int) -> Tensor | None:
         content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
         kinds = set(_types(content.get("decoder")))
         vocab = content["model"]["vocab"]
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
         return None
     pairs = vocab.items() if isinstance(vocab, dict) else [(t[0], i) for i, t in enumerate(vocab)]
     if "ByteLevel" in kinds:

@@ -19,17 +19,18 @@ from transformers.utils.logging import disable_progress_bar
 from shards.dataset import Dataset
 from shards.errors import RunError
 from shards.folder_lock import folder_lock
-from shards.identity import Json
+from shards.json_text import Json
+from shards.spec import TRAIN
 from student_train.blocks import first_line, prepare_blocks
 from student_train.config import TrainConfig
 from student_train.lines import packed_length
 from student_train.model import check_sizes, default_learning_rate, export, make_student
 from student_train.packed_attention import block_at_joints
-from student_train.prepare import find_evaluation_dataset, open_datasets, plan_steps
+from student_train.prepare import check_counted, find_evaluation_dataset, open_datasets, plan_steps
 from student_train.run_folder import RunFolder, describe_run, publish_folder
 from student_train.step import autocast_for
 from student_train.tasks import load_tasks, missing_tasks, read_tasks, run_tasks, task_figures
-from student_train.training import TRAIN, Training
+from student_train.training import Training
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def _run(config: TrainConfig) -> dict[str, Json]:
     evaluation_dataset = find_evaluation_dataset(config, datasets[0])
     rate = config.learning_rate or default_learning_rate(config.student)
     config = replace(config, learning_rate=rate)
+    check_counted(datasets)
     folder = RunFolder(config.out)
     description = describe_run(config, datasets, evaluation_dataset)
     folder.check(description)
@@ -67,7 +69,7 @@ def _run(config: TrainConfig) -> dict[str, Json]:
                 tasks,
                 folder.model,
                 folder.tasks,
-                identity=datasets[0].identity,
+                spec=datasets[0].spec,
                 dtype=config.dtype,
                 device=str(device),
             )
@@ -110,8 +112,8 @@ def _train(
     read = datasets if evaluation_dataset is None else [*datasets, evaluation_dataset]
     for other in read[1:]:
         check_sizes(config.student, model, other)
-    packed = [other for other in read if packed_length(other.identity) is not None]
-    length = dataset.identity["sequence_length"]
+    packed = [other for other in read if packed_length(other.spec) is not None]
+    length = dataset.spec.sequence_length
     autocast = autocast_for(config.dtype, device)
     if packed:
         block_at_joints(config.student, model, packed[0].path, length=length, autocast=autocast)

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 
 from shards.dataset import Dataset, Split
 from shards.errors import RunError, StoppedError
-from shards.identity import Json
+from shards.json_text import Json
+from shards.schema import ENTROPIES
+from shards.spec import TRAIN, VALIDATION
 from student_train import checkpoint
 from student_train.batches import (
     TAIL_COLUMNS,
@@ -40,7 +42,7 @@ from student_train.lines import Source
 from student_train.metrics import Metrics
 from student_train.mixture import choices, order_seed
 from student_train.model import num_parameters
-from student_train.prepare import VALIDATION, make_objective, plan_schedules, shares
+from student_train.prepare import make_objective, plan_schedules, shares
 from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder
@@ -59,7 +61,6 @@ from student_train.token_bytes import token_bytes
 logger = logging.getLogger(__name__)
 
 _READ_AHEAD_BATCHES = 4
-TRAIN = "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class Training:
         self._config = config
         self._splits = splits
         self._shares = shares(config, splits)
-        self._length = splits[0].identity["sequence_length"]
+        self._length = splits[0].spec.sequence_length
         self._evaluation_dataset = evaluation_dataset
         self._folder = folder
         self._device = model.device
@@ -277,7 +278,11 @@ class Training:
     def _columns(self) -> tuple[str, ...]:
         if self._config.reads_tail:
             return TAIL_COLUMNS
-        return TARGET_COLUMNS if self._config.reads_entries else TOKEN_COLUMNS
+        if not self._config.reads_entries:
+            return TOKEN_COLUMNS
+        if self._config.adaptive_temperature == "adakd-h":
+            return (*TARGET_COLUMNS, ENTROPIES)
+        return TARGET_COLUMNS
 
     def _log_start(self, step_sequences: int, num_steps: int) -> None:
         total, beside = num_parameters(self._model)

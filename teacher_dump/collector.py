@@ -14,45 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from shards.identity import Json
-from shards.layout import Layout
-from shards.rows import BoolArray, Row
+from shards.rows import Row
 from shards.sidecar import Sidecar
+from shards.spec import DatasetSpec
 from shards.writer import ShardWriter
-from teacher_dump.packing import Selected, round_to_step
-from teacher_dump.sequences import TokenSequence
-
-
-def make_row(sequence: TokenSequence, selected: Selected, logprob_step: float) -> Row:
-    """The shard's row of a scored sequence; sums are taken before anything is rounded.
-
-    Where the sequence's `loss_mask` is false nothing is kept, and the sums leave it out.
-    """
-    counted: BoolArray | slice = slice(None)
-    counts, ids, logprobs = selected.counts, selected.ids, selected.logprobs
-    if sequence.loss_mask is not None:
-        counted = sequence.loss_mask
-        kept = np.repeat(counted, counts)
-        counts, ids, logprobs = np.where(counted, counts, 0), ids[kept], logprobs[kept]
-    nll = -float(selected.label_logprobs[counted].sum(dtype=np.float64))
-    entropy, tail = selected.entropy, selected.tail_logmass
-    return Row(
-        sequence=sequence.number,
-        tokens=sequence.tokens,
-        segments=sequence.segments,
-        counts=counts,
-        ids=ids,
-        logprobs=logprobs,
-        tail_logmass=None if tail is None else round_to_step(tail, logprob_step),
-        label_logprobs=round_to_step(selected.label_logprobs, logprob_step),
-        loss_mask=sequence.loss_mask,
-        teacher_nll=nll,
-        teacher_entropy=(
-            None if entropy is None else float(entropy[counted].sum(dtype=np.float64))
-        ),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +49,12 @@ class ShardCollector:
         out: Path,
         plans: Iterable[ShardPlan],
         *,
-        identity: dict[str, Json],
-        layout: Layout,
+        spec: DatasetSpec,
         on_shard: Callable[[Sidecar], None],
     ) -> None:
-        self._per_shard = layout.sequences_per_shard
-        self._per_group = layout.sequences_per_row_group
-        self._writer = _BackgroundWriter(out, identity, self._per_group, on_shard)
+        self._per_shard = spec.layout.sequences_per_shard
+        self._per_group = spec.layout.sequences_per_row_group
+        self._writer = _BackgroundWriter(out, spec, on_shard)
         self._open: dict[tuple[str, int], _Open] = {}
         self._plans = {(plan.split, plan.shard): plan for plan in plans}
 
@@ -134,11 +98,10 @@ class _BackgroundWriter:
     def __init__(
         self,
         out: Path,
-        identity: dict[str, Json],
-        per_group: int,
+        spec: DatasetSpec,
         on_shard: Callable[[Sidecar], None],
     ) -> None:
-        self._out, self._identity, self._per_group = out, identity, per_group
+        self._out, self._spec = out, spec
         self._on_shard = on_shard
         self._queue: queue.Queue[tuple[ShardPlan, list[Row]] | None] = queue.Queue(maxsize=2)
         self._writers: dict[tuple[str, int], ShardWriter] = {}
@@ -184,8 +147,7 @@ class _BackgroundWriter:
                 self._out / plan.split,
                 shard=plan.shard,
                 split=plan.split,
-                identity=self._identity,
-                sequences_per_row_group=self._per_group,
+                spec=self._spec,
             )
             self._writers[key] = writer
         writer.write_rows(rows)

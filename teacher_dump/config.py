@@ -2,150 +2,183 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from shards.errors import InputError
+from shards.keep import Keep, Tokens, TopPK
 from shards.layout import Layout
+from shards.names import BOS_MODES
+from shards.options import OptionError, check, check_choices, option
+from teacher_dump.engines import ENGINES
 
 TARGET_SHARD_TOKENS = 2 << 20  # about 256 MiB at 120 bytes per token
 TARGET_ROW_GROUP_TOKENS = 128 << 10
+# Separate documents are packed into full sequences when they are read, a row group by itself. With
+# this many sequences' worth of tokens in one, packing leaves about 2 % of a line empty.
+PACKED_SEQUENCES = 32
+MAX_ROW_GROUP_TOKENS = 1 << 20
 
-# The options of each keep method with what they are if not given.
-KEEP_OPTIONS: dict[str, dict[str, float]] = {
-    "top-p-k": {"top_p": 0.95, "top_k": 100},
-    "draws": {"draws": 50, "temperature": 1.0},
-    "threshold": {"threshold": 0.05, "temperature": 1.0},
-}
-TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")  # of flat .bin files
-ENGINES = ("vllm", "vllm-logprobs", "transformers")
-MIN_THRESHOLD = 1e-3  # a thousand entries per position; below it sampling has nothing to save
+BOS_AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DumpConfig:
-    """Options of `dump-logits`, one field each; raises InputError for values that cannot be meant.
+    """Options of `dump-logits`, one field each; OptionError for values that cannot be meant."""
 
-    `max_tokens` counts labelled positions of both splits together; None is the whole corpus.
-    `sequences_per_shard` None is about 2 million tokens. `logprob_step` is in nats. Of the options
-    of a keep method, None is the default in `KEEP_OPTIONS`; those of another one must be None.
-    `corpus_weight` are as many as `corpus`, or none: all 1. `bos`, `eos`: whether each document is
-    begun and closed with these tokens, unless it is already.
-    """
-
-    teacher: str
-    corpus: tuple[Path, ...]
-    out: Path
-    teacher_revision: str | None = None
-    trust_remote_code: bool = False
-    sequence_length: int = 2048
-    keep: str = "top-p-k"
-    top_p: float | None = None
-    top_k: int | None = None
-    draws: int | None = None
-    threshold: float | None = None
-    temperature: float | None = None
-    logprob_step: float = 1 / 16
-    held_out: float = 0.01
-    engine: str = "vllm"
-    engine_arg: Mapping[str, object] = field(default_factory=dict)
-    dtype: str = "auto"
-    text_key: str = "text"
-    corpus_weight: tuple[float, ...] = ()
-    token_key: str | None = None
-    mask_key: str | None = None
-    token_dtype: str | None = None
-    documents: str = "pack"
-    bos: bool = False
-    eos: bool = True
-    sequences_per_shard: int | None = None
-    max_tokens: int | None = None
-    seed: int = 0
+    teacher: str | None = option(
+        "Model folder, or a name on the Hugging Face hub.", default=None, metavar="MODEL"
+    )
+    teacher_revision: str | None = option("Revision of a hub model.", default=None)
+    tokenizer: str | None = option(
+        "Folder or hub name of a tokenizer, for --keep tokens, which needs no --teacher.",
+        default=None,
+        metavar="FOLDER",
+    )
+    trust_remote_code: bool = option(
+        "Run the Python code that comes with the teacher.", default=False
+    )
+    corpus: Sequence[Path] = option(
+        "File, folder or pattern. Text: JSON lines (.gz, .zst, .bz2, .xz), .parquet, .arrow, .txt, "
+        ".md. Tokens: .npy, .bin (flat or Megatron-LM's), .parquet, .arrow. Repeatable.",
+        metavar="PATH",
+    )
+    weights: Sequence[float] = option(
+        "How often to take the documents of each --corpus, such as 2,0.5: twice, and about half of "
+        "them. One per --corpus, in the same order.",
+        default=(),
+        shown_default="1 for each",
+    )
+    out: Path = option("Folder of the dataset.", metavar="FOLDER")
+    sequence_length: int = option(
+        "Tokens that the teacher reads at once.", default=2048, metavar="TOKENS"
+    )
+    keep: Keep = option(
+        "What to keep of the teacher's distribution at each position (docs/keep-methods.md). "
+        "tokens: nothing, the dataset has no teacher.",
+        default=TopPK(),
+    )
+    held_out: float = option(
+        "Fraction of documents for the validation split.", default=0.01, metavar="FRACTION"
+    )
+    engine: str = option(
+        "What runs the teacher (docs/engines.md).", default="vllm", choices=tuple(ENGINES)
+    )
+    engine_arg: Mapping[str, object] = option(
+        "Argument of vLLM, such as max_num_batched_tokens=8192. Repeatable.",
+        default_factory=dict,
+        metavar="KEY=VALUE",
+    )
+    dtype: str = option(
+        "Dtype that the teacher runs in; auto is bfloat16, whatever its files hold.",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+    )
+    text_key: str = option(
+        "Key or column of the text in JSON lines, Parquet and Arrow.", default="text"
+    )
+    token_key: str | None = option(
+        "Column of token lists in Parquet and Arrow, instead of text.", default=None
+    )
+    mask_key: str | None = option(
+        "Column that says which tokens count as labels: lists of booleans, or of 0 and 1.",
+        default=None,
+    )
+    token_dtype: str | None = option(
+        "Type of the tokens in a flat .bin.",
+        default=None,
+        choices=("uint16", "uint32", "int32", "int64"),
+        shown_default="the narrowest that fits the vocabulary",
+    )
+    documents: str = option(
+        "joined: sequences go on over the ends of documents. separate: each document has its own.",
+        default="joined",
+        choices=("joined", "separate"),
+    )
+    bos: str = option(
+        "Where to put the beginning-of-sequence token. auto: before each sequence and each "
+        "document if the tokenizer adds it by itself, else nowhere.",
+        default=BOS_AUTO,
+        choices=(BOS_AUTO, *BOS_MODES),
+    )
+    eos: bool = option(
+        "Close each document with the end-of-document token, unless it ends with it already.",
+        default=True,
+    )
+    eos_token: str | None = option(
+        "The token that closes documents, such as <|endoftext|>.",
+        default=None,
+        metavar="TOKEN",
+        shown_default="the tokenizer's own",
+    )
+    sequences_per_shard: int | None = option(
+        "Sequences of a shard; a kill loses at most the shards that are being written.",
+        default=None,
+        shown_default="about 2 million tokens",
+    )
+    max_tokens: int | None = option(
+        "Labelled positions of both splits together; a larger value extends a dataset.",
+        default=None,
+        shown_default="the whole corpus",
+    )
+    seed: int = option("Seed of the held-out documents and of sampling.", default=0)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not self.corpus:
-            raise InputError("--corpus: give at least one file or folder")
-        self._check_keep()
+            raise OptionError("corpus", ": expected at least one file or folder")
+        self._check_teacher()
         self._check_corpus()
         self._check_engine()
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise InputError(f"--dtype {self.dtype}: expected auto, bfloat16 or float32")
-        if not 0 < self.logprob_step <= 1:
-            raise InputError(f"--logprob-step {self.logprob_step}: expected nats in (0, 1]")
-        if not 0 <= self.held_out < 1:
-            raise InputError(f"--held-out {self.held_out}: expected a fraction in [0, 1)")
-        for option, value in (
-            ("--top-k", self.top_k),
-            ("--draws", self.draws),
-            ("--sequence-length", self.sequence_length),
-            ("--sequences-per-shard", self.sequences_per_shard),
-            ("--max-tokens", self.max_tokens),
-        ):
-            if value is not None and value < 1:
-                raise InputError(f"{option} {value}: expected at least 1")
+        check(0 <= self.held_out < 1, "held_out", self.held_out, "a fraction in [0, 1)")
+        for name in ("sequence_length", "sequences_per_shard", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                check(value >= 1, name, value, "at least 1")
+
+    def _check_teacher(self) -> None:
+        if not isinstance(self.keep, Tokens):
+            if self.teacher is None:
+                raise OptionError("teacher", ": needed, unless --keep tokens stores tokens alone")
+            if self.tokenizer is not None:
+                raise OptionError("tokenizer", f" {self.tokenizer}: is for --keep tokens alone")
+            return
+        if self.tokenizer is None:
+            raise OptionError("tokenizer", ": needed for --keep tokens")
+        if self.teacher is not None:
+            raise OptionError(
+                "teacher", f" {self.teacher}: --keep tokens stores nothing of a teacher"
+            )
 
     def _check_corpus(self) -> None:
-        if self.corpus_weight and len(self.corpus_weight) != len(self.corpus):
-            raise InputError(
-                f"--corpus-weight: {len(self.corpus_weight)} of them for {len(self.corpus)} corpora"
+        if self.weights and len(self.weights) != len(self.corpus):
+            raise OptionError(
+                "weights", f": {len(self.weights)} values for {len(self.corpus)} --corpus"
             )
-        for weight in self.corpus_weight:
-            if not 0 < weight <= 1000:
-                raise InputError(f"--corpus-weight {weight}: expected a value in (0, 1000]")
+        for weight in self.weights:
+            check(0 < weight <= 1000, "weights", weight, "a value in (0, 1000]")
         if self.mask_key is not None and self.token_key is None:
-            raise InputError("--mask-key: says which tokens of --token-key count, which is missing")
-        if self.documents not in ("pack", "separate"):
-            raise InputError(f"--documents {self.documents}: expected pack or separate")
-        if self.token_dtype not in (None, *TOKEN_DTYPES):
-            expected = ", ".join(TOKEN_DTYPES)
-            raise InputError(f"--token-dtype {self.token_dtype}: expected {expected}")
+            raise OptionError("mask_key", ": needs --token-key, whose tokens it is about")
+        if self.eos_token is not None and not self.eos:
+            raise OptionError("eos_token", f" {self.eos_token}: contradicts --no-eos")
 
     def _check_engine(self) -> None:
-        if self.engine not in ENGINES:
-            raise InputError(f"--engine {self.engine}: expected {', '.join(ENGINES)}")
-        if self.engine_arg and self.engine == "transformers":
-            raise InputError("--engine-arg is for the engines on vLLM; transformers takes none")
-        if self.keep != "top-p-k" and not self.has_entropy:
-            raise InputError(
-                f"--engine {self.engine} sees the largest entries alone, and --keep {self.keep} "
-                "needs the whole distribution: use --keep top-p-k, --engine vllm or "
-                "--engine transformers"
+        if self.engine_arg and not ENGINES[self.engine].takes_arguments:
+            raise OptionError("engine_arg", f": --engine {self.engine} takes none")
+        if self.keep.needs_distribution and not self.sees_distribution:
+            others = [
+                f"--engine {name}" for name, kind in ENGINES.items() if kind.sees_distribution
+            ]
+            raise OptionError(
+                "engine",
+                f" {self.engine}: sees the largest entries alone, and --keep {self.keep.method}"
+                f" needs the whole distribution: use {' or '.join(others)}, or --keep top-p-k",
             )
-
-    def _check_keep(self) -> None:
-        if self.keep not in KEEP_OPTIONS:
-            raise InputError(f"--keep {self.keep}: expected {', '.join(KEEP_OPTIONS)}")
-        for option in itertools.chain(*KEEP_OPTIONS.values()):
-            if getattr(self, option) is None or option in KEEP_OPTIONS[self.keep]:
-                continue
-            reason = f"not an option of --keep {self.keep}"
-            if option == "temperature":
-                reason += ", whose probabilities are stored at 1: train-student applies it"
-            raise InputError(f"--{option.replace('_', '-')}: {reason}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: expected a value in (0, 1]")
-        if self.threshold is not None and not MIN_THRESHOLD <= self.threshold <= 1:
-            raise InputError(
-                f"--threshold {self.threshold}: expected a value in [{MIN_THRESHOLD}, 1]"
-            )
-        if self.temperature is not None and not 0.01 <= self.temperature <= 100:
-            raise InputError(f"--temperature {self.temperature}: expected a value in [0.01, 100]")
 
     @property
-    def has_entropy(self) -> bool:
+    def sees_distribution(self) -> bool:
         """Whether the engine sees the whole distribution, and so its entropy."""
-        return self.engine != "vllm-logprobs"
-
-    @property
-    def keep_options(self) -> dict[str, Any]:
-        """The options of the keep method, as given or by default."""
-        return {
-            name: default if getattr(self, name) is None else getattr(self, name)
-            for name, default in KEEP_OPTIONS[self.keep].items()
-        }
+        return ENGINES[self.engine].sees_distribution
 
     @property
     def resolved_dtype(self) -> str:
@@ -155,12 +188,19 @@ class DumpConfig:
     @property
     def joined(self) -> bool:
         """Whether sequences go on over the ends of documents."""
-        return self.documents == "pack"
+        return self.documents == "joined"
 
     def layout(self, mean_positions: int) -> Layout:
-        """Row groups of about 128k tokens and shards of 2 million, for sequences of this length."""
+        """Row groups of about 128k tokens and shards of 2 million, for sequences of this length.
+
+        Row groups of separate documents are larger where that packs better.
+        """
+        group_tokens = TARGET_ROW_GROUP_TOKENS
+        if not self.joined:
+            wanted = min(PACKED_SEQUENCES * self.sequence_length, MAX_ROW_GROUP_TOKENS)
+            group_tokens = max(group_tokens, wanted)
         per_shard = self.sequences_per_shard or max(1, TARGET_SHARD_TOKENS // mean_positions)
-        per_group = max(1, TARGET_ROW_GROUP_TOKENS // mean_positions)
+        per_group = max(1, group_tokens // mean_positions)
         return Layout(
             sequences_per_shard=per_shard, sequences_per_row_group=min(per_group, per_shard)
         )

@@ -117,7 +117,7 @@ def _saved_files(folder: Path) -> set[str] | None:
     if state.exists():
         try:
             names = {entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]}
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise InputError(f"{state}: not what `datasets` writes ({error!r})") from error
         for name in sorted(names):
             if not (folder / name).is_file():

@@ -1,67 +1,53 @@
-"""The pass: what is asked for, what is there, what is missing; run that, write, continue later.
+"""A dump: what is asked for, what is there, what is missing; run that, write, continue later.
 
-Order matters and is the same every time: options, teacher and tokenizer are checked before anything
-is written; an existing folder is compared by identity before anything is tokenised; tokens come
-before shards; the engine starts only when a shard is missing. The same command again does what is
-left and nothing twice. A lock keeps two runs out of one folder.
+Order matters and is the same every time. Options, teacher and tokenizer are checked before anything
+is written. An existing folder is compared before anything is tokenised. A new dataset starts its
+engine first, so that a teacher that cannot run costs no tokenising, and probes where the BOS token
+goes. Tokens come before the manifest, the manifest before shards. The same command again does what
+is left and nothing twice. A lock keeps two runs out of one folder.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from shards.completeness import discard_shard, missing_shards
-from shards.continuing import check_folder, check_identity, create_or_continue
+from shards.completeness import shards_to_write
+from shards.continuing import (
+    check_folder,
+    check_spec,
+    create_or_continue,
+    record_completeness,
+    remove_old_temporaries,
+)
+from shards.durable import check_links
 from shards.errors import IdentityMismatchError, InputError, RunError
 from shards.folder_lock import folder_lock
 from shards.layout import Layout
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
 from shards.progress_line import ProgressLine, count
-from shards.sidecar import Sidecar
-from teacher_dump.collector import ShardCollector, ShardPlan, make_row
+from shards.spec import SPLITS, TRAIN, DatasetSpec, differences
+from shards.tokenizer_files import TOKENIZER, check_tokenizer, write_tokenizer
+from teacher_dump.bos import BosProbe, probe, read_probe_sample
+from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
+from teacher_dump.dataset_spec import make_record, make_spec
 from teacher_dump.engines import TeacherEngine
-from teacher_dump.identity import (
-    complete_identity,
-    make_identity,
-    make_record,
-    without_tokens,
-)
 from teacher_dump.open_store import open_or_build
-from teacher_dump.prepare import prepare
-from teacher_dump.progress import PassProgress
-from teacher_dump.rules import TokenisingRules
-from teacher_dump.sequences import SplitSequences, TokenSequence
-from teacher_dump.token_store import SPLITS, TokenStore
-from teacher_dump.tokenizer import TeacherTokenizer
+from teacher_dump.prepare import Prepared, prepare
+from teacher_dump.sequences import SplitSequences
+from teacher_dump.shard_pass import DumpSummary, run_pass
+from teacher_dump.token_store import TokenStore
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True)
-class DumpSummary:
-    """What a run did, in the shards that it published.
-
-    Positions are labelled ones, all that the teacher scored; tokens are those that count.
-    """
-
-    out: Path
-    sequences: int
-    positions: int
-    tokens: int
-    entries: int
-    bytes: int
-    shards: int
-    seconds: float
-    complete_before: bool
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Positions per second, from the engine being ready to the last shard on disk."""
-        return self.positions / self.seconds if self.seconds else 0.0
+TOKENS = "tokens"
+_UNKNOWN_LAYOUT = Layout(sequences_per_shard=1, sequences_per_row_group=1)
 
 
 def run(config: DumpConfig) -> DumpSummary:
@@ -71,38 +57,65 @@ def run(config: DumpConfig) -> DumpSummary:
     shard in place.
     """
     ready = prepare(config)
-    rules = ready.rules
-    identity = make_identity(config, ready.teacher, rules, ready.keep)
+    spec = make_spec(config, ready, tokens_sha256="", layout=_UNKNOWN_LAYOUT)
     with _locked(config.out):
-        _refuse_another(config.out, identity)
-        if not (config.out / MANIFEST_NAME).exists():
-            ready.check_engine(config)
+        present = _present(config.out, spec)
         ready.corpus.log()
-        store = _tokens(config.out, ready.files, ready.tokenizer, rules)
-        splits = {
-            split: store.sequences(split, config.sequence_length, joined=config.joined)
-            for split in SPLITS
-        }
-        if not len(splits["train"]):
-            raise InputError("--documents separate: no document has a second token to predict")
-        layout = config.layout(splits["train"].mean_positions)
-        identity = complete_identity(identity, store.sha256, layout)
-        sizes = _sizes(splits, config.max_tokens)
-        _save_tokenizer(ready.tokenizer, config.out / "tokenizer")
-        recorded = make_record(config, ready.teacher, ready.corpus)
-        manifest = create_or_continue(config.out, identity, sizes, recorded)
+        engine: TeacherEngine | None = None
+        probed: BosProbe | None = None
+        cores = os.sched_getaffinity(0)
+        if present is None:
+            _check_disk(config.out)
+            ready.check_engine(config)
+            if ready.teacher is not None:
+                sample = read_probe_sample(ready)
+                engine = ready.start_engine(config)
+                probed = probe(config, ready, sample, engine)
+        store = _tokens(config.out, ready, cores)
+        manifest, splits = _manifest(config, ready, spec, store, probed)
         plans = _plans(config.out, manifest)
-        if not plans:
-            return _summary(config.out, [], None)
-        engine = ready.start_engine(config)
-        return _run_pass(config, identity, plans, splits, engine)
+        if plans:
+            if manifest.complete:
+                manifest = record_completeness(config.out, manifest)
+            if engine is None and ready.teacher is not None:
+                engine = ready.start_engine(config)
+            summary = run_pass(config, ready.tokenizer, manifest.spec, plans, splits, engine)
+        else:
+            summary = DumpSummary.nothing_to_do(config.out)
+        record_completeness(config.out, manifest)
+        return summary
 
 
-def _refuse_another(out: Path, identity: Mapping[str, Any]) -> None:
-    """Compare with the folder's manifest, if there is one, before anything is tokenised."""
+def _check_disk(out: Path) -> None:
+    """InputError for a folder that no dataset can be written to."""
+    try:
+        check_links(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+def _present(out: Path, asked: DatasetSpec) -> Manifest | None:
+    """The manifest in the folder, compared before anything is tokenised; None: a new dataset.
+
+    A dataset of something else that has no shard yet makes way.
+    """
     if not (out / MANIFEST_NAME).exists():
-        return
-    check_identity(out, identity, without_tokens(load_manifest(out).identity))
+        return None
+    present = load_manifest(out)
+    there = present.spec
+    asked = replace(asked, tokens_sha256=there.tokens_sha256, layout=there.layout)
+    if differences(asked, there) and not _has_shards(out):
+        logger.info("%s: has no shard yet, and is started again with other options", out)
+        (out / MANIFEST_NAME).unlink()
+        shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+        return None
+    check_spec(out, asked, there)
+    return present
+
+
+def _has_shards(out: Path) -> bool:
+    folders = [out / split for split in SPLITS]
+    return any(name.endswith(".parquet") for f in folders if f.is_dir() for name in os.listdir(f))
 
 
 @contextmanager
@@ -114,7 +127,7 @@ def _locked(out: Path) -> Iterator[None]:
     check_folder(out)
     made = not out.exists()
     with folder_lock(out, "dump-logits"):
-        tokens = out / "tokens"
+        tokens = out / TOKENS
         had_tokens = tokens.exists()
         try:
             yield
@@ -128,7 +141,18 @@ def _locked(out: Path) -> Iterator[None]:
             raise
 
 
-def _tokens(out: Path, files: Any, tokenizer: Any, rules: TokenisingRules) -> TokenStore:
+@contextmanager
+def _all_cores(cores: set[int]) -> Iterator[None]:
+    """Let this thread and those it starts use these cores; an engine may have taken some away."""
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
+
+
+def _tokens(out: Path, ready: Prepared, cores: set[int]) -> TokenStore:
     line = ProgressLine()
 
     def report(documents: int, tokens: int) -> None:
@@ -139,20 +163,58 @@ def _tokens(out: Path, files: Any, tokenizer: Any, rules: TokenisingRules) -> To
         if line.due():
             line.show(f"hashing the corpus: {100 * done_bytes / max(1, of_bytes):.0f} %")
 
+    folder = out / TOKENS
+    arguments = (folder, ready.files, ready.tokenizer, ready.rules, report, hashed)
     try:
-        return open_or_build(out / "tokens", files, tokenizer, rules, report, hashed)
+        with _all_cores(cores):
+            try:
+                return open_or_build(*arguments)
+            except IdentityMismatchError:
+                if (out / MANIFEST_NAME).exists():
+                    raise
+                # No dataset was made of these tokens: the folder is started with another corpus.
+                shutil.rmtree(folder)
+                return open_or_build(*arguments)
     except OSError as error:
-        place = error.filename or out / "tokens"
+        place = error.filename or folder
         raise RunError(f"{place}: {error.strerror or error}") from error
     finally:
         line.clear()
 
 
-def _save_tokenizer(tokenizer: TeacherTokenizer, folder: Path) -> None:
+def _manifest(
+    config: DumpConfig,
+    ready: Prepared,
+    spec: DatasetSpec,
+    store: TokenStore,
+    probed: BosProbe | None,
+) -> tuple[Manifest, Mapping[str, SplitSequences]]:
+    """The dataset's manifest, made or continued, and the sequences of its splits."""
+    splits = {
+        split: store.sequences(
+            split,
+            config.sequence_length,
+            joined=config.joined,
+            bos_token_id=ready.bos_before_sequences,
+        )
+        for split in SPLITS
+    }
+    if not len(splits[TRAIN]):
+        raise InputError("--documents separate: no document has a second token to predict")
+    layout = config.layout(splits[TRAIN].mean_positions)
+    spec = replace(spec, tokens_sha256=store.sha256, layout=layout)
+    more = {} if probed is None else {"bos_probe": probed.to_json()}
     try:
-        tokenizer.save(folder)
+        hashes = write_tokenizer(config.out, ready.tokenizer.save)
     except OSError as error:
-        raise RunError(f"{folder}: {error.strerror or error}") from error
+        raise RunError(f"{config.out / TOKENIZER}: {error.strerror or error}") from error
+    manifest = create_or_continue(
+        config.out, spec, _sizes(splits, config.max_tokens), make_record(config, ready, **more),
+        hashes,
+    )  # fmt: skip
+    check_tokenizer(config.out, manifest.tokenizer_files)
+    remove_old_temporaries(config.out)
+    return manifest, splits
 
 
 def _sizes(splits: Mapping[str, SplitSequences], max_tokens: int | None) -> dict[str, SplitSize]:
@@ -172,70 +234,9 @@ def _sizes(splits: Mapping[str, SplitSequences], max_tokens: int | None) -> dict
 
 
 def _plans(out: Path, manifest: Manifest) -> list[ShardPlan]:
-    """The shards to write, in order; what a kill left behind without a sidecar is removed."""
-    plans = []
-    for split in SPLITS:
-        for shard, sequences in missing_shards(out, manifest, split):
-            discard_shard(out, split, shard)
-            plans.append(ShardPlan(split=split, shard=shard, sequences=sequences))
-    return plans
-
-
-def _run_pass(
-    config: DumpConfig,
-    identity: dict[str, Any],
-    plans: list[ShardPlan],
-    splits: Mapping[str, SplitSequences],
-    engine: TeacherEngine,
-) -> DumpSummary:
-    published: list[Sidecar] = []
-    missing = [(plan.split, plan.sequences) for plan in plans]
-    progress = PassProgress(
-        sum(len(numbers) for _, numbers in missing),
-        sum(
-            splits[split].positions_of(numbers.stop) - splits[split].positions_of(numbers.start)
-            for split, numbers in missing
-        ),
-    )
-
-    def on_shard(sidecar: Sidecar) -> None:
-        published.append(sidecar)
-        progress.wrote(sidecar.tokens, sidecar.bytes)
-
-    def sequences() -> Iterator[TokenSequence]:
-        for split, numbers in missing:
-            for number in numbers:
-                yield splits[split][number]
-
-    collector = ShardCollector(
-        config.out,
-        plans,
-        identity=identity,
-        layout=Layout.of(identity),
-        on_shard=on_shard,
-    )
-    try:
-        with collector:
-            for sequence, selected in engine.score(sequences()):
-                collector.add(sequence.split, make_row(sequence, selected, config.logprob_step))
-                progress.scored(len(selected.counts), len(selected.ids))
-            collector.close()
-    except (OSError, ValueError) as error:
-        raise RunError(f"{type(error).__name__}: {error}; finished shards are kept") from error
-    finally:
-        progress.finish()
-    return _summary(config.out, published, progress)
-
-
-def _summary(out: Path, published: list[Sidecar], progress: PassProgress | None) -> DumpSummary:
-    return DumpSummary(
-        out=out,
-        sequences=progress.sequences if progress else 0,
-        positions=progress.positions if progress else 0,
-        tokens=sum(sidecar.tokens for sidecar in published),
-        entries=sum(sidecar.entries for sidecar in published),
-        bytes=sum(sidecar.bytes for sidecar in published),
-        shards=len(published),
-        seconds=progress.seconds if progress else 0.0,
-        complete_before=progress is None,
-    )
+    """The shards to write, in order; those that only lacked a sidecar have got one."""
+    return [
+        ShardPlan(split=split, shard=shard, sequences=sequences)
+        for split in SPLITS
+        for shard, sequences in shards_to_write(out, manifest, split)
+    ]

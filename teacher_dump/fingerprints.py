@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import IdentityMismatchError
-from shards.identity import differences
+from shards.json_text import json_differences
 from teacher_dump.corpus import file_sha256
 from teacher_dump.corpus_listing import CorpusFile
 from teacher_dump.token_store import Report
@@ -59,7 +59,7 @@ def take_fingerprints(
 
 def refuse_other_rules(folder: Path, rules: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
     """IdentityMismatchError for tokens that were made under other rules."""
-    different = differences({"tokens": rules}, {"tokens": recorded})
+    different = json_differences({"tokens": rules}, {"tokens": recorded})
     if different:
         raise IdentityMismatchError(
             f"{folder}: tokens of something else: {'; '.join(different[:5])}; give another --out,"

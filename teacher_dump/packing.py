@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from shards.rows import Float32Array, Int32Array
-from teacher_dump.keep import HEADER_WORDS, Keep
+from teacher_dump.keep import HEADER_WORDS, Selection
 
 _LAST = 2**31  # a rank behind every entry's
 
@@ -40,9 +40,9 @@ class Selected:
     entropy: Float32Array | None
 
 
-def empty_packed(num_rows: int, keep: Keep, device: torch.device) -> torch.Tensor:
+def empty_packed(num_rows: int, selection: Selection, device: torch.device) -> torch.Tensor:
     """packed [T, 4 + 2 K] int32 without any entry."""
-    return torch.zeros((num_rows, keep.width), dtype=torch.int32, device=device)
+    return torch.zeros((num_rows, selection.width), dtype=torch.int32, device=device)
 
 
 def write_header(
@@ -87,12 +87,12 @@ def steps_below_zero(logprobs: torch.Tensor, step: float) -> torch.Tensor:
     return steps.to(torch.int64)
 
 
-def unpack(packed: Int32Array, keep: Keep) -> Selected:
+def unpack(packed: Int32Array, selection: Selection) -> Selected:
     """packed [T, 4 + 2 K] int32 on the host -> flat arrays; ValueError if it is torn."""
-    if packed.ndim != 2 or packed.shape[1] != keep.width:
-        raise ValueError(f"packed result of shape {packed.shape}, expected [T, {keep.width}]")
+    if packed.ndim != 2 or packed.shape[1] != selection.width:
+        raise ValueError(f"packed result of shape {packed.shape}, expected [T, {selection.width}]")
     counts = np.ascontiguousarray(packed[:, 0])
-    k = keep.max_entries
+    k = selection.max_entries
     if packed.shape[0] and (counts.min() < 1 or counts.max() > k):
         raise ValueError(f"counts of {counts.min()} to {counts.max()}, expected 1 to {k}")
     floats = packed.view(np.float32)
@@ -101,7 +101,7 @@ def unpack(packed: Int32Array, keep: Keep) -> Selected:
         counts=counts,
         ids=packed[:, HEADER_WORDS : HEADER_WORDS + k][mask],
         logprobs=floats[:, HEADER_WORDS + k :][mask],
-        tail_logmass=np.ascontiguousarray(floats[:, 1]) if keep.has_tail else None,
+        tail_logmass=np.ascontiguousarray(floats[:, 1]) if selection.keep.has_tail else None,
         label_logprobs=np.ascontiguousarray(floats[:, 2]),
         entropy=np.ascontiguousarray(floats[:, 3]),
     )

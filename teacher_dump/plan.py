@@ -9,64 +9,29 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from shards.errors import InputError
+from shards.layout import Layout
 from shards.progress_line import count, duration
 from shards.rows import Row
-from shards.schema import TEACHER_ENTROPY
 from shards.sidecar import Sidecar
+from shards.spec import TRAIN, DatasetSpec, Model, Tokenizer
 from shards.writer import ShardWriter
-from teacher_dump.collector import make_row
+from teacher_dump.bos import BosProbe, probe, read_probe_sample
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus import read_sample
-from teacher_dump.corpus_listing import CorpusFile
 from teacher_dump.corpus_summary import CorpusSummary
+from teacher_dump.engines import TeacherEngine
 from teacher_dump.prepare import Prepared, prepare
-from teacher_dump.sequences import SplitSequences, TokenSequence, cut
-from teacher_dump.token_builder import Encoded, encode, make_encoder
+from teacher_dump.rows import TokenSequence, make_row, row_of_tokens
+from teacher_dump.sample import read_corpus_sample
+from teacher_dump.sequences import SplitSequences
 
-SAMPLED_FILES = 32
-SAMPLED_CHARACTERS = 4 << 20
 MEASURED_SECONDS = 20.0
 MEASURED_POSITIONS = 1 << 20  # more are not kept in memory, however fast the engine is
 _WARM_UP = 2  # sequences before the clock runs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Tokens [N] int32 of the sampled documents, document_starts [documents] int64.
-
-    label_mask [N] says which of them count as labels, None: all. `num_tokens` is that of the whole
-    corpus, exact if `share`, the part that was read, is 1.
-    """
-
-    tokens: npt.NDArray[np.int32]
-    document_starts: npt.NDArray[np.int64]
-    label_mask: npt.NDArray[np.bool_] | None
-    num_tokens: int
-    share: float
-
-    def sequences(self, config: DumpConfig) -> SplitSequences:
-        """The sample cut as the corpus would be."""
-        return cut(
-            joined=config.joined,
-            split="train",
-            tokens=self.tokens,
-            document_starts=self.document_starts,
-            label_mask=self.label_mask,
-            sequence_length=config.sequence_length,
-        )
-
-    def num_positions(self, split: SplitSequences) -> int:
-        """Labelled positions of the whole corpus: so many less than tokens as in the sample."""
-        lost = len(self.tokens) - split.num_positions
-        return max(1, self.num_tokens - round(lost * self.num_tokens / len(self.tokens)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +52,7 @@ class Plan:
     bytes_per_token: float
     positions_per_s: float
     start_seconds: float
+    probe: BosProbe | None = None
 
     @property
     def tokens(self) -> int:
@@ -115,6 +81,7 @@ class Plan:
             f" shard{'' if self.shards == 1 else 's'}",
             f"speed          {self.positions_per_s:,.0f} tokens/s with this engine on this machine",
             f"time           {duration(self.seconds)}{long}",
+            *([] if self.probe is None else [self.probe.text()]),
         ]
 
 
@@ -125,24 +92,24 @@ def make_plan(config: DumpConfig, tokens: int | None) -> Plan:
     """
     ready = prepare(config)
     sample = read_corpus_sample(ready)
-    split = sample.sequences(config)
+    split = sample.sequences(config, ready.bos_before_sequences)
     if not len(split):
         raise InputError("--plan: the corpus has no two tokens to measure with")
+    probe_sample = read_probe_sample(ready)
     started = time.monotonic()
-    engine = ready.start_engine(config)
+    engine = None if ready.teacher is None else ready.start_engine(config)
     start_seconds = time.monotonic() - started
+    probed = None if engine is None else probe(config, ready, probe_sample, engine)
 
-    for _ in engine.score(split[n] for n in range(min(_WARM_UP, len(split)))):
+    for _ in _rows(config, engine, (split[n] for n in range(min(_WARM_UP, len(split))))):
         pass
-    rows = []
     started = time.monotonic()
-    for sequence, selected in engine.score(_until(split, started + MEASURED_SECONDS)):
-        rows.append(make_row(sequence, selected, config.logprob_step))
+    rows = list(_rows(config, engine, _until(split, started + MEASURED_SECONDS)))
     seconds = time.monotonic() - started
     measured = _write(ready, config, sorted(rows, key=lambda row: row.sequence))
     if not measured.tokens:
         raise InputError("--plan: no label counts in what was read of the corpus")
-    num_positions = sum(len(row.counts) for row in rows)
+    num_positions = sum(len(row.tokens) - 1 for row in rows)
     total, source = _total(config, tokens, sample.num_positions(split), sample.share)
     layout = config.layout(split.mean_positions)
     return Plan(
@@ -156,7 +123,18 @@ def make_plan(config: DumpConfig, tokens: int | None) -> Plan:
         bytes_per_token=measured.bytes / measured.tokens,
         positions_per_s=num_positions / seconds,
         start_seconds=start_seconds,
+        probe=probed,
     )
+
+
+def _rows(
+    config: DumpConfig, engine: TeacherEngine | None, sequences: Iterator[TokenSequence]
+) -> Iterator[Row]:
+    if engine is None:
+        yield from map(row_of_tokens, sequences)
+        return
+    for sequence, selected in engine.score(sequences):
+        yield make_row(sequence, selected, config.keep.logprob_step)
 
 
 def _until(split: SplitSequences, deadline: float) -> Iterator[TokenSequence]:
@@ -177,56 +155,31 @@ def _total(config: DumpConfig, given: int | None, total: int, share: float) -> t
     return total, f"estimated from {100 * share:.2g} % of the corpus"
 
 
-def read_corpus_sample(ready: Prepared) -> Sample:
-    """Tokenise the fronts of files spread over the corpus, and extrapolate by the files' sizes."""
-    files = _spread(ready.files, SAMPLED_FILES)
-    encoder = make_encoder(ready.tokenizer)
-    pieces: list[Encoded] = []
-    estimate = 0.0
-    read_bytes = 0.0
-    for file in files:
-        documents, share = read_sample(file, ready.rules, SAMPLED_CHARACTERS // len(files))
-        for document in encode(documents, encoder, ready.rules):
-            if document is not None:
-                copies = ready.rules.num_copies(document.content, file.weight)
-                estimate += copies * len(document.tokens) / share
-                pieces.append(document)
-        read_bytes += share * file.path.stat().st_size
-    all_bytes = sum(file.path.stat().st_size for file in ready.files)
-    sampled_bytes = sum(file.path.stat().st_size for file in files)
-    ends = np.cumsum([0, *(len(piece.tokens) for piece in pieces)], dtype=np.int64)
-    masks = [piece.mask for piece in pieces if piece.mask is not None]
-    return Sample(
-        tokens=np.concatenate([*(piece.tokens for piece in pieces), np.empty(0)]).astype(np.int32),
-        document_starts=ends[:-1],
-        label_mask=np.concatenate(masks) if masks else None,
-        num_tokens=round(estimate * all_bytes / max(1, sampled_bytes)),
-        share=read_bytes / max(1, all_bytes),
-    )
-
-
-def _spread(files: Sequence[CorpusFile], most: int) -> list[CorpusFile]:
-    if len(files) <= most:
-        return list(files)
-    return [files[number * len(files) // most] for number in range(most)]
-
-
 def _write(ready: Prepared, config: DumpConfig, rows: list[Row]) -> Sidecar:
     """Write the rows to a shard that is thrown away, for its size."""
-    layout = {"sequences_per_shard": len(rows), "sequences_per_row_group": len(rows)}
+    unknown = "0" * 64
+    spec = DatasetSpec(
+        teacher=None
+        if ready.teacher is None
+        else Model(
+            config_sha256=unknown,
+            weights_sha256=unknown,
+            revision=None,
+            dtype=config.resolved_dtype,
+            head_dtype="float32",
+            entropies=config.sees_distribution,
+        ),
+        tokenizer=Tokenizer(sha256=unknown, vocab_size=ready.tokenizer.vocab_size),
+        documents=ready.documents,
+        keep=config.keep,
+        layout=Layout(sequences_per_shard=len(rows), sequences_per_row_group=len(rows)),
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+        tokens_sha256=unknown,
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
-        ShardWriter(
-            Path(folder) / "train",
-            shard=0,
-            split="train",
-            identity={
-                "vocab_size": ready.rules.vocab_size,
-                "layout": layout,
-                TEACHER_ENTROPY: config.has_entropy,
-            },
-            sequences_per_row_group=len(rows),
-        ) as writer,
+        ShardWriter(Path(folder) / TRAIN, shard=0, split=TRAIN, spec=spec) as writer,
     ):
         writer.write_rows(rows)
         return writer.publish()

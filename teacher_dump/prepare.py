@@ -6,18 +6,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shards.errors import InputError
+from shards.keep import Threshold, TopPK
+from shards.options import OptionError
+from shards.spec import Documents
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus_kinds import TABLES
 from teacher_dump.corpus_listing import CorpusFile, list_corpus
 from teacher_dump.corpus_summary import CorpusSummary
 from teacher_dump.engine_options import EngineOptions
-from teacher_dump.engines import TeacherEngine, check_engine, start_engine
-from teacher_dump.identity import head_dtype
-from teacher_dump.keep import Keep, Threshold, make_keep
+from teacher_dump.engines import ENGINES, TeacherEngine
+from teacher_dump.keep import Selection
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.teacher import Teacher, find_teacher
-from teacher_dump.tokenizer import TeacherTokenizer, load_tokenizer, tokenizer_identity
+from teacher_dump.special_tokens import make_documents, warn_of_turn_ends
+from teacher_dump.teacher import Teacher, find_teacher, find_tokenizer_folder, head_dtype
+from teacher_dump.tokenizer import TeacherTokenizer, load_tokenizer
 from teacher_dump.weights import check_weights
 
 logger = logging.getLogger(__name__)
@@ -25,24 +27,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Teacher, tokenizer, corpus files, and the rules that follow from a configuration."""
+    """Teacher, tokenizer, corpus files, and what follows from a configuration.
 
-    teacher: Teacher
+    `teacher` is None where tokens alone are stored.
+    """
+
+    teacher: Teacher | None
     tokenizer: TeacherTokenizer
     files: Sequence[CorpusFile]
     corpus: CorpusSummary
+    documents: Documents
     rules: TokenisingRules
-    keep: Keep
+
+    @property
+    def bos_before_sequences(self) -> int | None:
+        """The token that is put before each sequence, None: nothing is."""
+        documents = self.documents
+        return documents.bos_token_id if documents.bos_before_sequences else None
 
     def engine_options(self, config: DumpConfig) -> EngineOptions:
         """What the engine is asked for."""
+        teacher = self.teacher
+        assert teacher is not None  # without one nothing asks for an engine
         return EngineOptions(
-            teacher_folder=self.teacher.folder,
-            architecture=self.teacher.architecture,
+            teacher_folder=teacher.folder,
+            architecture=teacher.architecture,
             dtype=config.resolved_dtype,
-            head_dtype=head_dtype(self.teacher),
+            head_dtype=head_dtype(teacher),
             sequence_length=config.sequence_length,
-            keep=self.keep,
+            selection=Selection(config.keep, self.tokenizer.vocab_size),
             seed=config.seed,
             engine_args=config.engine_arg,
             trust_remote_code=config.trust_remote_code,
@@ -50,31 +63,57 @@ class Prepared:
 
     def start_engine(self, config: DumpConfig) -> TeacherEngine:
         """Load the teacher; InputError for an engine that does not take it."""
-        return start_engine(config.engine, self.engine_options(config))
+        return ENGINES[config.engine].load().start(self.engine_options(config))
 
     def check_engine(self, config: DumpConfig) -> None:
         """InputError for a teacher that the engine surely does not take; starts nothing."""
-        check_engine(config.engine, self.engine_options(config))
+        if self.teacher is not None:
+            ENGINES[config.engine].load().check(self.engine_options(config))
 
 
 def prepare(config: DumpConfig) -> Prepared:
     """Find and check what a configuration names; InputError, before anything is written."""
     trust = config.trust_remote_code
-    teacher = find_teacher(config.teacher, config.teacher_revision, trust_remote_code=trust)
-    check_weights(teacher.folder)
-    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=trust)
-    about_tokenizer = tokenizer_identity(tokenizer)
-    _check_lengths(config, teacher, about_tokenizer["vocab_size"])
-    corpus = list_corpus(config.corpus, config.corpus_weight, config.out)
+    teacher = None
+    if config.teacher is not None:
+        teacher = find_teacher(config.teacher, config.teacher_revision, trust_remote_code=trust)
+        folder = teacher.folder
+    else:
+        assert config.tokenizer is not None
+        folder = find_tokenizer_folder(config.tokenizer)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust, eos_token=config.eos_token)
+    if teacher is not None:
+        check_weights(teacher.folder)
+    _check_lengths(config, teacher, tokenizer.vocab_size)
+    warn_of_turn_ends(config, tokenizer)
+    corpus = list_corpus(config.corpus, config.weights, config.out)
     if config.token_key is not None and not any(file.kind in TABLES for file in corpus.files):
-        raise InputError(
-            f"--token-key {config.token_key}: a column of .parquet and .arrow files, of which"
-            " the corpus has none"
+        raise OptionError(
+            "token_key",
+            f" {config.token_key}: a column of .parquet and .arrow files, and the corpus has none",
         )
-    if config.bos and tokenizer.bos_token_id is None:
-        raise InputError("--bos: the tokenizer has no beginning-of-document (bos) token")
-    rules = TokenisingRules(
-        **about_tokenizer,
+    documents = make_documents(config, tokenizer)
+    _say_threshold(config)
+    return Prepared(
+        teacher=teacher,
+        tokenizer=tokenizer,
+        files=corpus.files,
+        corpus=corpus.summary,
+        documents=documents,
+        rules=_rules(config, teacher, tokenizer, documents),
+    )
+
+
+def _rules(
+    config: DumpConfig,
+    teacher: Teacher | None,
+    tokenizer: TeacherTokenizer,
+    documents: Documents,
+) -> TokenisingRules:
+    known = None if teacher is None else teacher.vocab_size
+    return TokenisingRules(
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
         eos_token_id=tokenizer.eos_token_id,
         text_key=config.text_key,
         held_out=config.held_out,
@@ -82,44 +121,28 @@ def prepare(config: DumpConfig) -> Prepared:
         token_key=config.token_key,
         mask_key=config.mask_key,
         token_dtype=config.token_dtype,
-        bos_token_id=tokenizer.bos_token_id if config.bos else None,
+        bos_token_id=documents.bos_token_id if documents.bos_before_documents else None,
         close_documents=config.eos,
-        teacher_vocab_size=_fewer(teacher.vocab_size, about_tokenizer["vocab_size"]),
-    )
-    keep = make_keep(config, rules.vocab_size)
-    _say_threshold(config, keep)
-    return Prepared(
-        teacher=teacher,
-        tokenizer=tokenizer,
-        files=corpus.files,
-        corpus=corpus.summary,
-        rules=rules,
-        keep=keep,
+        teacher_vocab_size=known if known is not None and known < tokenizer.vocab_size else None,
     )
 
 
-def _fewer(known: int | None, vocab_size: int) -> int | None:
-    """A teacher's number of ids where its tokenizer has more of them, else None."""
-    return known if known is not None and known < vocab_size else None
-
-
-def _check_lengths(config: DumpConfig, teacher: Teacher, vocab_size: int) -> None:
-    top_k = config.keep_options.get("top_k", 0)
-    if top_k > vocab_size:
-        raise InputError(f"--top-k {top_k}: the tokenizer has only {vocab_size} entries")
-    if teacher.max_length is not None and config.sequence_length > teacher.max_length:
-        raise InputError(
-            f"--sequence-length {config.sequence_length}: {teacher.name} takes at most "
-            f"{teacher.max_length} tokens"
+def _check_lengths(config: DumpConfig, teacher: Teacher | None, vocab_size: int) -> None:
+    if isinstance(config.keep, TopPK) and config.keep.top_k > vocab_size:
+        raise OptionError(
+            "top_k", f" {config.keep.top_k}: the tokenizer has only {vocab_size} entries"
+        )
+    length = config.sequence_length
+    if teacher is not None and teacher.max_length is not None and length > teacher.max_length:
+        raise OptionError(
+            "sequence_length",
+            f" {length}: {teacher.name} takes at most {teacher.max_length} tokens",
         )
 
 
-def _say_threshold(config: DumpConfig, keep: Keep) -> None:
-    """A threshold is moved to the grid, so that the weight t is stored without rounding."""
-    asked = config.keep_options.get("threshold")
-    if isinstance(keep, Threshold) and asked != keep.threshold:
+def _say_threshold(config: DumpConfig) -> None:
+    keep = config.keep
+    if isinstance(keep, Threshold):
         logger.info(
-            "--threshold %g: %.6g, whose logarithm is a multiple of --logprob-step, is taken",
-            asked,
-            keep.threshold,
+            "--threshold: %.6g, whose logarithm is a multiple of --logprob-step", keep.threshold
         )

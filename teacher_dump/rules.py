@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.identity import Json
+from shards.json_text import Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,10 @@ class TokenisingRules:
 
     `token_key` names a column of token lists, `mask_key` the one that says which of them count as
     labels; without them the column `text_key` is text. `token_dtype` is that of flat `.bin` files,
-    None: the narrowest that holds every id. `bos_token_id` begins every document, None: nothing
-    does. `close_documents`: the end-of-document token ends every document that does not end with it
-    already. `teacher_vocab_size` is given where the teacher knows fewer ids than the tokenizer.
+    None: the narrowest that holds every id. `bos_token_id` is put before every document that does
+    not begin with it already, None: nothing is. `close_documents`: the end-of-document token ends
+    every document that does not end with it already. `teacher_vocab_size` is given where the
+    teacher knows fewer ids than the tokenizer.
     """
 
     tokenizer_sha256: str
@@ -34,6 +35,11 @@ class TokenisingRules:
     bos_token_id: int | None = None
     close_documents: bool = True
     teacher_vocab_size: int | None = None
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether some tokens do not count as labels: by the corpus, or because BOS was put in."""
+        return self.mask_key is not None or self.bos_token_id is not None
 
     @property
     def num_ids(self) -> int:

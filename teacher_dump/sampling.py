@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from shards.keep import Draws, Threshold
 from teacher_dump.groups import GROUP, IMPOSSIBLE, Workspace
-from teacher_dump.keep import Draws, Threshold
+from teacher_dump.keep import Selection
 from teacher_dump.packing import (
     empty_packed,
     order_entries,
@@ -32,27 +33,28 @@ from teacher_dump.sweep import Sweep, Sweeper, places_of_top
 class SamplingSelector:
     """Selects block after block; holds the work buffers."""
 
-    def __init__(self, keep: Draws | Threshold) -> None:
-        self.keep = keep
-        self._workspace = Workspace(keep.vocab_size)
+    def __init__(self, keep: Draws | Threshold, vocab_size: int) -> None:
+        self.selection = Selection(keep, vocab_size)
+        self._keep = keep
+        self._workspace = Workspace(vocab_size)
         self._sweep = Sweeper()
 
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
         """See `Selector.__call__`. The label's log-probability and entropy are at temperature 1."""
-        keep, num_rows = self.keep, logits.shape[0]
+        keep, num_rows = self._keep, logits.shape[0]
         logits = self._workspace.whole_groups(logits)
         whole = tempered = self._sweep(logits)
         label_logprobs = whole.at(labels[:, None])[:, 0] - whole.log_total
         if keep.temperature != 1:
             tempered = self._sweep(self._tempered(logits))
         if isinstance(keep, Threshold):
-            found = _threshold(tempered, keys, keep)
+            found = _threshold(tempered, keys, keep, self.selection)
         else:
-            found = _draws(tempered, keys, keep)
+            found = _draws(tempered, keys, keep, self.selection)
 
-        packed = empty_packed(num_rows, keep, logits.device)
+        packed = empty_packed(num_rows, self.selection, logits.device)
         write_header(packed, found.counts, label_logprobs, whole.entropy)
         write_entries(packed, found.ids, found.logprobs)
         return packed
@@ -60,8 +62,8 @@ class SamplingSelector:
     def _tempered(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [T, V] over the temperature of the method, in a buffer."""
         buffer = self._workspace.buffer("tempered", logits.shape[0], logits.device)
-        torch.div(logits, self.keep.temperature, out=buffer)
-        buffer[:, self.keep.vocab_size :] = IMPOSSIBLE
+        torch.div(logits, self._keep.temperature, out=buffer)
+        buffer[:, self.selection.vocab_size :] = IMPOSSIBLE
         return buffer
 
 
@@ -73,10 +75,10 @@ class _Found(NamedTuple):
     logprobs: torch.Tensor
 
 
-def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
+def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold, selection: Selection) -> _Found:
     """The sweep of logits [T, V] at the method's temperature."""
     threshold = keep.threshold
-    num_certain = min(int(1.0001 / threshold), keep.vocab_size)
+    num_certain = min(int(1.0001 / threshold), selection.vocab_size)
     _, columns = swept.leading_sets(num_certain)
     candidates = swept.at(columns)
     places = places_of_top(candidates, num_certain, in_order=False)
@@ -87,7 +89,7 @@ def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
     certain = values >= least
 
     line = _Line(swept, below=least, groups=large // GROUP)
-    grid = torch.arange(keep.max_entries, device=values.device)
+    grid = torch.arange(selection.max_entries, device=values.device)
     points = (uniforms(keys, 1) + grid) * threshold * swept.total
     small = line.entries_at(points)
     hit = points < line.total
@@ -102,11 +104,11 @@ def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold) -> _Found:
     )
     kept = torch.cat([certain, hit], dim=-1)
     steps, ids = order_entries(steps, torch.cat([large, small], dim=-1), kept)
-    steps, ids = steps[:, : keep.max_entries], ids[:, : keep.max_entries]
+    steps, ids = steps[:, : selection.max_entries], ids[:, : selection.max_entries]
     return _Found(kept.sum(-1), ids, steps.to(torch.float32) * -keep.logprob_step)
 
 
-def _draws(swept: Sweep, keys: torch.Tensor, keep: Draws) -> _Found:
+def _draws(swept: Sweep, keys: torch.Tensor, keep: Draws, selection: Selection) -> _Found:
     """The sweep of logits [T, V] at the method's temperature."""
     num = keep.draws
     line = _Line(swept)
@@ -119,7 +121,7 @@ def _draws(swept: Sweep, keys: torch.Tensor, keep: Draws) -> _Found:
     times = torch.zeros_like(drawn).scatter_add_(1, run, torch.ones_like(drawn))
     ids = torch.zeros_like(drawn).scatter_(1, run, drawn)
     missed, ids = order_entries(num - times, ids, times > 0)
-    missed, ids = missed[:, : keep.max_entries], ids[:, : keep.max_entries]
+    missed, ids = missed[:, : selection.max_entries], ids[:, : selection.max_entries]
     return _Found(starts.sum(-1), ids, ((num - missed).clamp(min=1) / num).log())
 
 

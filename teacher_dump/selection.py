@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import singledispatch
 from typing import Protocol
 
 import torch
 
+from shards.keep import Draws, Keep, Threshold, TopPK
 from teacher_dump.groups import GROUP
-from teacher_dump.keep import Draws, Keep, Threshold, TopPK
+from teacher_dump.keep import Selection
 from teacher_dump.sampling import SamplingSelector
 from teacher_dump.top_p_k import TopPKSelector
 
@@ -26,8 +28,8 @@ class Selector(Protocol):
     """
 
     @property
-    def keep(self) -> Keep:
-        """The method."""
+    def selection(self) -> Selection:
+        """What is selected: the method and the vocabulary."""
         ...
 
     def __call__(
@@ -51,25 +53,32 @@ def select_in_blocks(
 
     These have at most `rows` rows, or `rows_at_once` if that is None.
     """
-    rows = rows_at_once(logits, select.keep) if rows is None else rows
+    rows = rows_at_once(logits, select.selection) if rows is None else rows
     blocks = max(1, -(-len(logits) // rows))
     columns = (torch.tensor_split(column, blocks) for column in (logits, labels, keys))
     return torch.cat([select(*block) for block in zip(*columns, strict=True)])
 
 
-def rows_at_once(logits: torch.Tensor, keep: Keep) -> int:
+def rows_at_once(logits: torch.Tensor, selection: Selection) -> int:
     """How many rows of logits [T, V] a selector should be given, by the memory of a row.
 
     That is its logits in float32, or what sampling looks at of the groups that entries are in.
     """
     block_bytes = CPU_SELECTION_BYTES if logits.device.type == "cpu" else GPU_SELECTION_BYTES
-    return max(1, block_bytes // (4 * max(logits.shape[1], 3 * GROUP * keep.max_entries)))
+    return max(1, block_bytes // (4 * max(logits.shape[1], 3 * GROUP * selection.max_entries)))
 
 
-def make_selector(keep: Keep) -> Selector:
-    """The selector of a method; it works on one device at a time."""
-    if isinstance(keep, TopPK):
-        return TopPKSelector(keep)
-    if isinstance(keep, Draws | Threshold):
-        return SamplingSelector(keep)
-    raise TypeError(f"no selector for {keep}")
+def selector_of(selection: Selection) -> Selector:
+    """The selector of a method and a vocabulary; it works on one device at a time."""
+    return make_selector(selection.keep, selection.vocab_size)
+
+
+@singledispatch
+def make_selector(keep: Keep, vocab_size: int) -> Selector:
+    """The selector of a method, by its type; `make_selector.register` adds that of another."""
+    raise TypeError(f"nothing selects by {keep}")
+
+
+make_selector.register(TopPK, TopPKSelector)
+make_selector.register(Draws, SamplingSelector)
+make_selector.register(Threshold, SamplingSelector)

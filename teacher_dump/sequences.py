@@ -1,22 +1,26 @@
 """Token store -> numbered sequences; the shift by one is prepared here, once.
 
-A split's documents lie end to end. How they are cut is one of two ways:
+A split's documents lie end to end. There are two ways to cut them into stretches:
 
-- joined: sequence s is the `L + 1` tokens from position `s * L`. It overlaps the next by one, so
-  that every position but a split's very last has a label. Only the last sequence may be shorter.
+- joined: stretch s begins at position s * L. Only the last may be shorter than L.
 - separate: each document is cut like that by itself, so that nothing is predicted from another
-  document, and its first token is nobody's label. The last sequence of every document may be
-  shorter.
+  document. The last stretch of every document may be shorter.
 
-No sequence has under two tokens. Number and content depend on the token store and L alone, so any
-machine can make any sequence, in any order, at any time.
+And two ways to make a sequence of a stretch:
+
+- without BOS: the stretch and the token after it, a label only, if it has one. So every position
+  but the very last has a label, and the first token of a separate document is never predicted.
+- with BOS: the beginning-of-sequence token and the stretch; all its tokens are labels. Where the
+  stretch begins with that token already, it serves. No token is a label in two sequences.
+
+No sequence has under two tokens. Number and content depend on the token store, L and BOS alone, so
+any machine can make any sequence, in any order, at any time.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,32 +28,23 @@ import numpy.typing as npt
 
 from shards.row_group import Int64Array
 from shards.rows import BoolArray, Int32Array
+from teacher_dump.rows import TokenSequence
+
+# Stretches are counted once and found again from every so many of them: 8 bytes of memory each.
+_STRETCHES_PER_MARK = 4096
+_DOCUMENTS_PER_BLOCK = 1024
 
 # Separate documents are counted once and found again from every so manieth of them: 8 bytes of
 # memory per 4,096 documents, and as many to look through for a sequence.
 _DOCUMENTS_PER_MARK = 4096
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenSequence:
-    """tokens [n] int32 with 2 <= n <= L + 1; the teacher reads tokens[:-1] and predicts tokens[1:].
-
-    `segments` [n] int32 numbers the documents of the sequence from 0; an end-of-document token
-    belongs to the document it ends. `loss_mask` [n - 1] says which labels count, None: all.
-    """
-
-    split: str
-    number: int
-    tokens: Int32Array
-    segments: Int32Array
-    loss_mask: BoolArray | None = None
-
-
 class SplitSequences(ABC):
     """The sequences of one split, addressed by number in O(log documents).
 
     `tokens` [N], `document_starts` [documents] and `label_mask` [N], which tokens count as labels,
-    may be memory maps: nothing is copied but the sequence asked for.
+    may be memory maps: nothing is copied but the sequence asked for. `bos_token_id` is put before
+    every sequence, None: nothing is.
     """
 
     def __init__(
@@ -60,8 +55,10 @@ class SplitSequences(ABC):
         document_starts: Int64Array,
         sequence_length: int,
         label_mask: BoolArray | None = None,
+        bos_token_id: int | None = None,
     ) -> None:
         self.split = split
+        self._bos = bos_token_id
         self._tokens = tokens
         self._document_starts = document_starts
         self._label_mask = label_mask
@@ -102,12 +99,30 @@ class SplitSequences(ABC):
         segments = np.zeros(stop - start, dtype=np.int32)
         segments[inner] = 1
         mask = self._label_mask
+        counted = None if mask is None else np.array(mask[start:stop])
+        return self._sequence(
+            number,
+            self._tokens[start:stop].astype(np.int32),
+            np.cumsum(segments, dtype=np.int32),
+            counted,
+        )
+
+    def _sequence(
+        self, number: int, tokens: Int32Array, segments: Int32Array, counted: BoolArray | None
+    ) -> TokenSequence:
+        """A sequence of a stretch of tokens [n], their documents and whether they count [n]."""
+        if self._bos is not None:
+            counted = np.ones(len(tokens), np.bool_) if counted is None else counted
+            if tokens[0] != self._bos:
+                tokens = np.concatenate([np.array([self._bos], np.int32), tokens])
+                segments = np.concatenate([segments[:1], segments])
+                counted = np.concatenate([[False], counted])
         return TokenSequence(
             split=self.split,
             number=number,
-            tokens=self._tokens[start:stop].astype(np.int32),
-            segments=np.cumsum(segments, dtype=np.int32),
-            loss_mask=None if mask is None else np.array(mask[start + 1 : stop]),
+            tokens=tokens,
+            segments=segments,
+            loss_mask=None if counted is None else counted[1:],
         )
 
 
@@ -177,6 +192,99 @@ class SeparateSequences(SplitSequences):
         return bounds
 
 
-def cut(*, joined: bool, **options: Any) -> SplitSequences:
+class JoinedWithBos(SplitSequences):
+    """Stretches of L tokens that go on over the ends of documents, each after BOS."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        num = -(-len(self._tokens) // self._length)
+        if len(self._tokens) % self._length == 1 and self._tokens[-1] == self._bos:
+            num -= 1  # of this last stretch nothing is left to predict
+        self._num = num
+        counts = [
+            self._count_bos(first, min(first + _STRETCHES_PER_MARK, num))
+            for first in range(0, num, _STRETCHES_PER_MARK)
+        ]
+        self._marks = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return self._num
+
+    def positions_of(self, num_sequences: int) -> int:
+        num = min(num_sequences, self._num)
+        mark = num // _STRETCHES_PER_MARK
+        begin_with_bos = self._marks[mark] + self._count_bos(mark * _STRETCHES_PER_MARK, num)
+        return min(num * self._length, len(self._tokens)) - int(begin_with_bos)
+
+    def _span(self, number: int) -> tuple[int, int]:
+        start = number * self._length
+        return start, min(start + self._length, len(self._tokens))
+
+    def _count_bos(self, first: int, stop: int) -> int:
+        """How many of these stretches begin with BOS."""
+        starts = self._tokens[first * self._length : stop * self._length : self._length]
+        return int(np.count_nonzero(starts == self._bos))
+
+
+class SeparateWithBos(SplitSequences):
+    """Stretches of one document each, each after BOS."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._block: tuple[int, Int64Array, Int64Array, Int64Array] | None = None
+        rows, positions = [0], [0]
+        for block in range(-(-len(self._document_starts) // _DOCUMENTS_PER_BLOCK)):
+            starts, _, labels = self._stretches(block)
+            rows.append(rows[-1] + len(starts))
+            positions.append(positions[-1] + int(labels.sum()))
+        self._rows, self._positions = np.array(rows), np.array(positions)
+
+    def __len__(self) -> int:
+        return int(self._rows[-1])
+
+    @property
+    def mean_positions(self) -> int:
+        """The mean of all, rounded up; L without any sequence."""
+        return -(-self.num_positions // len(self)) if len(self) else self._length
+
+    def positions_of(self, num_sequences: int) -> int:
+        if num_sequences >= len(self):
+            return int(self._positions[-1])
+        block, offset = self._find(num_sequences)
+        return int(self._positions[block] + self._stretches(block)[2][:offset].sum())
+
+    def _span(self, number: int) -> tuple[int, int]:
+        block, offset = self._find(number)
+        starts, stops, _ = self._stretches(block)
+        return int(starts[offset]), int(stops[offset])
+
+    def _find(self, number: int) -> tuple[int, int]:
+        """The block of documents that a sequence is of, and its number there."""
+        block = int(np.searchsorted(self._rows, number, side="right")) - 1
+        return block, number - int(self._rows[block])
+
+    def _stretches(self, block: int) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Begin, end and number of labels of the stretches of a block of documents."""
+        if self._block is None or self._block[0] != block:
+            self._block = (block, *self._cut(block * _DOCUMENTS_PER_BLOCK))
+        return self._block[1:]
+
+    def _cut(self, first: int) -> tuple[Int64Array, Int64Array, Int64Array]:
+        bounds = np.asarray(self._document_starts[first : first + _DOCUMENTS_PER_BLOCK + 1])
+        if first + _DOCUMENTS_PER_BLOCK >= len(self._document_starts):
+            bounds = np.append(bounds, len(self._tokens))
+        pieces = -(-np.diff(bounds) // self._length)
+        document = np.repeat(np.arange(len(pieces)), pieces)
+        number = np.arange(len(document)) - (np.cumsum(pieces) - pieces)[document]
+        starts = bounds[document] + number * self._length
+        stops = np.minimum(starts + self._length, bounds[document + 1])
+        labels = stops - starts - (self._tokens[starts] == self._bos)
+        return starts[labels > 0], stops[labels > 0], labels[labels > 0]
+
+
+def cut(*, joined: bool, bos_token_id: int | None = None, **options: Any) -> SplitSequences:
     """The sequences of a split, `joined` or of separate documents; options of `SplitSequences`."""
-    return (JoinedSequences if joined else SeparateSequences)(**options)
+    if bos_token_id is None:
+        return (JoinedSequences if joined else SeparateSequences)(**options)
+    kind = JoinedWithBos if joined else SeparateWithBos
+    return kind(bos_token_id=bos_token_id, **options)

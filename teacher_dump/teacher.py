@@ -23,7 +23,8 @@ _NO_LM = (
     *("ForMaskedLM", "Classification", "ForQuestionAnswering", "RewardModel"),
     *("EncoderModel", "EncoderDecoderModel", "MTModel", "ForTextToText"),
 )
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,24 @@ class Teacher:
     code_sha256: str | None  # of Python files of the model's own, where it needs them
 
 
+def head_dtype(teacher: Teacher) -> str:
+    """float32: bf16 logits tie heavily. A quantised head cannot be cast and keeps the model's."""
+    return "model" if teacher.quantized else "float32"
+
+
+def find_tokenizer_folder(name: str) -> Path:
+    """A folder with a tokenizer, or that of a hub model (downloaded once); else InputError."""
+    folder = Path(name)
+    return folder if folder.is_dir() else _from_hub("tokenizer", name, None, _TOKENIZER_FILES)
+
+
 def find_teacher(name: str, revision: str | None, *, trust_remote_code: bool = False) -> Teacher:
     """A folder, or a model of the Hugging Face hub (downloaded once); else InputError."""
     folder = Path(name)
     if not folder.is_dir():
-        folder = _from_hub(name, revision, [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])])
+        folder = _from_hub(
+            "teacher", name, revision, [*_HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+        )
         revision = folder.name
     elif revision is not None:
         raise InputError(f"--teacher-revision {revision}: {name} is a folder and has no revisions")
@@ -114,13 +128,13 @@ def _find(config: Mapping[str, Any], path: Path, *keys: str) -> int | None:
     return None
 
 
-def _from_hub(name: str, revision: str | None, files: list[str]) -> Path:
+def _from_hub(option: str, name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:
         raise InputError(
-            f"--teacher {name}: neither a folder nor a model that the hub gives"
+            f"--{option} {name}: neither a folder nor a model that the hub gives"
             f" ({type(error).__name__}: {one_line(error)})"
         ) from error

@@ -27,13 +27,13 @@ from shards import durable
 from shards.errors import InputError, RunError
 from shards.rows import BoolArray
 from shards.sealed import seal, unseal
+from shards.spec import SPLITS, TRAIN, VALIDATION
 from teacher_dump.corpus import Document, file_sha256, read_documents, size_of
 from teacher_dump.corpus_listing import CorpusFile
 from teacher_dump.long_documents import encode_texts, log_long_texts
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.token_store import (
     PROGRESS_NAME,
-    SPLITS,
     STORE_NAME,
     Report,
     columns_of,
@@ -88,7 +88,7 @@ def encode(
         if not len(tokens):
             encoded.append(None)
             continue
-        if rules.mask_key is not None and mask is None:
+        if rules.has_mask and mask is None:
             mask = np.ones(len(tokens), np.bool_)
         encoded.append(_complete(Encoded(content, tokens, mask), rules))
     return encoded
@@ -172,7 +172,7 @@ class TokenBuilder:
         self._encoder = make_encoder(tokenizer)
         self._documents_read = 0
         self._sizes = {split: {"tokens": 0, "documents": 0} for split in SPLITS}
-        self._columns = columns_of(rules.dtype, rules.mask_key is not None)
+        self._columns = columns_of(rules.dtype, rules.has_mask)
         self._streams: dict[tuple[str, str], Any] = {}
 
     def build(self, report: Report) -> None:
@@ -246,7 +246,7 @@ class TokenBuilder:
                 continue
             if self._rules.num_copies(document.content, batch.file.weight) > batch.copy:
                 held_out = self._rules.is_held_out(document.content)
-                chosen["validation" if held_out else "train"].append(document)
+                chosen[VALIDATION if held_out else TRAIN].append(document)
         for split, documents in chosen.items():
             if documents:
                 self._write(split, documents)
@@ -279,7 +279,7 @@ class TokenBuilder:
         durable.replace(self._folder / PROGRESS_NAME, seal(content))
 
     def _finish(self) -> None:
-        if self._sizes["train"]["tokens"] < 2:
+        if self._sizes[TRAIN]["tokens"] < 2:
             found = f"{self._documents_read} documents, {self._num_tokens()} tokens"
             raise InputError(
                 f"the corpus leaves nothing to train on ({found} with --held-out "
@@ -293,7 +293,7 @@ class TokenBuilder:
         content: dict[str, Any] = {
             "made_from": self._made_from,
             "dtype": self._rules.dtype.name,
-            "has_mask": self._rules.mask_key is not None,
+            "has_mask": self._rules.has_mask,
             "splits": self._sizes,
             "sha256": digest.hexdigest(),
         }

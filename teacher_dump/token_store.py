@@ -23,7 +23,6 @@ from shards.errors import RunError
 from shards.sealed import unseal
 from teacher_dump.sequences import SplitSequences, cut
 
-SPLITS = ("train", "validation")
 STORE_NAME, PROGRESS_NAME = "store.json", "progress.json"
 
 Report = Callable[[int, int], None]
@@ -40,7 +39,14 @@ class TokenStore:
         self._has_mask = bool(content.get("has_mask", False))
         self._sizes: Any = content["splits"]
 
-    def sequences(self, split: str, sequence_length: int, *, joined: bool = True) -> SplitSequences:
+    def sequences(
+        self,
+        split: str,
+        sequence_length: int,
+        *,
+        joined: bool = True,
+        bos_token_id: int | None = None,
+    ) -> SplitSequences:
         """The split cut into sequences; RunError if a file is not as long as recorded."""
         sizes = self._sizes[split]
         columns = {
@@ -49,6 +55,7 @@ class TokenStore:
         }
         return cut(
             joined=joined,
+            bos_token_id=bos_token_id,
             split=split,
             tokens=columns["tokens"],
             document_starts=columns["documents"],

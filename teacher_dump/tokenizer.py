@@ -122,8 +122,13 @@ class TeacherTokenizer:
         return {**settings, "model_input_names": names, "tokenizer_class": _PLAIN_CLASS}
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> TeacherTokenizer:
-    """The tokenizer in a teacher's folder; InputError, one line, where there is none that works."""
+def load_tokenizer(
+    folder: Path, *, trust_remote_code: bool = False, eos_token: str | None = None
+) -> TeacherTokenizer:
+    """The tokenizer in a teacher's folder, with another EOS token if one is given.
+
+    InputError, one line, where there is none that works.
+    """
     settings = _settings(folder)
     file = folder / TOKENIZER_NAME
     from tokenizers import Tokenizer
@@ -136,11 +141,14 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> TeacherT
         backend = Tokenizer.from_str(converted.backend_tokenizer.to_str())
         switch_dropout_off(backend, folder)
         settings |= converted.special_tokens_map
+    if eos_token is not None:
+        if backend.token_to_id(eos_token) is None:
+            raise InputError(f"--eos-token {eos_token}: no token of the tokenizer in {folder}")
+        settings["eos_token"] = eos_token
     bos, eos = (_special_id(folder, settings, key, backend) for key in ("bos_token", "eos_token"))
     if eos is None:
         raise InputError(
-            f"{folder}: the tokenizer has no end-of-document (eos) token; name one as eos_token in"
-            f" {_SETTINGS_NAME}"
+            f"{folder}: the tokenizer has no end-of-document (eos) token; name one with --eos-token"
         )
     sha256 = tokenizer_sha256(backend.to_str())
     return TeacherTokenizer(
@@ -155,11 +163,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> TeacherT
         json_text=_json_text(file, backend, sha256),
         settings=settings,
     )
-
-
-def tokenizer_identity(tokenizer: TeacherTokenizer) -> dict[str, Any]:
-    """Hash over the tokenizer's content, and its length: ids at or above it do not exist."""
-    return {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
 
 
 def _settings(folder: Path) -> dict[str, Any]:

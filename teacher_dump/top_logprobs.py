@@ -14,29 +14,31 @@ from __future__ import annotations
 
 import torch
 
+from shards.keep import TopPK
 from shards.rows import Float32Array, Int32Array
-from teacher_dump.keep import TopPK
+from teacher_dump.keep import Selection
 from teacher_dump.packing import Selected, order_entries, steps_below_zero
 from teacher_dump.top_p_k import smallest_prefix
 
 
-def num_known(keep: TopPK) -> int:
+def num_known(selection: Selection) -> int:
     """K: one entry more than can be kept, if there is one."""
-    return min(keep.top_k + 1, keep.vocab_size)
+    return min(selection.max_entries + 1, selection.vocab_size)
 
 
 def select_from_largest(
-    ids: Int32Array, logprobs: Float32Array, label_logprobs: Float32Array, keep: TopPK
+    ids: Int32Array, logprobs: Float32Array, label_logprobs: Float32Array, selection: Selection
 ) -> Selected:
     """ids, logprobs [T, K], largest first, label_logprobs [T], nats -> what is kept."""
     values = torch.from_numpy(logprobs)
     mass = values.double().exp()
-    k = min(keep.top_k, keep.vocab_size)
+    keep, k = selection.keep, selection.max_entries
+    assert isinstance(keep, TopPK)  # the configuration refuses the others for this engine
     kept = smallest_prefix(mass[:, :k], keep.top_p)
     counts = kept.sum(-1)
 
     beside = mass[:, k:].sum(-1) + torch.where(kept, 0.0, mass[:, :k]).sum(-1)
-    most = (keep.vocab_size - mass.shape[1]) * mass[:, -1]
+    most = (selection.vocab_size - mass.shape[1]) * mass[:, -1]
     rest = torch.minimum((1.0 - mass.sum(-1)).clamp(min=0.0), most)
 
     steps = steps_below_zero(values[:, :k], keep.logprob_step)

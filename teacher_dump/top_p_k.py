@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 
+from shards.keep import TopPK
 from teacher_dump.groups import Workspace
-from teacher_dump.keep import TopPK
+from teacher_dump.keep import Selection
 from teacher_dump.packing import (
     empty_packed,
     order_entries,
@@ -32,20 +33,21 @@ def smallest_prefix(mass: torch.Tensor, top_p: float) -> torch.Tensor:
 class TopPKSelector:
     """Selects block after block; holds the work buffers."""
 
-    def __init__(self, keep: TopPK) -> None:
-        self.keep = keep
-        self._workspace = Workspace(keep.vocab_size)
+    def __init__(self, keep: TopPK, vocab_size: int) -> None:
+        self.selection = Selection(keep, vocab_size)
+        self._keep = keep
+        self._workspace = Workspace(vocab_size)
         self._sweep = Sweeper(by_sets=True)
 
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
         """See `Selector.__call__`; nothing is random here, so the keys are not looked at."""
-        keep = self.keep
+        keep = self._keep
         swept = self._sweep(self._workspace.whole_groups(logits))
         sets, columns = swept.leading_sets(keep.top_k)
         candidates = swept.at(columns)
-        places = places_of_top(candidates, min(keep.top_k, keep.vocab_size))
+        places = places_of_top(candidates, self.selection.max_entries)
         values = candidates.gather(1, places)
         masses = swept.mass(candidates)
         mass = masses.gather(1, places)
@@ -53,7 +55,7 @@ class TopPKSelector:
         tail = masses.scatter_(1, places, mass.masked_fill(kept, 0.0)).sum(-1)
         tail += swept.part_mass.scatter_(1, sets, 0.0).sum(-1)
 
-        packed = empty_packed(len(logits), keep, logits.device)
+        packed = empty_packed(len(logits), self.selection, logits.device)
         write_header(
             packed,
             kept.sum(-1),

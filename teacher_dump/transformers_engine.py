@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from shards.errors import InputError, RunError
 from shards.rows import Int32Array
@@ -21,8 +22,13 @@ from teacher_dump.head import WideHead, block_rows
 from teacher_dump.logit_blocks import LogitBlocks
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key
-from teacher_dump.selection import make_selector, select_in_blocks
-from teacher_dump.sequences import TokenSequence
+from teacher_dump.rows import TokenSequence
+from teacher_dump.selection import select_in_blocks, selector_of
+
+
+def check(options: EngineOptions) -> None:
+    """InputError for an architecture that is no causal language model of transformers."""
+    find_model_class(options.teacher_folder, trust_remote_code=options.trust_remote_code)
 
 
 def find_model_class(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -60,10 +66,16 @@ def _not_loaded(folder: Path, error: Exception) -> InputError:
     return InputError(f"transformers does not load {folder}: {reason}")
 
 
+def start(options: EngineOptions) -> TransformersEngine:
+    """Load the teacher. InputError for what the engine does not take."""
+    return TransformersEngine(options)
+
+
 class TransformersEngine:
     """A Hugging Face causal LM, unmodified but for the dtype of its head."""
 
     def __init__(self, options: EngineOptions) -> None:
+        disable_progress_bar()  # of loading weights, between the lines of the command
         folder, trusted = options.teacher_folder, options.trust_remote_code
         model_class, config = find_model_class(folder, trust_remote_code=trusted)
         try:
@@ -85,9 +97,9 @@ class TransformersEngine:
             model.set_output_embeddings(WideHead(head.weight, bias, wide))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
-        self._keep, self._seed = options.keep, options.seed
-        self._select = make_selector(options.keep)
-        rows = block_rows(self._device, options.keep.vocab_size)
+        self._selection, self._seed = options.selection, options.seed
+        self._select = selector_of(options.selection)
+        rows = block_rows(self._device, options.selection.vocab_size)
         self._blocks = LogitBlocks(self._model, rows)
 
     @torch.inference_mode()
@@ -106,7 +118,7 @@ class TransformersEngine:
                 packed = self._packed(sequence.tokens[:-1], labels, keys).cpu()
             except Exception as error:
                 raise RunError(f"the engine stopped: {type(error).__name__}: {error}") from error
-            yield sequence, unpack(packed.numpy(), self._keep)
+            yield sequence, unpack(packed.numpy(), self._selection)
 
     def _packed(self, tokens: Int32Array, labels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """tokens, labels, keys [T] -> what the selector makes of their positions, [T, W]."""

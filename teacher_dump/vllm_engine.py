@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 
 from shards.errors import InputError, RunError
+from shards.keep import Keep, TopPK
 from teacher_dump import vllm_logprobs_engine
 from teacher_dump.engine_options import EngineOptions
-from teacher_dump.keep import Keep, TopPK
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import sequence_key
-from teacher_dump.sequences import TokenSequence
+from teacher_dump.rows import TokenSequence
 from teacher_dump.vllm_start import (
     SUPPORTED_VLLM,
     check_arguments,
     installed_version,
     last_line,
     prepare_environment,
-    start,
+    start_llm,
 )
 from teacher_dump.vllm_stream import VllmStream
 
@@ -34,20 +34,20 @@ def check(options: EngineOptions) -> None:
     if options.engine_args.get("model_impl", "auto") not in ("auto", "vllm"):
         raise InputError(
             f"--engine-arg model_impl={options.engine_args['model_impl']}: --engine vllm reads out"
-            f" vLLM's own models, use {_fallbacks(options.keep)}"
+            f" vLLM's own models, use {_fallbacks(options.selection.keep)}"
         )
     prepare_environment()
     found, numbers = installed_version("vllm")
     if numbers != SUPPORTED_VLLM:
         raise InputError(
             f"--engine vllm needs vLLM {'.'.join(map(str, SUPPORTED_VLLM))}.x, found {found}: "
-            f"install the pinned version (make setup), or use {_fallbacks(options.keep)}"
+            f"install the pinned version (make setup), or use {_fallbacks(options.selection.keep)}"
         )
     reason = _refusal(options.architecture)
     if reason is None:
         return
     fallback = "transformers"
-    if isinstance(options.keep, TopPK) and vllm_logprobs_engine.refusal(options) is None:
+    if isinstance(options.selection.keep, TopPK) and vllm_logprobs_engine.refusal(options) is None:
         fallback = vllm_logprobs_engine.NAME
     raise InputError(f"vLLM {found} {reason}: use --engine {fallback}")
 
@@ -71,6 +71,11 @@ def _fallbacks(keep: Keep) -> str:
     return " or ".join(f"--engine {name}" for name in others)
 
 
+def start(options: EngineOptions) -> VllmEngine:
+    """Start vLLM with the teacher. InputError for what it does not take."""
+    return VllmEngine(options)
+
+
 class VllmEngine:
     """A vLLM engine whose model is the teacher's architecture wrapped by `vllm_plugin`."""
 
@@ -81,19 +86,19 @@ class VllmEngine:
         from teacher_dump import vllm_plugin
         from teacher_dump.vllm_pooler import CONFIG_KEY, LABELS_KEY, RANDOM_KEY
 
-        keep = self._keep = options.keep
+        selection = self._selection = options.selection
         self._seed = options.seed
         self._labels_key, self._random_key = LABELS_KEY, RANDOM_KEY
         self._pooling_params = PoolingParams
-        llm = start(
+        llm = start_llm(
             options,
             {
                 "runner": "pooling",
                 "max_model_len": options.sequence_length,
                 "model_class_overrides": vllm_plugin.overrides(options.architecture),
-                "additional_config": {CONFIG_KEY: keep.to_plain()},
+                "additional_config": {CONFIG_KEY: selection.to_json()},
             },
-            fallback=_fallbacks(keep),
+            fallback=_fallbacks(selection.keep),
         )
         self._stream = VllmStream(llm)
 
@@ -117,4 +122,4 @@ class VllmEngine:
                 f"{sequence.split} sequence {sequence.number}: {len(data)} positions came back "
                 f"of {expected}"
             )
-        return unpack(data.numpy(), self._keep)
+        return unpack(data.numpy(), self._selection)

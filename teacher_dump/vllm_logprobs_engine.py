@@ -24,9 +24,9 @@ from shards.errors import InputError, RunError
 from shards.rows import Float32Array, Int32Array
 from teacher_dump.architectures import names_no_head
 from teacher_dump.engine_options import EngineOptions
-from teacher_dump.keep import TopPK
+from teacher_dump.keep import Selection
 from teacher_dump.packing import Selected
-from teacher_dump.sequences import TokenSequence
+from teacher_dump.rows import TokenSequence
 from teacher_dump.top_logprobs import num_known, select_from_largest
 from teacher_dump.vllm_start import (
     SUPPORTED_VLLM,
@@ -34,7 +34,7 @@ from teacher_dump.vllm_start import (
     installed_version,
     last_line,
     prepare_environment,
-    start,
+    start_llm,
 )
 from teacher_dump.vllm_stream import VllmStream
 
@@ -122,40 +122,43 @@ def _room_for_one_more() -> Iterator[None]:
             os.environ[name] = before
 
 
+def start(options: EngineOptions) -> VllmLogprobsEngine:
+    """Load the teacher. InputError for what the engine does not take."""
+    return VllmLogprobsEngine(options)
+
+
 class VllmLogprobsEngine:
     """A vLLM engine with the stock model, asked for the largest log-probabilities."""
 
     def __init__(self, options: EngineOptions) -> None:
         check(options)
-        keep = options.keep
-        assert isinstance(keep, TopPK)  # the configuration refuses the others for this engine
-        self._keep = keep
+        selection = self._selection = options.selection
         with _room_for_one_more():
-            llm = start(
+            llm = start_llm(
                 options,
                 {
                     "runner": "generate",
                     "max_model_len": options.sequence_length + 1,
-                    "max_logprobs": num_known(keep),
+                    "max_logprobs": num_known(selection),
                     "logprobs_mode": "raw_logprobs",
                     "worker_extension_cls": "teacher_dump.vllm_vocabulary.VocabularyLimit",
                 },
                 fallback="--engine transformers",
             )
-        if llm.llm_engine.model_config.get_vocab_size() > keep.vocab_size:
-            llm.collective_rpc("limit_vocabulary", args=(keep.vocab_size,))
+        if llm.llm_engine.model_config.get_vocab_size() > selection.vocab_size:
+            llm.collective_rpc("limit_vocabulary", args=(selection.vocab_size,))
         self._stream = VllmStream(llm)
 
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""
         for sequence, output in self._stream.run(sequences, self._submit):
-            labels, ids, logprobs = read_output(output, sequence, self._keep)
-            yield sequence, select_from_largest(ids, logprobs, labels, self._keep)
+            labels, ids, logprobs = read_output(output, sequence, self._selection)
+            yield sequence, select_from_largest(ids, logprobs, labels, self._selection)
 
     def _submit(self, request: str, sequence: TokenSequence) -> None:
         from vllm import SamplingParams
 
-        num = num_known(self._keep)
+        num = num_known(self._selection)
         params = SamplingParams(
             temperature=0.0,
             max_tokens=1,
@@ -170,14 +173,14 @@ class VllmLogprobsEngine:
 
 
 def read_output(
-    output: Any, sequence: TokenSequence, keep: TopPK
+    output: Any, sequence: TokenSequence, selection: Selection
 ) -> tuple[Float32Array, Int32Array, Float32Array]:
     """Label log-probabilities [T], known ids and log-probabilities [T, K] of an output.
 
     RunError unless they are those of every position, of its label, and largest first.
     """
     prompt, last = output.prompt_logprobs, output.outputs[0].logprobs
-    expected = (len(sequence.tokens) - 1, 1 + num_known(keep))
+    expected = (len(sequence.tokens) - 1, 1 + num_known(selection))
     ids = np.array([*prompt.token_ids, *last.token_ids], np.int32)
     logprobs = np.array([*prompt.logprobs, *last.logprobs], np.float32)
     where = f"{sequence.split} sequence {sequence.number}"
@@ -186,7 +189,7 @@ def read_output(
     ids, logprobs = ids.reshape(expected), logprobs.reshape(expected)
     if not np.array_equal(ids[:, 0], sequence.tokens[1:]):
         raise RunError(f"{where}: log-probabilities of other labels came back")
-    if ids.min() < 0 or ids.max() >= keep.vocab_size:
+    if ids.min() < 0 or ids.max() >= selection.vocab_size:
         raise RunError(f"{where}: ids beyond the tokenizer's length came back")
     if (np.diff(logprobs[:, 1:]) > 0).any():
         raise RunError(f"{where}: log-probabilities came back in another order")

@@ -26,9 +26,9 @@ from vllm.model_executor.layers.pooler import PoolingParamsUpdate
 from vllm.model_executor.layers.pooler.abstract import Pooler
 
 from teacher_dump.head import WideHead, block_rows
-from teacher_dump.keep import Keep, from_plain
+from teacher_dump.keep import Selection
 from teacher_dump.random_keys import position_keys
-from teacher_dump.selection import make_selector, select_in_blocks
+from teacher_dump.selection import select_in_blocks, selector_of
 
 CONFIG_KEY = "logitshards"  # in vLLM's additional_config
 # In PoolingParams.extra_kwargs: int32 bytes, one per prompt token, and the sequence's random key.
@@ -40,12 +40,14 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
     """hidden states [T, D] -> one packed int32 [n, W] per finished request, None for the others."""
 
     def __init__(
-        self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], keep: Keep
+        self,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
+        selection: Selection,
     ) -> None:
         super().__init__()
         self.compute_logits = compute_logits
-        self.keep = keep
-        self.select = make_selector(keep)
+        self.selection = selection
+        self.select = selector_of(selection)
 
     def get_supported_tasks(self) -> Set[str]:
         return {"token_classify"}
@@ -57,7 +59,7 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
         self, hidden_states: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
         """hidden [T, D], labels, keys [T] int64, all on one device -> packed [T, W] int32."""
-        rows = block_rows(hidden_states.device, self.keep.vocab_size)
+        rows = block_rows(hidden_states.device, self.selection.vocab_size)
         packed = []
         for hidden, wanted, chance in zip(
             torch.split(hidden_states, rows),
@@ -67,7 +69,9 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
         ):
             logits = self.compute_logits(hidden)
             if logits is None:  # a tensor-parallel rank that holds no gathered logits
-                packed.append(hidden.new_zeros((len(hidden), self.keep.width), dtype=torch.int32))
+                packed.append(
+                    hidden.new_zeros((len(hidden), self.selection.width), dtype=torch.int32)
+                )
             else:
                 packed.append(select_in_blocks(self.select, logits, wanted, chance))
         return packed[0] if len(packed) == 1 else torch.cat(packed)
@@ -176,8 +180,8 @@ def teacher_class(
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             if vllm_config.device_config.device_type == "cpu":
                 _keep_cast_heads(self, vllm_config.model_config.dtype)
-            keep = from_plain(vllm_config.additional_config[CONFIG_KEY])
-            self.pooler = pooler_class(self.compute_logits, keep)
+            selection = Selection.from_json(vllm_config.additional_config[CONFIG_KEY])
+            self.pooler = pooler_class(self.compute_logits, selection)
 
     Teacher.__name__ = Teacher.__qualname__ = name
     Teacher.__module__ = module

@@ -61,7 +61,7 @@ def installed_version(engine: str) -> tuple[str, tuple[int, ...]]:
     return found, numbers
 
 
-def start(options: EngineOptions, arguments: Mapping[str, object], fallback: str) -> Any:
+def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback: str) -> Any:
     """An `LLM` of the options and an engine's own arguments; the user's win over vLLM's defaults.
 
     InputError for a model or arguments that it refuses: one line, naming `fallback`.

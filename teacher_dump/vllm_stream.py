@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from shards.errors import RunError
-from teacher_dump.sequences import TokenSequence
+from teacher_dump.rows import TokenSequence
 
 _LEAST_SEQUENCES = 8
 

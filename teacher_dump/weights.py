@@ -152,7 +152,7 @@ class _HashCache:
         self._path = root / "logitshards" / "weights.json"
         try:
             known = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return
         if isinstance(known, Mapping):
             self._known = dict(known)

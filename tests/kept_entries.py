@@ -23,17 +23,23 @@ def make_entries(ids: Tensor, logprobs: Tensor) -> KeptEntries:
     )
 
 
-def make_targets(ids: Tensor, logprobs: Tensor, tail_logmass: Tensor | None = None) -> Targets:
+def make_targets(
+    ids: Tensor,
+    logprobs: Tensor,
+    tail_logmass: Tensor | None = None,
+    entropies: Tensor | None = None,
+) -> Targets:
     """Targets of rectangles [T, K], see `make_entries`."""
-    return Targets(make_entries(ids, logprobs), tail_logmass)
+    return Targets(make_entries(ids, logprobs), tail_logmass, entropies)
 
 
 def with_dtype(targets: Targets, dtype: torch.dtype) -> Targets:
     """The same targets, logprobs and tails in another floating type."""
-    entries, tail = targets
+    entries, tail, entropies = targets
     return Targets(
         entries._replace(logprobs=entries.logprobs.to(dtype)),
         None if tail is None else tail.to(dtype),
+        None if entropies is None else entropies.to(dtype),
     )
 
 

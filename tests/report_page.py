@@ -97,7 +97,7 @@ def make_run(
     """A folder as train-student leaves it, of figures that a formula gives."""
     folder.mkdir(parents=True)
     config = {"student": "demo", "tokens": 100 * steps, "alpha": alpha, "out": str(folder)}
-    dataset = {"identity": {"sequence_length": 16, "tokens_sha256": "ab" * 32}}
+    dataset = {"spec": {"sequence_length": 16, "tokens_sha256": "ab" * 32}}
     (folder / "run.json").write_text(
         json.dumps({"config": config | options, "dataset": dataset, "evaluation_dataset": dataset})
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +11,66 @@ import numpy as np
 from hypothesis import strategies as st
 
 from shards import schema
-from shards.dataset import (
-    SplitSize,
-    create_or_continue,
-    discard_shard,
-    missing_shards,
-)
+from shards.completeness import shards_to_write
+from shards.continuing import create_or_continue, record_completeness
+from shards.keep import Keep, Threshold, TopPK
+from shards.layout import Layout
+from shards.manifest import SplitSize
 from shards.rows import Row
+from shards.spec import DatasetSpec, Documents, Model, Tokenizer
 from shards.writer import ShardWriter
 
 # Small ones, so that everything can be kept, and ones on both sides of 16 bits and of 131,072.
 VOCAB_SIZES = (1, 2, 7, 49_152, 65_537, 151_936)
 
 
-def make_identity(
+def make_spec(
     *,
     vocab_size: int = 151_936,
     sequences_per_shard: int = 8,
     sequences_per_row_group: int = 3,
     has_entropy: bool = True,
-) -> dict[str, Any]:
-    """An identity with every key that the teacher pass writes."""
+    has_mask: bool = False,
+    keep: Keep | None = None,
+    **changes: Any,
+) -> DatasetSpec:
+    """A description with every key that the teacher pass writes."""
+    spec = DatasetSpec(
+        teacher=Model(
+            config_sha256="11" * 32,
+            weights_sha256="22" * 32,
+            revision=None,
+            dtype="float32",
+            head_dtype="float32",
+            entropies=has_entropy,
+        ),
+        tokenizer=Tokenizer(sha256="33" * 32, vocab_size=vocab_size),
+        documents=Documents(
+            joined=True,
+            bos="none",
+            bos_token_id=None,
+            eos_token_id=0,
+            held_out=0.01,
+            masked=has_mask,
+        ),
+        keep=keep or TopPK(),
+        layout=Layout(
+            sequences_per_shard=sequences_per_shard,
+            sequences_per_row_group=sequences_per_row_group,
+        ),
+        sequence_length=32,
+        seed=0,
+        tokens_sha256="44" * 32,
+    )
+    return replace(spec, **changes)
+
+
+def columns_of(spec: DatasetSpec) -> dict[str, bool]:
+    """Which optional columns of a teacher `rows` and `example_row` are to have."""
     return {
-        "format_version": 1,
-        "teacher": {
-            "config_sha256": "11" * 32,
-            "weights_sha256": "22" * 32,
-            "revision": None,
-            "dtype": "float32",
-            "head_dtype": "float32",
-        },
-        "tokenizer_sha256": "33" * 32,
-        "vocab_size": vocab_size,
-        "tokens_sha256": "44" * 32,
-        "documents": {"bos": False, "eos_token_id": 0, "joined": True, "held_out": 0.01},
-        "sequence_length": 32,
-        "keep": {"method": "top-p-k", "top_p": 0.95, "top_k": 100, "logprob_step": 0.0625},
-        "seed": 0,
-        "layout": {
-            "sequences_per_shard": sequences_per_shard,
-            "sequences_per_row_group": sequences_per_row_group,
-        },
-        **({} if has_entropy else {"teacher_entropy": False}),
+        "has_tail": spec.keep.has_tail,
+        "has_mask": spec.documents.masked,
+        "has_entropy": schema.ENTROPIES in spec.columns,
     }
 
 
@@ -98,20 +116,25 @@ def rows(
         tail_logmass=per_position(logprobs | st.just(-np.inf)) if has_tail else None,
         label_logprobs=per_position(logprobs),
         loss_mask=np.array(mask, np.bool_) if has_mask else None,
+        entropies=per_position(st.floats(0, 12, width=32)) if has_entropy else None,
         teacher_nll=draw(st.floats(0, 1e6, width=32)),
         teacher_entropy=draw(st.floats(0, 1e6, width=32)) if has_entropy else None,
     )
 
 
 @st.composite
-def row_lists(draw: st.DrawFn, *, max_rows: int = 5) -> tuple[dict[str, Any], list[Row]]:
-    """An identity and the rows of one shard, from sequence 0 on."""
+def row_lists(draw: st.DrawFn, *, max_rows: int = 5) -> tuple[DatasetSpec, list[Row]]:
+    """A description and the rows of one shard, from sequence 0 on."""
     vocab_size = draw(st.sampled_from(VOCAB_SIZES))
-    optional = {f"has_{name}": draw(st.booleans()) for name in ("tail", "mask", "entropy")}
+    spec = make_spec(
+        vocab_size=vocab_size,
+        has_entropy=draw(st.booleans()),
+        has_mask=draw(st.booleans()),
+        keep=draw(st.sampled_from([TopPK(), Threshold()])),
+    )
     num_rows = draw(st.integers(1, max_rows))
-    identity = make_identity(vocab_size=vocab_size, has_entropy=optional["has_entropy"])
-    return identity, [
-        draw(rows(sequence=i, vocab_size=vocab_size, **optional)) for i in range(num_rows)
+    return spec, [
+        draw(rows(sequence=i, vocab_size=vocab_size, **columns_of(spec))) for i in range(num_rows)
     ]
 
 
@@ -148,44 +171,36 @@ def example_row(
         logprobs=rounded(np.concatenate(steps)),
         tail_logmass=rounded(rng.integers(-160, 0, num_positions)) if has_tail else None,
         label_logprobs=rounded(rng.integers(-320, 0, num_positions)),
+        entropies=rounded(rng.integers(0, 160, num_positions)) if has_entropy else None,
         loss_mask=mask,
         teacher_nll=float(np.float32(nll)),
         teacher_entropy=float(np.float32(entropy)) if has_entropy else None,
     )
 
 
-def write_shard(
-    directory: Path, rows: Sequence[Row], identity: Mapping[str, Any], *, shard: int = 0
-) -> Path:
+def write_shard(directory: Path, rows: Sequence[Row], spec: DatasetSpec, *, shard: int = 0) -> Path:
     """Write and publish one shard of the split that the folder is named after."""
-    size = identity["layout"]["sequences_per_row_group"]
-    with ShardWriter(
-        directory,
-        shard=shard,
-        split=directory.name,
-        identity=identity,
-        sequences_per_row_group=size,
-    ) as writer:
+    size = spec.layout.sequences_per_row_group
+    with ShardWriter(directory, shard=shard, split=directory.name, spec=spec) as writer:
         for first in range(0, len(rows), size):
             writer.write_rows(rows[first : first + size])
         writer.publish()
         return writer.path
 
 
-def write_dataset(path: Path, identity: Mapping[str, Any], **num_sequences: int) -> None:
-    """Write, or continue, a dataset of example rows: `write_dataset(path, identity, train=20)`."""
+def write_dataset(path: Path, spec: DatasetSpec, **num_sequences: int) -> None:
+    """Write, or continue, a dataset of example rows: `write_dataset(path, spec, train=20)`."""
     splits = {
         name: SplitSize(sequences=number, positions=16 * number)
         for name, number in num_sequences.items()
     }
-    manifest = create_or_continue(path, identity, splits, {"engine": "example"})
+    manifest = create_or_continue(path, spec, splits, {"engine": "example"}, {})
     for split in manifest.splits:
-        for shard, sequences in missing_shards(path, manifest, split):
-            discard_shard(path, split, shard)
-            rows_of_shard = [
-                example_row(i, has_entropy=schema.has_entropy(identity)) for i in sequences
-            ]
-            write_shard(path / split, rows_of_shard, manifest.identity, shard=shard)
+        for shard, sequences in shards_to_write(path, manifest, split):
+            rows_of_shard = [example_row(i, **columns_of(spec)) for i in sequences]
+            write_shard(path / split, rows_of_shard, manifest.spec, shard=shard)
+    (path / "tokenizer").mkdir(exist_ok=True)
+    record_completeness(path, manifest)
 
 
 def assert_rows_equal(found: Row, expected: Row) -> None:

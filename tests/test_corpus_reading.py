@@ -197,13 +197,24 @@ def write_table(path: Path, columns: list[pa.Array], names: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", list(string_types()), ids=str)
-@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def not_in_parquet(kind: pa.DataType) -> bool:
+    """Whether pyarrow refuses to write a type, so that no such file can be made."""
+    return kind == pa.dictionary(pa.int8(), pa.string_view())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        (suffix, kind)
+        for suffix in ("arrow", "parquet")
+        for kind in string_types()
+        if suffix == "arrow" or not not_in_parquet(kind)
+    ],
+    ids=str,
+)
 def test_texts_of_every_string_type_are_the_same(
     suffix: str, kind: pa.DataType, tmp_path: Path
 ) -> None:
-    if suffix == "parquet" and kind == pa.dictionary(pa.int8(), pa.string_view()):
-        pytest.skip("pyarrow does not write it")
     texts: list[str | None] = ["w1", "w2", "", "w1"]
     path = write_table(tmp_path / f"a.{suffix}", [array_of(texts, kind)], ["text"])
     assert documents(path) == texts

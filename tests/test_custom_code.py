@@ -117,7 +117,7 @@ def test_trusted_code_runs_and_identifies_the_teacher(bigram: Path, tmp_path: Pa
     for row in rows.values():
         assert largest_error(row, _exact(bigram, row.tokens)) <= BOUND
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["identity"]["teacher"]["code_sha256"]
+    assert manifest["spec"]["teacher"]["code_sha256"]
     assert manifest["recorded"][0]["trust_remote_code"] is True
 
     (bigram / "activation.py").write_text(ACTIVATION.replace("tanh", "sin"), encoding="utf-8")
@@ -156,7 +156,7 @@ def test_trust_changes_nothing_about_a_teacher_without_code(
         assert result.exit_code == 0, result.output
     assert "nothing to do" in result.output
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    assert "code_sha256" not in manifest["identity"]["teacher"]
+    assert manifest["spec"]["teacher"]["code_sha256"] is None
 
 
 def test_code_of_another_repository_is_refused_even_if_trusted(bigram: Path) -> None:

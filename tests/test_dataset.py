@@ -1,20 +1,24 @@
 """A folder is continued, extended, refused or opened by what is in it, never by guessing."""
 
 import json
+import os
 import random
+import shutil
+import time
+from dataclasses import replace
 
 import pytest
 
 from shards import dataset as dataset_module
-from shards.dataset import (
-    Dataset,
-    SplitSize,
+from shards import durable
+from shards.completeness import missing_shards, remove_shard, shards_to_write
+from shards.continuing import (
     check_folder,
     create_or_continue,
-    discard_shard,
-    load_manifest,
-    missing_shards,
+    record_completeness,
+    remove_old_temporaries,
 )
+from shards.dataset import Dataset
 from shards.durable import temporary_name
 from shards.errors import (
     IdentityMismatchError,
@@ -25,15 +29,18 @@ from shards.errors import (
     ShardFormatError,
 )
 from shards.layout import Layout
+from shards.manifest import SplitSize, load_manifest
+from shards.sealed import seal
+from shards.sidecar import Sidecar
 from tests.strategies import (
     assert_rows_equal,
     example_row,
-    make_identity,
+    make_spec,
     write_dataset,
     write_shard,
 )
 
-IDENTITY = make_identity(sequences_per_shard=4, sequences_per_row_group=3)
+SPEC = make_spec(sequences_per_shard=4, sequences_per_row_group=3)
 
 
 def sizes(**num_sequences):
@@ -44,24 +51,33 @@ def sizes(**num_sequences):
 
 
 def make(path, recorded=None, **num_sequences):
-    return create_or_continue(path, IDENTITY, sizes(**num_sequences), recorded or {"engine": "a"})
+    recorded = recorded or {"engine": "a"}
+    return create_or_continue(path, SPEC, sizes(**num_sequences), recorded, {})
 
 
 def missing(path, split="train"):
     return [number for number, _ in missing_shards(path, load_manifest(path), split)]
 
 
+def drop(path, split, *shards):
+    """Remove shards by hand, and find out."""
+    for shard in shards:
+        for suffix in ("json", "parquet"):
+            (path / split / f"shard-{shard:06}.{suffix}").unlink()
+    record_completeness(path, load_manifest(path))
+
+
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "dataset"
-    write_dataset(path, IDENTITY, train=10, validation=2)
+    write_dataset(path, SPEC, train=10, validation=2)
     return path
 
 
 def test_a_new_folder_gets_a_manifest_and_lacks_every_shard(tmp_path):
     manifest = make(tmp_path / "a" / "b", train=10, validation=0)
     assert load_manifest(tmp_path / "a" / "b") == manifest
-    assert manifest.identity == IDENTITY
+    assert manifest.spec == SPEC
     assert manifest.splits == sizes(train=10, validation=0)
     assert manifest.recorded == ({"engine": "a"},)
     expected = [(0, range(4)), (1, range(4, 8)), (2, range(8, 10))]
@@ -72,7 +88,7 @@ def test_a_new_folder_gets_a_manifest_and_lacks_every_shard(tmp_path):
 def test_what_was_written_is_what_a_dataset_gives_back(path):
     dataset = Dataset.open(path)
     assert dataset.split_names == ["train", "validation"]
-    assert dataset.identity == IDENTITY
+    assert dataset.spec == SPEC
     with dataset.split("train") as split:
         assert (split.num_sequences, split.num_positions) == (10, 160)
         for found, i in zip(split.rows(), range(10), strict=True):
@@ -137,38 +153,59 @@ def test_a_smaller_size_keeps_the_larger_one(path):
 def test_a_larger_size_extends_and_the_short_shard_is_written_again(path):
     assert make(path, train=17).splits == sizes(train=17, validation=2)
     assert missing(path) == [2, 3, 4]
-    write_dataset(path, IDENTITY, train=17)
+    write_dataset(path, SPEC, train=17)
     with Dataset.open(path).split("train") as split:
         for found, i in zip(split.rows(), range(17), strict=True):
             assert_rows_equal(found, example_row(i))
 
 
 def test_extending_a_full_last_shard_keeps_it(tmp_path):
-    write_dataset(tmp_path, IDENTITY, train=8)
+    write_dataset(tmp_path, SPEC, train=8)
     before = (tmp_path / "train" / "shard-000001.parquet").stat()
     make(tmp_path, train=9)
     assert missing(tmp_path) == [2]
     assert (tmp_path / "train" / "shard-000001.parquet").stat() == before
 
 
-def test_an_interrupted_extension_leaves_no_short_shard_in_the_middle(path, monkeypatch):
+@pytest.mark.parametrize(("fails_at", "left"), [(1, []), (2, [2])])
+def test_an_interrupted_extension_leaves_no_short_shard_in_the_middle(
+    path, monkeypatch, fails_at, left
+):
+    """The first write says that the dataset is not complete, the second how large it is."""
+    calls = []
+    replace_file = durable.replace
+
     def fail(path, text):
-        raise OSError(28, "No space left on device")
+        calls.append(path)
+        if len(calls) == fails_at:
+            raise OSError(28, "No space left on device")
+        replace_file(path, text)
 
     monkeypatch.setattr("shards.durable.replace", fail)
     with pytest.raises(RunError, match=r"manifest.json: cannot be written: No space left"):
         make(path, train=17)
     monkeypatch.undo()
     assert load_manifest(path).splits == sizes(train=10, validation=2)
-    assert missing(path) == [2]
-    write_dataset(path, IDENTITY, train=17)
+    assert load_manifest(path).complete == (not left)
+    assert missing(path) == left
+    write_dataset(path, SPEC, train=17)
     assert len(list(Dataset.open(path).split("train").sidecars())) == 5
 
 
 def test_a_last_shard_that_is_too_short_does_not_count(path):
-    discard_shard(path, "train", 2)
-    write_shard(path / "train", [example_row(8)], IDENTITY, shard=2)
+    drop(path, "train", 2)
+    write_shard(path / "train", [example_row(8)], SPEC, shard=2)
     assert missing(path) == [2]
+
+
+def test_a_last_shard_that_is_too_short_is_not_replaced_and_the_error_says_what_to_do(path):
+    drop(path, "train", 2)
+    write_shard(path / "train", [example_row(8)], SPEC, shard=2)
+    before = listing(path / "train")
+    with pytest.raises(ShardCorruptError) as caught:
+        shards_to_write(path, load_manifest(path), "train")
+    assert "shard-000002.parquet: holds 1 sequences, expected 2; delete it" in str(caught.value)
+    assert listing(path / "train") == before
 
 
 def test_a_shard_counts_once_its_sidecar_is_there(path):
@@ -181,35 +218,72 @@ def test_a_shard_counts_once_its_sidecar_is_there(path):
     assert missing(path) == [1]
 
 
-def test_a_run_killed_between_shard_and_sidecar_is_repaired_by_discarding(path):
-    (path / "train" / "shard-000001.json").unlink()
-    write_dataset(path, IDENTITY, train=10)
+def test_a_shard_without_a_sidecar_gets_one_and_is_not_written_again(path):
+    sidecar = path / "train" / "shard-000001.json"
+    parquet = sidecar.with_suffix(".parquet")
+    before, inode = sidecar.read_bytes(), parquet.stat().st_ino
+    sidecar.unlink()
+    assert missing(path) == [1]
+    assert shards_to_write(path, load_manifest(path), "train") == []
+    assert sidecar.read_bytes() == before
+    assert parquet.stat().st_ino == inode
     with Dataset.open(path).split("train") as split:
         assert_rows_equal(split.row(5), example_row(5))
 
 
-def test_discarding_removes_the_shard_and_temporary_files_of_it_only(path):
+def test_a_sidecar_without_its_shard_is_an_error_before_anything_is_written(path):
+    (path / "train" / "shard-000001.parquet").unlink()
+    before = listing(path / "train")
+    with pytest.raises(ShardError, match=r"shard-000001.json: describes a shard that is not there"):
+        shards_to_write(path, load_manifest(path), "train")
+    assert listing(path / "train") == before
+
+
+def listing(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_removing_a_shard_touches_no_other_file(path):
     folder = path / "train"
-    for name in ("shard-000001.parquet", "shard-000001.json", "shard-000002.parquet"):
-        temporary_name(folder / name).touch()
-    discard_shard(path, "train", 1)
-    left = sorted(file.name for file in folder.iterdir())
-    assert left[0].startswith(".shard-000002.parquet.")
-    assert left[1:] == [
-        "shard-000000.json",
-        "shard-000000.parquet",
-        "shard-000002.json",
-        "shard-000002.parquet",
-    ]
-    discard_shard(path, "train", 1)
-    discard_shard(path, "no-such-split", 0)
+    temporary_name(folder / "shard-000001.parquet").touch()
+    before = listing(folder)
+    remove_shard(path, "train", 1)
+    del before["shard-000001.json"], before["shard-000001.parquet"]
+    assert listing(folder) == before
+    remove_shard(path, "train", 1)
+    remove_shard(path, "no-such-split", 0)
+    assert listing(folder) == before
 
 
-def test_another_identity_is_refused_naming_every_difference(path):
-    other = {**IDENTITY, "seed": 7, "keep": {**IDENTITY["keep"], "top_k": 50}}
+def test_only_temporary_files_that_are_a_day_old_are_removed(path):
+    now = time.time()
+    old, new = [], []
+    for folder in (path, path / "train", path / "validation"):
+        for age, names in ((86_401, old), (86_000, new)):
+            file = temporary_name(folder / "shard-000001.parquet")
+            file.touch()
+            os.utime(file, (now - age, now - age))
+            names.append(file)
+        for name in ("shard-000000.json", ".hidden", ".shard-000001.parquet.tmp"):
+            (folder / name).touch()
+            os.utime(folder / name, (now - 1e6, now - 1e6))
+            new.append(folder / name)
+    folder = temporary_name(path / "tokenizer")
+    folder.mkdir()
+    (folder / "tokenizer.json").touch()
+    os.utime(folder, (now - 86_401, now - 86_401))
+    old.append(folder)
+    remove_old_temporaries(path)
+    assert not any(file.exists() for file in old)
+    assert all(file.exists() for file in new)
+    remove_old_temporaries(path / "absent")
+
+
+def test_another_spec_is_refused_naming_every_difference(path):
+    other = replace(SPEC, seed=7, keep=replace(SPEC.keep, top_k=50))
     before = (path / "manifest.json").read_bytes()
     with pytest.raises(IdentityMismatchError) as caught:
-        create_or_continue(path, other, sizes(train=20), {})
+        create_or_continue(path, other, sizes(train=20), {}, {})
     assert "keep.top_k: 50 here, 100 there; seed: 7 here, 0 there" in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -242,8 +316,6 @@ def test_a_folder_that_was_only_prepared_is_taken(tmp_path):
 
 
 def test_two_runs_that_start_at_once_share_the_first_manifest(tmp_path, monkeypatch):
-    from shards import durable
-
     write_new = durable.write_new
 
     def lose_the_race(path, text):
@@ -287,6 +359,51 @@ def test_random_damage_to_the_manifest_is_refused_or_harmless(path):
     assert num_refused > 200
 
 
+def reseal(path, change):
+    """Change the content of a manifest as another release might write it."""
+    file = path / "manifest.json"
+    content = json.loads(file.read_text())
+    del content["checksum"], content["format_version"]
+    change(content)
+    file.write_text(seal(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(shards=3), "manifest.json: unknown key 'shards'"),
+        (lambda m: m.pop("complete"), "manifest.json: no key 'complete'"),
+        (lambda m: m.update(complete=1), "key 'complete': expected bool, found 1"),
+        (lambda m: m.update(splits=[]), "key 'splits': expected an object, found []"),
+        (
+            lambda m: m["splits"].update(test={"sequences": 1, "positions": 1}),
+            "unknown split 'test', this release knows train, validation",
+        ),
+        (lambda m: m["splits"]["train"].update(rows=1), "unknown key 'splits.train.rows'"),
+        (lambda m: m["splits"]["train"].pop("positions"), "no key 'splits.train.positions'"),
+        (
+            lambda m: m["splits"]["train"].update(sequences="10"),
+            "key 'splits.train.sequences': expected int, found '10'",
+        ),
+        (lambda m: m.update(recorded={}), "key 'recorded': expected a list, found {}"),
+        (lambda m: m.update(recorded=["vllm"]), "key 'recorded.0': expected an object"),
+        (
+            lambda m: m.update(tokenizer_files={"tokenizer.json": None}),
+            "key 'tokenizer_files.tokenizer.json': expected str, found None",
+        ),
+        (lambda m: m.update(spec=None), "spec: expected an object, found None"),
+        (lambda m: m["spec"].update(teacher_entropy=True), "spec: unknown key 'teacher_entropy'"),
+    ],
+)
+def test_a_manifest_of_another_release_is_refused_by_the_name_of_the_key(path, change, message):
+    reseal(path, change)
+    with pytest.raises(ShardFormatError) as caught:
+        Dataset.open(path)
+    assert message in str(caught.value)
+    assert str(path / "manifest.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_white_space_and_key_order_of_a_manifest_are_free(path):
     intact = load_manifest(path)
     file = path / "manifest.json"
@@ -296,14 +413,13 @@ def test_white_space_and_key_order_of_a_manifest_are_free(path):
 
 
 def test_an_incomplete_dataset_says_what_is_missing_and_what_to_do(path):
-    discard_shard(path, "train", 0)
-    discard_shard(path, "train", 2)
+    drop(path, "train", 0, 2)
     with pytest.raises(ShardError, match=r"2 of 3 shards of split train .*same dump-logits"):
         Dataset.open(path)
 
 
 def test_an_empty_split_is_not_there(tmp_path):
-    write_dataset(tmp_path, IDENTITY, train=3, validation=0)
+    write_dataset(tmp_path, SPEC, train=3, validation=0)
     dataset = Dataset.open(tmp_path)
     assert dataset.split_names == ["train"]
     for name in ("validation", "test"):
@@ -312,8 +428,8 @@ def test_an_empty_split_is_not_there(tmp_path):
 
 
 def test_a_shard_of_another_dataset_is_refused(path, tmp_path):
-    other = {**IDENTITY, "seed": 1}
-    discard_shard(path, "train", 1)
+    other = replace(SPEC, seed=1)
+    drop(path, "train", 1)
     write_shard(path / "train", [example_row(i) for i in range(4, 8)], other, shard=1)
     with (
         Dataset.open(path).split("train") as split,
@@ -328,14 +444,14 @@ def test_a_shard_in_another_place_is_refused(path):
             path / "train" / f"shard-000001.{suffix}"
         )
     manifest = load_manifest(path)
-    split = dataset_module.Split(path / "train", manifest.splits["train"], manifest.identity)
+    split = dataset_module.Split(path / "train", manifest.splits["train"], manifest.spec)
     with split, pytest.raises(ShardCorruptError, match="holds 4 sequences of split train from 0"):
         split.row(5)
 
 
 def test_a_short_shard_in_the_middle_is_refused(path):
-    discard_shard(path, "train", 1)
-    write_shard(path / "train", [example_row(4)], IDENTITY, shard=1)
+    drop(path, "train", 1)
+    write_shard(path / "train", [example_row(4)], SPEC, shard=1)
     with (
         Dataset.open(path).split("train") as split,
         pytest.raises(ShardCorruptError, match="holds 1 sequences"),
@@ -344,8 +460,8 @@ def test_a_short_shard_in_the_middle_is_refused(path):
 
 
 def test_open_readers_are_bounded_and_reopen(tmp_path, monkeypatch):
-    identity = make_identity(sequences_per_shard=1, sequences_per_row_group=1)
-    write_dataset(tmp_path, identity, train=6)
+    spec = make_spec(sequences_per_shard=1, sequences_per_row_group=1)
+    write_dataset(tmp_path, spec, train=6)
     monkeypatch.setattr(dataset_module, "_MAX_OPEN_READERS", 2)
     opened = []
 
@@ -368,7 +484,7 @@ def test_open_readers_are_bounded_and_reopen(tmp_path, monkeypatch):
 
 def test_listing_a_large_dataset_reads_one_sidecar(path, monkeypatch):
     reads = []
-    read = dataset_module.Sidecar.read
+    read = Sidecar.read
     monkeypatch.setattr(
         "shards.completeness.Sidecar.read", lambda path: reads.append(path.name) or read(path)
     )
@@ -381,3 +497,80 @@ def test_a_damaged_last_sidecar_is_not_taken_for_a_missing_shard(path):
     file.write_text(file.read_text().replace('"sequences": 2', '"sequences": 3'))
     with pytest.raises(ShardCorruptError, match=r"shard-000002.json"):
         missing(path)
+
+
+def test_opening_a_complete_dataset_lists_no_folder_and_reads_no_sidecar(path, monkeypatch):
+    assert load_manifest(path).complete
+
+    def fail(*_):
+        raise AssertionError("a sidecar was read")
+
+    listed = []
+    listdir, scandir = os.listdir, os.scandir
+    monkeypatch.setattr("os.listdir", lambda folder: listed.append(folder) or listdir(folder))
+    monkeypatch.setattr("os.scandir", lambda folder: listed.append(folder) or scandir(folder))
+    monkeypatch.setattr(Sidecar, "read", fail)
+    dataset = Dataset.open(path)
+    assert dataset.split("train").num_sequences == 10
+    assert listed == [path / "tokenizer"]
+
+
+def test_a_dataset_is_complete_once_every_shard_was_there(tmp_path):
+    manifest = make(tmp_path, train=5, validation=1)
+    assert not manifest.complete
+    write_shard(tmp_path / "train", [example_row(i) for i in range(4)], SPEC)
+    write_shard(tmp_path / "validation", [example_row(0)], SPEC)
+    assert not record_completeness(tmp_path, manifest).complete
+    assert not load_manifest(tmp_path).complete
+    write_shard(tmp_path / "train", [example_row(4)], SPEC, shard=1)
+    assert record_completeness(tmp_path, manifest).complete
+    assert load_manifest(tmp_path).complete
+
+
+def test_a_dataset_that_is_extended_is_not_complete_any_more(path):
+    assert not make(path, train=17).complete
+    assert not load_manifest(path).complete
+    with pytest.raises(ShardError, match="3 of 5 shards of split train are missing"):
+        Dataset.open(path)
+    write_dataset(path, SPEC, train=17)
+    assert load_manifest(path).complete
+
+
+def test_an_extension_that_is_killed_at_any_step_never_seems_to_be_complete(path, monkeypatch):
+    """Whatever is on disk when it ends: the short shard, or a manifest that says otherwise."""
+    steps = []
+    for name in ("replace", "sync_folder"):
+        step = getattr(durable, name)
+        monkeypatch.setattr(durable, name, counted(step, steps, kill_at=None))
+    backup = path.with_name("backup")
+    shutil.copytree(path, backup)
+    make(path, train=17)
+    assert steps
+    for kill_at in range(len(steps)):
+        monkeypatch.undo()
+        shutil.rmtree(path)
+        shutil.copytree(backup, path)
+        done = []
+        for name in ("replace", "sync_folder"):
+            step = getattr(durable, name)
+            monkeypatch.setattr(durable, name, counted(step, done, kill_at=kill_at))
+        with pytest.raises(KeyboardInterrupt):
+            make(path, train=17)
+        monkeypatch.undo()
+        manifest = load_manifest(path)
+        if manifest.complete:
+            assert missing(path) == []
+            with Dataset.open(path).split("train") as split:
+                assert sum(1 for _ in split.rows()) == 10
+        write_dataset(path, SPEC, train=17)
+        assert len(list(Dataset.open(path).split("train").rows())) == 17
+
+
+def counted(step, steps, *, kill_at):
+    def run(*arguments):
+        if len(steps) == kill_at:
+            raise KeyboardInterrupt
+        steps.append(step.__name__)
+        return step(*arguments)
+
+    return run

@@ -1,16 +1,20 @@
-"""What docs/inspecting.md and docs/format.md show works on a dataset, without our code."""
+"""What the pages about shards show works without our code, and their tables are complete."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import duckdb
 import numpy as np
 import pytest
 
+from shards.keep import KEEP_METHODS
 from shards.schema import ALL_COLUMNS
-from tests.strategies import example_row, make_identity, write_dataset
+from shards.spec import BOS_MODES, DatasetSpec, Documents, Tokenizer, TrainingRun
+from tests.strategies import example_row, make_spec, write_dataset
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -28,7 +32,7 @@ def run(session, folder):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    write_dataset(tmp_path / "dataset", make_identity(sequences_per_shard=4), train=6)
+    write_dataset(tmp_path / "dataset", make_spec(sequences_per_shard=4), train=6)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -88,3 +92,89 @@ def test_the_second_query_finds_the_worst_predictions(folder):
             assert probability == pytest.approx(float(np.exp(row.logprobs[start])), rel=1e-6)
         else:
             assert expected is None
+
+
+def test_the_third_query_finds_the_least_certain_positions(folder):
+    found = duckdb.sql(blocks("sql")[2]).fetchall()
+    rows = {i: example_row(i) for i in range(6)}
+    largest = np.sort(np.concatenate([row.entropies for row in rows.values()]))[::-1][:10]
+    assert [line[3] for line in found] == largest.tolist()
+    for sequence, t, label, entropy in found:
+        assert label == rows[sequence].tokens[t]
+        assert entropy == rows[sequence].entropies[t - 1]
+
+
+def test_the_count_of_positions_with_a_mask_is_the_right_one(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "dataset", make_spec(has_mask=True), train=6)
+    monkeypatch.chdir(tmp_path)
+    (count,) = re.findall(r"`(sum\(list_sum\(.*?)`", (DOCS / "inspecting.md").read_text())
+    ((found,),) = duckdb.sql(f"SELECT {count} FROM 'dataset/train/*.parquet'").fetchall()
+    assert found == sum(example_row(i, has_mask=True).loss_mask.sum() for i in range(6))
+
+
+def keys(value):
+    """The keys of a JSON object, with those of the objects in it."""
+    if not isinstance(value, dict):
+        return None
+    return {key: keys(part) for key, part in value.items() if key != "engine_args"}
+
+
+def test_the_example_of_a_spec_has_the_keys_of_a_real_one_in_their_order():
+    (example,) = blocks("json", "format.md")
+    found, expected = json.loads(example), make_spec().to_json()
+    assert json.dumps(keys(found)) == json.dumps(keys(expected))
+    assert DatasetSpec.from_json(found, "docs").to_json() == found
+
+
+def section(title):
+    return (DOCS / "format.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def keys_of_table(text):
+    """The names in code in the first column of a table."""
+    return [
+        name
+        for cell in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+        for name in re.findall(r"`([\w-]+)`", cell)
+    ]
+
+
+def test_the_tables_of_keys_are_those_of_the_files(folder):
+    manifest = json.loads((folder / "dataset" / "manifest.json").read_text())
+    assert keys_of_table(section("A dataset is a folder")) == list(manifest)
+    sidecar = json.loads((folder / "dataset" / "train" / "shard-000000.json").read_text())
+    assert sorted(keys_of_table(section("A sidecar makes a shard count"))) == sorted(sidecar)
+
+
+def test_the_table_of_the_spec_names_every_key_kind_method_and_option():
+    table = section("The spec").split("```")[2]
+    assert list(dict.fromkeys(keys_of_table(table))) == [
+        "teacher",
+        "model",
+        "training-run",
+        "tokenizer",
+        "documents",
+        "keep",
+        *("top-p-k", "draws", "threshold", "tokens"),
+        *("layout", "sequence_length", "seed", "tokens_sha256"),
+    ]
+    for name, kind in KEEP_METHODS.items():
+        if kind.__module__ == "shards.keep":
+            (row,) = re.findall(rf"^\| `keep`, method `{name}` \| (.*) \|", table, re.MULTILINE)
+            options = [field.name for field in fields(kind)]
+            assert [text for text in re.findall(r"`(\w+)`", row) if text != "teacher"] == options
+    for kind in (Documents, Tokenizer, TrainingRun):
+        for field in fields(kind):
+            assert f"`{field.name}`" in table
+
+
+def test_every_bos_mode_is_in_the_docs():
+    table = section("A shard is a Parquet file, a row is one sequence").split("### The BOS token")[
+        1
+    ]
+    assert tuple(re.findall(r'^\| `"([\w+]+)"` \|', table, re.MULTILINE)) == BOS_MODES
+
+
+def test_the_table_of_costs_has_every_column_of_the_demo():
+    encoding = (DOCS / "format.md").read_text().split("### What it costs")[1].split("\n## ")[0]
+    assert set(keys_of_table(encoding)) == set(make_spec().columns)

@@ -18,10 +18,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shards import inspect
+from shards.keep import TopPK
 from shards.rows import Row
 from teacher_dump.engine_options import EngineOptions
-from teacher_dump.keep import TopPK
-from teacher_dump.sequences import TokenSequence
+from teacher_dump.keep import Selection
+from teacher_dump.rows import TokenSequence
 from teacher_dump.token_builder import make_encoder
 from teacher_dump.tokenizer import load_tokenizer
 from teacher_dump.transformers_engine import TransformersEngine
@@ -63,7 +64,11 @@ def test_float32_rows_equal_the_dense_distribution_over_the_next_token(
         )
         if engine == "vllm-logprobs":
             assert row.teacher_entropy is None
+            assert row.entropies is None
         else:
+            entropies = -(np.exp(exact) * exact).sum(1)
+            assert np.abs(row.entropies - entropies).max() <= BOUND
+            assert (row.entropies % STEP == 0).all()
             assert row.teacher_entropy == pytest.approx(-(np.exp(exact) * exact).sum(), abs=2e-2)
     row = rows["train", 0]
     exact = dense_logprobs(tiny_teacher, row.tokens, TOKENIZER_LENGTH)
@@ -128,7 +133,7 @@ def test_threshold_sampling_is_the_same_on_both_engines_and_true_to_the_teacher(
         command = dump_command(tiny_teacher, corpus, out, "--engine", engine, keep=keep)
         result = run_dump([*command, "--dtype", "float32"])
         assert result.returncode == 0, result.stderr
-        assert "--threshold 0.01: 0.00980366" in result.stderr
+        assert "--threshold: 0.00980366" in result.stderr
         assert inspect.verify(out) == []
     log_threshold = -74 * STEP
     rows, others = all_rows(tmp_path / "vllm"), all_rows(tmp_path / "transformers")
@@ -156,7 +161,7 @@ def test_threshold_sampling_is_the_same_on_both_engines_and_true_to_the_teacher(
     assert abs(excess.mean()) < 6.5 * 0.5 / np.sqrt(len(excess))
     result = run_dump([*command, "--threshold", "0.02", "--dtype", "float32"])
     assert result.returncode == 2
-    assert "keep.log_threshold" in result.stderr
+    assert "keep.threshold" in result.stderr
 
 
 @pytest.mark.slow
@@ -242,7 +247,7 @@ def test_draws_of_a_continued_dump_are_those_of_an_uninterrupted_one(
         assert np.array_equal(row.ids, rows[key].ids)
         assert np.array_equal(row.logprobs, rows[key].logprobs)
     manifest = json.loads((whole / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["identity"]["keep"] == {
+    assert manifest["spec"]["keep"] == {
         "method": "draws", "draws": 30, "temperature": 2.0, "logprob_step": STEP
     }  # fmt: skip
 
@@ -283,6 +288,11 @@ def test_a_dump_that_was_killed_continues_and_loses_and_repeats_nothing(
     assert kept
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert inspect.verify(killed) == []
+    left = list(killed.rglob("*.tmp"))  # of the runs that were killed, which may be anybody's
+    assert left
+    for path in left:
+        os.utime(path, (0, 0))
+    assert "nothing to do" in run_dump(command).stdout
     assert not list(killed.rglob("*.tmp"))
     expected, found = all_rows(whole), all_rows(killed)
     assert expected.keys() == found.keys()
@@ -347,7 +357,7 @@ def test_separate_documents_are_read_by_the_teacher_one_at_a_time(
     tokenizer = load_tokenizer(tiny_teacher)
     encoder = make_encoder(tokenizer)
     manifest = json.loads((out / "manifest.json").read_text())
-    length = manifest["identity"]["sequence_length"]
+    length = manifest["spec"]["sequence_length"]
     expected = []
     for line in corpus.read_text(encoding="utf-8").splitlines():
         tokens = [*encoder.encode(json.loads(line)["text"]).ids, tokenizer.eos_token_id]
@@ -361,7 +371,7 @@ def test_separate_documents_are_read_by_the_teacher_one_at_a_time(
     positions = sum(len(row.counts) for row in rows)
     assert manifest["splits"]["train"] == {"sequences": len(rows), "positions": positions}
     assert f"{positions:,} counted" in planned.stdout
-    result = run_dump([*command, "--documents", "pack"])
+    result = run_dump([*command, "--documents", "joined"])
     assert result.returncode == 2
     assert "documents.joined" in result.stderr
 
@@ -394,7 +404,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_what_is_finished(
 def test_a_head_that_keeps_the_models_dtype_runs_under_transformers(
     tiny_teacher: Path,
 ) -> None:
-    keep = TopPK(top_p=0.9, top_k=20, logprob_step=STEP, vocab_size=TOKENIZER_LENGTH)
+    keep = Selection(TopPK(top_p=0.9, top_k=20, logprob_step=STEP), TOKENIZER_LENGTH)
     tokens = np.arange(1, 9, dtype=np.int32)
     sequence = TokenSequence(split="train", number=0, tokens=tokens, segments=tokens * 0)
     engine = TransformersEngine(
@@ -404,7 +414,7 @@ def test_a_head_that_keeps_the_models_dtype_runs_under_transformers(
             dtype="bfloat16",
             head_dtype="model",
             sequence_length=len(tokens),
-            keep=keep,
+            selection=keep,
         )
     )
     ((_, selected),) = engine.score([sequence])
@@ -439,8 +449,8 @@ def test_the_resolved_configuration_lies_beside_the_shards(
     command = dump_command(tiny_teacher, corpus, out, "--engine", "transformers")
     assert run_dump([*command, "--config", str(options)]).returncode == 0
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["identity"]["keep"]["top_k"] == 20  # what is on the command line wins
-    assert manifest["identity"]["documents"]["held_out"] == 0.1
+    assert manifest["spec"]["keep"]["top_k"] == 20  # what is on the command line wins
+    assert manifest["spec"]["documents"]["held_out"] == 0.1
     assert {"torch", "transformers"} <= manifest["recorded"][0]["versions"].keys()
     options.write_text("topk: 7\n", encoding="utf-8")
     result = run_dump([*command, "--config", str(options)])

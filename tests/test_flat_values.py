@@ -13,13 +13,12 @@ from shards.schema import ENTRY_COLUMNS, schema, writer_options
 from tests.strategies import (
     assert_rows_equal,
     example_row,
-    make_identity,
+    make_spec,
     row_lists,
     write_shard,
 )
 
-COLUMNS = schema(has_tail=True, has_mask=False, has_entropy=True)
-SCHEMA = pa.schema([COLUMNS.field(name) for name in ENTRY_COLUMNS])
+SCHEMA = schema(ENTRY_COLUMNS)
 PATHS = [f"{name}.list.element.list.element" for name in ENTRY_COLUMNS]
 
 
@@ -82,9 +81,9 @@ def test_more_values_than_are_put_together_at_a_time(monkeypatch):
 
 @settings(deadline=None, max_examples=30)
 @given(row_lists())
-def test_shards_are_written_so_that_it_works(tmp_path_factory, identity_and_rows):
-    identity, rows = identity_and_rows
-    path = write_shard(tmp_path_factory.mktemp("any") / "train", rows, identity)
+def test_shards_are_written_so_that_it_works(tmp_path_factory, spec_and_rows):
+    spec, rows = spec_and_rows
+    path = write_shard(tmp_path_factory.mktemp("any") / "train", rows, spec)
     file = pa.py_buffer(path.read_bytes())
     metadata = pq.read_metadata(path)
     columns = {metadata.row_group(0).column(i).path_in_schema: i for i in range(4)}
@@ -158,10 +157,10 @@ def test_a_shard_that_is_encoded_otherwise_is_read_all_the_same(tmp_path, monkey
     def other_options(columns):
         return {**writer_options(columns), "data_page_version": "2.0"}
 
-    monkeypatch.setattr("shards.writer.writer_options", other_options)
+    monkeypatch.setattr("shards.footer.writer_options", other_options)
     rows = [example_row(i, has_mask=True) for i in range(8)]
-    identity = make_identity(sequences_per_shard=8, sequences_per_row_group=3)
-    path = write_shard(tmp_path / "train", rows, identity)
+    spec = make_spec(sequences_per_shard=8, sequences_per_row_group=3, has_mask=True)
+    path = write_shard(tmp_path / "train", rows, spec)
     verify_shard(path)
     with ShardReader(path) as reader:
         for i, expected in enumerate(rows):

@@ -5,18 +5,25 @@ import json
 import numpy as np
 import pytest
 
-from shards.dataset import discard_shard
+from shards.dataset import Dataset
 from shards.errors import ShardError, ShardFormatError
 from shards.inspect import describe, format_row, render, verify
-from tests.strategies import example_row, make_identity, write_dataset
+from tests.strategies import example_row, make_spec, write_dataset
+from tests.tiny_dataset import make_dataset
 
-IDENTITY = make_identity(sequences_per_shard=4, sequences_per_row_group=3)
+SPEC = make_spec(sequences_per_shard=4, sequences_per_row_group=3)
 
 
 @pytest.fixture
 def path(tmp_path):
-    write_dataset(tmp_path / "dataset", IDENTITY, train=6, validation=2)
+    write_dataset(tmp_path / "dataset", SPEC, train=6, validation=2)
     return tmp_path / "dataset"
+
+
+def drop(path, split, shard):
+    """Remove a shard by hand."""
+    for suffix in ("json", "parquet"):
+        (path / split / f"shard-{shard:06}.{suffix}").unlink()
 
 
 def check_figures(figures, rows, files):
@@ -47,20 +54,20 @@ def test_a_dataset_is_described_as_a_whole_and_by_split(path):
     check_figures(
         description["splits"]["validation"], validation, path.glob("validation/*.parquet")
     )
-    assert description["identity"] == IDENTITY
+    assert description["spec"] == SPEC.to_json()
     assert description["recorded"] == [{"engine": "example"}]
     assert json.loads(json.dumps(description, allow_nan=False)) == description
 
 
 def test_a_dataset_without_entropies_is_sound_and_shows_none(tmp_path):
     path = tmp_path / "dataset"
-    identity = {**IDENTITY, "teacher_entropy": False}
-    write_dataset(path, identity, train=6, validation=2)
+    spec = make_spec(sequences_per_shard=4, sequences_per_row_group=3, has_entropy=False)
+    write_dataset(path, spec, train=6, validation=2)
     assert verify(path) == []
     description = describe(path)
     assert description["teacher_entropy"] is None
     assert description["teacher_cross_entropy"] > 0
-    assert "teacher_entropy" not in description["columns"]
+    assert not {"teacher_entropy", "entropies"} & set(description["columns"])
     (line,) = [line for line in render(description).splitlines() if "teacher entropy" in line]
     assert line.split()[-2:] == ["-", "-"]
 
@@ -70,15 +77,15 @@ def test_one_shard_is_described_alone(path):
     description = describe(shard)
     check_figures(description, [example_row(i) for i in (4, 5)], [shard])
     assert (description["split"], description["shard"]) == ("train", 1)
-    assert description["identity"] == IDENTITY
+    assert description["spec"] == SPEC.to_json()
 
 
 def test_an_incomplete_dataset_is_described_as_far_as_it_is(path):
-    discard_shard(path, "train", 0)
+    drop(path, "train", 0)
     description = describe(path)
     assert description["missing_shards"] == 1
     assert description["splits"]["train"]["sequences"] == 2
-    discard_shard(path, "train", 1)
+    drop(path, "train", 1)
     train = describe(path)["splits"]["train"]
     assert (train["missing_shards"], train["tokens"], train["kept_mass"]) == (2, 0, None)
     assert "-" in render(describe(path))
@@ -95,9 +102,19 @@ def test_what_is_neither_a_dataset_nor_a_shard_is_refused(tmp_path):
         describe(tmp_path / "notes.txt")
 
 
-def test_the_text_names_every_split_column_and_part_of_the_identity(path):
+def test_the_text_names_every_split_column_and_part_of_the_spec(path):
     text = render(describe(path))
-    for expected in ("train", "validation", "label_logprobs", "keep.top_k: 100", "engine: example"):
+    for expected in (
+        "train",
+        "validation",
+        "label_logprobs",
+        "entropies",
+        "teacher.kind: model",
+        "keep.method: top-p-k",
+        "keep.top_k: 100",
+        "documents.bos: none",
+        "engine: example",
+    ):
         assert expected in text
     assert "shard" in render(describe(path / "train" / "shard-000000.parquet"))
 
@@ -108,7 +125,7 @@ def test_an_intact_dataset_or_shard_has_no_problems(path):
 
 
 def test_every_problem_is_one_line_that_names_the_file(path):
-    discard_shard(path, "validation", 0)
+    drop(path, "validation", 0)
     for name in ("shard-000000", "shard-000001"):
         shard = path / "train" / f"{name}.parquet"
         content = bytearray(shard.read_bytes())
@@ -138,6 +155,42 @@ def test_a_damaged_sidecar_of_the_last_shard_hides_no_other_problem(path):
         describe(path)
     sidecar.unlink()
     assert describe(path)["missing_shards"] == 1
+
+
+def test_a_dataset_of_tokens_alone_is_sound_and_shows_what_there_is(tmp_path):
+    path = make_dataset(tmp_path / "dataset", tokens_only=True, masked=True)
+    assert verify(path) == []
+    description = describe(path)
+    assert description["spec"]["teacher"] is None
+    assert description["spec"]["keep"] == {"method": "tokens"}
+    with Dataset.open(path).split("train") as split:
+        rows = list(split.rows())
+    figures = description["splits"]["train"]
+    assert figures["tokens"] == sum(row.loss_mask.sum() for row in rows)
+    assert figures["entries"] == figures["entries_per_token"] == 0
+    for name in ("teacher_cross_entropy", "teacher_entropy", "kept_mass"):
+        assert figures[name] is None
+    assert set(description["columns"]) == {"sequence", "tokens", "segments", "loss_mask"}
+    assert json.loads(json.dumps(description, allow_nan=False)) == description
+    text = render(description)
+    for expected in ("keep.method: tokens", "teacher: None", "segments"):
+        assert expected in text
+    (line,) = [line for line in text.splitlines() if "kept mass" in line]
+    assert line.split()[-2:] == ["-", "-"]
+    shard = describe(path / "train" / "shard-000000.parquet")
+    assert shard["spec"] == description["spec"]
+    assert "segments" in render(shard)
+
+
+def test_a_row_of_tokens_alone_is_shown_token_by_token(tmp_path):
+    path = make_dataset(tmp_path / "dataset", tokens_only=True)
+    with Dataset.open(path).split("train") as split:
+        row = split.row(3)
+    lines = format_row(row, lambda i: f"<{i}>").splitlines()
+    assert lines[:3] == ["sequence 3: 16 positions", "", "token             label"]
+    assert len(lines) == 3 + 16
+    for t, line in enumerate(lines[3:]):
+        assert line.split() == [f"'<{row.tokens[t]}>'", f"'<{row.tokens[t + 1]}>'"]
 
 
 def test_a_row_is_shown_position_by_position():

@@ -34,6 +34,7 @@ from student_train.model import (
     num_parameters,
 )
 from student_train.presets import PRESETS
+from tests.strategies import make_spec
 from tests.tiny_dataset import SEQUENCE_LENGTH, make_dataset, make_tokenizer
 
 SMALL: dict[str, Any] = {
@@ -81,7 +82,8 @@ def test_presets_are_as_large_as_their_names_say(
     name: str, vocab_size: int, least: float, most: float
 ) -> None:
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**PRESETS[name].config_json(vocab_size, 512, 0)))
+        config = PRESETS[name].config_json(make_spec(vocab_size=vocab_size))
+        model = LlamaForCausalLM(LlamaConfig(**config))
     assert least <= num_parameters(model)[0] <= most
 
 

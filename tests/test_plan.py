@@ -14,9 +14,11 @@ import pytest
 import zstandard
 
 from shards import inspect
+from shards.keep import Threshold
 from teacher_dump.config import DumpConfig
-from teacher_dump.plan import Sample, make_plan, read_corpus_sample
+from teacher_dump.plan import make_plan
 from teacher_dump.prepare import prepare
+from teacher_dump.sample import Sample, read_corpus_sample
 from tests.tiny_teacher import dump_command, run_dump, write_corpus
 
 
@@ -47,7 +49,7 @@ def test_a_corpus_that_is_elsewhere_is_extrapolated(tiny_teacher: Path, tmp_path
         out=tmp_path / "out",
         engine="transformers",
         sequence_length=32,
-        keep="threshold",
+        keep=Threshold(),
     )
     plan = make_plan(config, 10**12)
     assert plan.tokens == 10**12
@@ -79,7 +81,7 @@ def test_tokens_of_a_corpus_of_many_files_are_estimated_from_its_parts(
         for number in range(70)
     ]
     exact = sum(map(num_tokens, files))
-    monkeypatch.setattr("teacher_dump.plan.SAMPLED_CHARACTERS", 32 * 8000)
+    monkeypatch.setattr("teacher_dump.sample.SAMPLED_CHARACTERS", 32 * 8000)
     sample = sampled(tiny_teacher, folder)
     assert 0 < sample.share < 0.3
     assert len(sample.tokens) < 0.3 * exact
@@ -106,7 +108,7 @@ def test_tokens_of_one_large_file_are_estimated_from_its_front(
         pq.write_table(pa.table({"text": texts}), corpus)
     else:
         np.save(corpus, np.append(np.tile([5, 6, 7, 0], exact // 4), np.ones(exact % 4, int)))
-    monkeypatch.setattr("teacher_dump.plan.SAMPLED_CHARACTERS", 400_000)
+    monkeypatch.setattr("teacher_dump.sample.SAMPLED_CHARACTERS", 400_000)
     sample = sampled(tiny_teacher, corpus)
     assert 0 < sample.share < 0.5
     assert sample.num_tokens == pytest.approx(exact, rel=0.1)
@@ -123,4 +125,4 @@ def test_tokens_without_a_plan_is_refused(tiny_teacher: Path, tmp_path: Path) ->
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=3)
     result = run_dump(dump_command(tiny_teacher, corpus, tmp_path / "out", "--tokens", "1e12"))
     assert result.returncode == 2
-    assert "--tokens 1e+12: is a number from 1 to 1e18 for --plan" in result.stderr
+    assert "--tokens 1e+12: needs --plan" in result.stderr

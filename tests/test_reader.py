@@ -12,19 +12,24 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
+from shards.checksums import chunks_crc32, file_sha256, footer_sha256
 from shards.errors import ShardCorruptError, ShardError, ShardFormatError
+from shards.keep import Threshold
 from shards.reader import ShardReader, verify_shard
 from shards.schema import schema, writer_options
-from shards.sidecar import sidecar_path
+from shards.sealed import seal
+from shards.sidecar import Sidecar, sidecar_path
 from tests.strategies import (
     assert_rows_equal,
     example_row,
-    make_identity,
+    make_spec,
     row_lists,
     write_shard,
 )
 
-IDENTITY = make_identity(sequences_per_shard=8, sequences_per_row_group=3)
+SPEC = make_spec(sequences_per_shard=8, sequences_per_row_group=3)
+MASKED = make_spec(sequences_per_shard=8, sequences_per_row_group=3, has_mask=True)
+SAMPLED = make_spec(sequences_per_shard=8, sequences_per_row_group=3, keep=Threshold())
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def rows():
 
 @pytest.fixture
 def path(tmp_path, rows):
-    return write_shard(tmp_path / "train", rows, IDENTITY)
+    return write_shard(tmp_path / "train", rows, MASKED)
 
 
 def read_all(path):
@@ -48,24 +53,34 @@ def read_all(path):
 
 @settings(deadline=None, max_examples=60)
 @given(row_lists())
-def test_any_row_is_read_back_bit_for_bit(tmp_path_factory, identity_and_rows):
-    identity, rows = identity_and_rows
-    path = write_shard(tmp_path_factory.mktemp("any") / "train", rows, identity)
+def test_any_row_is_read_back_bit_for_bit(tmp_path_factory, spec_and_rows):
+    spec, rows = spec_and_rows
+    path = write_shard(tmp_path_factory.mktemp("any") / "train", rows, spec)
     verify_shard(path)
     for found, expected in zip(read_all(path), rows, strict=True):
         assert_rows_equal(found, expected)
 
 
+PER_TOKEN_OR_POSITION = (
+    "tokens",
+    "segments",
+    "label_logprobs",
+    "tail_logmass",
+    "entropies",
+    "loss_mask",
+)
+
+
 @settings(deadline=None, max_examples=30)
 @given(row_lists())
-def test_plain_pyarrow_reads_every_column_without_our_code(tmp_path_factory, identity_and_rows):
-    identity, rows = identity_and_rows
-    path = write_shard(tmp_path_factory.mktemp("any") / "train", rows, identity)
+def test_plain_pyarrow_reads_every_column_without_our_code(tmp_path_factory, spec_and_rows):
+    spec, rows = spec_and_rows
+    path = write_shard(tmp_path_factory.mktemp("any") / "train", rows, spec)
     table = pq.read_table(path, page_checksum_verification=True)
     for found, row in zip(table.to_pylist(), rows, strict=True):
         pieces = np.cumsum(row.counts)[:-1]
         assert found["sequence"] == row.sequence
-        for name in ("tokens", "segments", "label_logprobs", "tail_logmass", "loss_mask"):
+        for name in PER_TOKEN_OR_POSITION:
             expected = getattr(row, name)
             assert found.get(name) == (None if expected is None else expected.tolist())
         for name in ("ids", "logprobs"):
@@ -73,7 +88,7 @@ def test_plain_pyarrow_reads_every_column_without_our_code(tmp_path_factory, ide
             assert found[name] == expected
         assert found["teacher_nll"] == row.teacher_nll
         assert found.get("teacher_entropy") == row.teacher_entropy
-        assert ("teacher_entropy" in found) == (row.teacher_entropy is not None)
+        assert list(found) == list(spec.columns)
 
 
 def test_a_single_row_is_found_in_any_row_group(path, rows):
@@ -115,8 +130,14 @@ def test_columns_that_were_not_asked_for_are_none(path, rows):
         assert group.sequences.tolist() == [0, 1, 2]
         for name in ("ids", "logprobs", "entry_offsets", "segments", "teacher_nll"):
             assert getattr(group, name) is None
-        with pytest.raises(ValueError, match="'ids' of this row group was not read"):
-            group.row(0)
+        for columns, unread in (
+            (["tokens"], "segments"),
+            (["segments"], "tokens"),
+            (["tokens", "segments", "ids"], "logprobs"),
+            (["tokens", "segments", "logprobs"], "ids"),
+        ):
+            with pytest.raises(ValueError, match=f"'{unread}' of this row group was not read"):
+                reader.read_row_group(0, columns).row(0)
         entries = reader.read_row_group(0, ["ids", "logprobs"])
         assert entries.tokens is None
         assert entries.entry_offsets[-1] == len(entries.ids) == len(entries.logprobs)
@@ -128,7 +149,7 @@ def test_a_column_that_does_not_exist_is_a_mistake_of_the_caller(path):
 
 
 def test_an_optional_column_that_the_shard_lacks_is_none(tmp_path):
-    path = write_shard(tmp_path / "train", [example_row(0, has_tail=False)], IDENTITY)
+    path = write_shard(tmp_path / "train", [example_row(0, has_tail=False)], SAMPLED)
     with ShardReader(path) as reader:
         group = reader.read_row_group(0, ["tail_logmass", "loss_mask", "tokens"])
     assert group.tail_logmass is None
@@ -146,12 +167,14 @@ def test_large_columns_are_views_of_what_arrow_decoded(path):
 
 def test_the_footer_says_what_the_shard_was_made_from(path):
     with ShardReader(path) as reader:
-        assert reader.metadata == {
-            "format_version": 1,
-            "shard": 0,
-            "split": "train",
-            "identity": IDENTITY,
-        }
+        assert reader.spec == MASKED
+    stored = pq.read_metadata(path).metadata[b"logitshards"]
+    assert json.loads(stored) == {
+        "format_version": 1,
+        "shard": 0,
+        "split": "train",
+        "spec": MASKED.to_json(),
+    }
 
 
 def test_opening_does_not_read_the_columns(path):
@@ -240,7 +263,7 @@ def test_a_shard_without_its_sidecar_or_a_sidecar_without_its_shard_is_refused(p
 
 
 def test_two_shards_that_exchanged_places_are_refused(path, tmp_path):
-    other = write_shard(tmp_path / "train", [example_row(8)], IDENTITY, shard=1)
+    other = write_shard(tmp_path / "train", [example_row(8, has_mask=True)], MASKED, shard=1)
     exchanged = tmp_path / "exchanged"
     os.rename(path, exchanged)
     os.rename(other, path)
@@ -250,9 +273,6 @@ def test_two_shards_that_exchanged_places_are_refused(path, tmp_path):
 
 def rewrite(path, table, metadata, sidecar_changes=None, **options):
     """Put another Parquet file into a shard's place, with a sidecar that fits its bytes."""
-    from shards.checksums import chunks_crc32, file_sha256, footer_sha256
-    from shards.sidecar import Sidecar
-
     sidecar = Sidecar.read(sidecar_path(path))
     encoded = {"logitshards": json.dumps(metadata)} if metadata is not None else {}
     options = {"use_dictionary": False, **options}
@@ -271,12 +291,12 @@ def rewrite(path, table, metadata, sidecar_changes=None, **options):
     ).write(sidecar_path(path))
 
 
-def footer(**changes):
+def footer(spec=MASKED, **changes):
     return {
         "format_version": 1,
         "shard": 0,
         "split": "train",
-        "identity": IDENTITY,
+        "spec": spec.to_json(),
         **changes,
     }
 
@@ -306,31 +326,98 @@ def test_a_sidecar_of_another_shard_is_refused(path):
         ShardReader(path)
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_an_entropy_column_that_the_identity_does_not_have_is_refused_and_the_other_way_round(
-    path, recorded
-):
-    identity = make_identity(has_entropy=not recorded)
-    table = pq.read_table(path)
-    table = table if recorded else table.drop_columns("teacher_entropy")
-    rewrite(path, table, footer(identity=identity))
-    with pytest.raises(ShardFormatError, match=f"{'has' if recorded else 'lacks'} the column"):
+OPTIONAL = {
+    "tail_logmass": (replace(MASKED, keep=Threshold()), ["tail_logmass"]),
+    "loss_mask": (SPEC, ["loss_mask"]),
+    "entropies": (
+        make_spec(has_mask=True, has_entropy=False),
+        ["entropies", "teacher_entropy"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_column_that_the_spec_does_not_have_is_refused(path, name):
+    spec, columns = OPTIONAL[name]
+    rewrite(path, pq.read_table(path), footer(spec))
+    with pytest.raises(ShardFormatError, match=f"its columns .*{columns[0]}.* are not those"):
         ShardReader(path)
 
 
-def test_without_the_entropy_column_everything_else_is_there_and_its_sum_is_null(tmp_path):
-    identity = make_identity(has_entropy=False)
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_shard_that_lacks_a_column_of_its_spec_is_refused(path, name):
+    _, columns = OPTIONAL[name]
+    rewrite(path, pq.read_table(path).drop_columns(columns), footer())
+    with pytest.raises(ShardFormatError, match=f"that its footer describes: .*{columns[0]}"):
+        ShardReader(path)
+
+
+@pytest.mark.parametrize("column", ["entropies", "teacher_entropy"])
+def test_one_column_of_entropies_without_the_other_is_refused(path, column):
+    rewrite(path, pq.read_table(path).drop_columns(column), footer())
+    with pytest.raises(ShardFormatError, match="its columns"):
+        ShardReader(path)
+
+
+def test_columns_in_another_order_or_of_another_type_are_refused(path):
+    table = pq.read_table(path)
+    rewrite(path, table.select(table.column_names[::-1]), footer())
+    with pytest.raises(ShardFormatError, match="its columns"):
+        ShardReader(path)
+    nullable = table.schema.field("teacher_nll").with_nullable(True)
+    index = table.column_names.index("teacher_nll")
+    rewrite(path, table.cast(table.schema.set(index, nullable)), footer())
+    with pytest.raises(ShardFormatError, match="its columns"):
+        ShardReader(path)
+    wide = pa.field("teacher_nll", pa.float64(), nullable=False)
+    rewrite(path, table.cast(table.schema.set(index, wide)), footer())
+    with pytest.raises(ShardFormatError, match="its columns"):
+        ShardReader(path)
+
+
+def test_without_entropies_everything_else_is_there_and_their_sum_is_null(tmp_path):
+    spec = make_spec(has_entropy=False)
     rows = [example_row(i, has_entropy=False) for i in range(4)]
-    path = write_shard(tmp_path / "train", rows, identity)
+    path = write_shard(tmp_path / "train", rows, spec)
     verify_shard(path)
     for found, expected in zip(read_all(path), rows, strict=True):
         assert_rows_equal(found, expected)
     about = json.loads(sidecar_path(path).read_text())
     assert about["teacher_entropy"] is None
     assert about["teacher_nll"] > 0
-    rewrite(path, pq.read_table(path), footer(identity=identity), {"teacher_entropy": 1.0})
+    rewrite(path, pq.read_table(path), footer(spec), {"teacher_entropy": 1.0})
     with pytest.raises(ShardCorruptError, match=r"teacher_entropy is None, 1\.0 in the sidecar"):
         verify_shard(path)
+
+
+@pytest.mark.parametrize("key", ["logits", "chunks_sha256"])
+def test_a_sidecar_with_a_key_that_is_not_known_is_refused_by_name(path, key):
+    file = sidecar_path(path)
+    content = json.loads(file.read_text())
+    del content["checksum"], content["format_version"]
+    file.write_text(seal({**content, key: 1}))
+    with pytest.raises(ShardFormatError, match=f"{file.name}: .* unknown key '{key}'"):
+        ShardReader(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequences": "8"}, "key 'sequences': expected int, found '8'"),
+        ({"tokens": True}, "key 'tokens': expected int, found True"),
+        ({"teacher_nll": "1.0"}, "key 'teacher_nll': expected float, found '1.0'"),
+        ({"chunks_crc32": [[1, "2"]]}, "key 'chunks_crc32.0.1': expected int, found '2'"),
+        ({"chunks_crc32": "12"}, "key 'chunks_crc32': expected a list, found '12'"),
+    ],
+)
+def test_a_sidecar_with_a_value_of_another_type_is_refused_by_name(path, changes, message):
+    file = sidecar_path(path)
+    content = json.loads(file.read_text())
+    del content["checksum"], content["format_version"]
+    file.write_text(seal({**content, **changes}))
+    with pytest.raises(ShardFormatError) as caught:
+        ShardReader(path)
+    assert message in str(caught.value)
 
 
 def make_table(**changes):
@@ -341,12 +428,12 @@ def make_table(**changes):
         "logprobs": [[[-1.0, -2.0], [-1.0]]],
         "tail_logmass": [[-3.0, -3.0]],
         "label_logprobs": [[-1.0, -1.0]],
+        "entropies": [[1.0, 1.0]],
         "segments": [[0, 0, 0]],
         "teacher_nll": [2.0],
         "teacher_entropy": [2.0],
     }
-    columns = schema(has_tail=True, has_mask=False, has_entropy=True)
-    return pa.table({**values, **changes}, schema=columns)
+    return pa.table({**values, **changes}, schema=schema(SPEC.columns))
 
 
 @pytest.mark.parametrize(
@@ -357,6 +444,7 @@ def make_table(**changes):
         ({"ids": [[[4], [5, 6]]]}, "lists of ids and logprobs differ in length"),
         ({"segments": [[0, 0]]}, "differ in length"),
         ({"label_logprobs": [[-1.0]]}, "differ in length"),
+        ({"entropies": [[1.0]]}, "differ in length"),
         ({"sequence": [3]}, "the sequences are not 0 to 0"),
     ],
 )
@@ -364,7 +452,7 @@ def make_table(**changes):
 def test_columns_that_do_not_fit_together_are_refused(path, encoded, changes, message):
     table = make_table(**changes)
     options = writer_options(table.schema) if encoded == "as shards are" else {}
-    rewrite(path, table, footer(), **options)
+    rewrite(path, table, footer(SPEC), **options)
     with ShardReader(path) as reader, pytest.raises(ShardCorruptError, match=message):
         reader.read_row_group(0)
 
@@ -373,6 +461,7 @@ def test_columns_that_do_not_fit_together_are_refused(path, encoded, changes, me
     ("changes", "sidecar_changes", "message"),
     [
         ({"ids": [[[4, 151_936], [6]]]}, {}, "a kept id is not valid"),
+        ({"entropies": [[1.0, float("nan")]]}, {}, "sequence 0: entropies is nan"),
         ({}, {"entries": 4}, "entries is 3, 4 in the sidecar"),
         ({}, {"teacher_nll": 2.5}, "teacher_nll is 2.0, 2.5 in the sidecar"),
     ],
@@ -385,7 +474,7 @@ def test_verifying_checks_values_and_sums(path, changes, sidecar_changes, messag
         "teacher_entropy": 2.0,
         "kept_mass": 2 - 2 * float(np.exp(-3)),
     }
-    rewrite(path, make_table(**changes), footer(), {**totals, **sidecar_changes})
+    rewrite(path, make_table(**changes), footer(SPEC), {**totals, **sidecar_changes})
     assert len(read_all(path)) == 1
     with pytest.raises(ShardCorruptError, match=message):
         verify_shard(path)
@@ -393,7 +482,7 @@ def test_verifying_checks_values_and_sums(path, changes, sidecar_changes, messag
 
 def test_a_verified_shard_of_plain_pyarrow_is_fine(path):
     totals = {"tokens": 2, "entries": 3, "teacher_nll": 2.0, "teacher_entropy": 2.0}
-    rewrite(path, make_table(), footer(), {**totals, "kept_mass": 2 - 2 * float(np.exp(-3))})
+    rewrite(path, make_table(), footer(SPEC), {**totals, "kept_mass": 2 - 2 * float(np.exp(-3))})
     verify_shard(path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +20,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.keep_method import KeepMethod
+from shards.keep import Draws, Threshold
 from shards.reader import ShardReader
 from shards.rows import Row
 from teacher_dump import sampling
-from teacher_dump.collector import make_row
-from teacher_dump.keep import Draws, Keep, Threshold, from_plain
+from teacher_dump.keep import Selection
 from teacher_dump.packing import Selected, unpack
 from teacher_dump.random_keys import position_keys, sequence_key, uniforms
-from teacher_dump.selection import make_selector, select_in_blocks
-from teacher_dump.sequences import TokenSequence
-from tests.strategies import make_identity, write_shard
+from teacher_dump.rows import TokenSequence, make_row
+from teacher_dump.selection import select_in_blocks, selector_of
+from tests.strategies import make_spec, write_shard
 
 ERROR_RATE = 1e-9
 STEP = 1 / 16
@@ -47,24 +47,26 @@ LOGITS = {
 }
 
 
-def draws(num: int = 50, *, temperature: float = 1.0, vocab_size: int = VOCAB) -> Draws:
-    return Draws(draws=num, temperature=temperature, logprob_step=STEP, vocab_size=vocab_size)
+def draws(num: int = 50, *, temperature: float = 1.0, vocab_size: int = VOCAB) -> Selection:
+    keep = Draws(draws=num, temperature=temperature, logprob_step=STEP)
+    return Selection(keep, vocab_size)
 
 
-def threshold(steps: int = 48, *, temperature: float = 1.0, vocab_size: int = VOCAB) -> Threshold:
-    return Threshold(
-        threshold_steps=steps, temperature=temperature, logprob_step=STEP, vocab_size=vocab_size
-    )
+def threshold(steps: int = 48, *, temperature: float = 1.0, vocab_size: int = VOCAB) -> Selection:
+    t = math.exp(-steps * STEP)
+    return Selection(Threshold(threshold=t, temperature=temperature, logprob_step=STEP), vocab_size)
 
 
 def keys_of(number: int, count: int, *, seed: int = 0, split: str = "train") -> torch.Tensor:
     return torch.from_numpy(position_keys(sequence_key(seed, split, number), 0, count))
 
 
-def select(keep: Keep, logits: torch.Tensor, keys: torch.Tensor, block: int = 1000) -> Selected:
+def select(
+    keep: Selection, logits: torch.Tensor, keys: torch.Tensor, block: int = 1000
+) -> Selected:
     """As an engine does it, block by block; labels are 0."""
     labels = torch.zeros(len(logits), dtype=torch.int64)
-    packed = select_in_blocks(make_selector(keep), logits, labels, keys, block)
+    packed = select_in_blocks(selector_of(keep), logits, labels, keys, block)
     return unpack(packed.numpy(), keep)
 
 
@@ -78,14 +80,13 @@ def probabilities(logits: torch.Tensor, temperature: float = 1.0) -> np.ndarray:
     return torch.softmax(logits.double() / temperature, -1).numpy()
 
 
-def stored(keep: Keep, logits: torch.Tensor, folder: Path) -> Row:
+def stored(keep: Selection, logits: torch.Tensor, folder: Path) -> Row:
     """What a shard gives back of one sequence of NUM_POSITIONS positions with the same logits."""
     selected = select(keep, logits.expand(NUM_POSITIONS, -1), keys_of(5, NUM_POSITIONS))
     tokens = np.zeros(NUM_POSITIONS + 1, np.int32)
     sequence = TokenSequence(split="train", number=0, tokens=tokens, segments=tokens)
-    path = write_shard(
-        folder / "train", [make_row(sequence, selected, STEP)], make_identity(vocab_size=VOCAB)
-    )
+    spec = make_spec(vocab_size=VOCAB, keep=keep.keep)
+    path = write_shard(folder / "train", [make_row(sequence, selected, STEP)], spec)
     with ShardReader(path) as reader:
         return reader.row(0)
 
@@ -108,7 +109,7 @@ def test_threshold_weights_read_from_disk_have_the_probabilities_as_means(
 ) -> None:
     keep = threshold(temperature=temperature)
     row = stored(keep, LOGITS[name], tmp_path)
-    p, t = probabilities(LOGITS[name], temperature), keep.threshold
+    p, t = probabilities(LOGITS[name], temperature), keep.keep.threshold
     assert row.tail_logmass is None
     included = np.bincount(row.ids, minlength=VOCAB) / NUM_POSITIONS
     inclusion = np.minimum(1, p / t)
@@ -200,7 +201,7 @@ def test_threshold_keeps_what_is_large_and_stays_within_its_bound(
     keep = threshold(steps, temperature=temperature, vocab_size=vocab)
     padded = torch.cat([logits, torch.full((num_rows, padding), 90.0)], 1)
     selected = select(keep, padded, keys_of(number, num_rows))
-    p, t = probabilities(logits, temperature), keep.threshold
+    p, t = probabilities(logits, temperature), keep.keep.threshold
     for r, (ids, logprobs) in enumerate(
         positions(selected.counts, selected.ids, selected.logprobs)
     ):
@@ -211,7 +212,7 @@ def test_threshold_keeps_what_is_large_and_stays_within_its_bound(
         assert set(np.flatnonzero(p[r] >= t * (1 + 1e-5))) <= set(ids)
         large = p[r, ids] >= t
         assert np.abs(logprobs - np.log(np.maximum(p[r, ids], t))).max() <= STEP / 2 + 1e-4
-        assert (logprobs[~large] <= keep.log_threshold + 1e-6).all()
+        assert (logprobs[~large] <= keep.keep.log_threshold + 1e-6).all()
         order = list(zip(-logprobs, ids, strict=True))
         assert order == sorted(order)
     exact = torch.log_softmax(logits.double(), -1)
@@ -261,7 +262,7 @@ def test_the_last_of_all_draws_hits_what_has_probability(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("keep", [draws(), threshold()])
-def test_blocks_do_not_change_what_is_kept_and_keys_do(keep: Keep) -> None:
+def test_blocks_do_not_change_what_is_kept_and_keys_do(keep: Selection) -> None:
     logits = LOGITS["normal"].expand(200, -1)
     whole = select(keep, logits, keys_of(1, 200), block=200)
     parts = select(keep, logits, keys_of(1, 200), block=7)
@@ -314,17 +315,16 @@ def test_the_numbers_of_a_position_are_what_the_definition_says() -> None:
 
 
 @pytest.mark.parametrize("keep", [draws(), threshold()])
-def test_a_method_survives_the_way_to_another_process(keep: Keep) -> None:
-    assert from_plain(keep.to_plain()) == keep
+def test_a_method_survives_the_way_to_another_process(keep: Selection) -> None:
+    assert Selection.from_json(json.loads(json.dumps(keep.to_json()))) == keep
 
 
 def test_sampled_weights_are_told_from_exact_ones_at_every_step() -> None:
     for step in np.arange(1, 1001) / 1000:
         steps = round(-math.log(0.05) / step)
-        keep = Threshold(
-            threshold_steps=steps, logprob_step=float(step), temperature=1.0, vocab_size=300
-        )
-        above = KeepMethod.of({"keep": keep.identity()}).exact_above
+        keep = Threshold(threshold=0.05, logprob_step=float(step))
+        above = keep.exact_above
+        assert keep.threshold_steps == steps
         assert above is not None
         # As `sampling` makes them: the weight t, and the least exact entry that is stored above it.
         sampled, exact = torch.tensor([steps, steps - 1]).to(torch.float32) * -keep.logprob_step

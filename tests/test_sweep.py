@@ -1,15 +1,18 @@
 """A sweep finds what a softmax in float64 says, however many rows it takes at once."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from shards.keep import Draws, Threshold, TopPK
 from teacher_dump import selection
 from teacher_dump import sweep as module
 from teacher_dump.groups import GROUP, MEMBERS
-from teacher_dump.keep import Draws, Threshold, TopPK
+from teacher_dump.keep import Selection
 from teacher_dump.packing import unpack
-from teacher_dump.selection import make_selector, rows_at_once, select_in_blocks
+from teacher_dump.selection import rows_at_once, select_in_blocks, selector_of
 
 VOCAB = 5 * GROUP
 
@@ -74,19 +77,19 @@ def test_parts_of_a_block_do_not_change_what_is_selected(
     """Nor does a smaller block before: buffers are used again, at another temperature too."""
     logits, labels = logits_of(2.0), torch.arange(23)
     keys = 12345 * torch.arange(1, 24)
-    common = {"logprob_step": 1 / 16, "vocab_size": VOCAB - 3}
-    for keep in (
-        TopPK(top_p=1.0, top_k=30, **common),
-        Draws(draws=20, temperature=2.0, **common),
-        Threshold(threshold_steps=30, temperature=0.5, **common),
+    for method in (
+        TopPK(top_p=1.0, top_k=30),
+        Draws(draws=20, temperature=2.0),
+        Threshold(threshold=math.exp(-30 / 16), temperature=0.5),
     ):
+        keep = Selection(method, VOCAB - 3)
         monkeypatch.setattr(module, "_rows_of_part", lambda logits: 100)
-        whole = make_selector(keep)(logits, labels, keys)
+        whole = selector_of(keep)(logits, labels, keys)
         with monkeypatch.context() as patched:
             patched.setattr(module, "_rows_of_part", lambda logits: 4)
             if compiled:
                 compile_at_once(patched)
-            select = make_selector(keep)
+            select = selector_of(keep)
             select(logits[:2], labels[:2], keys[:2])
             parts = select_in_blocks(select, logits, labels, keys, rows=10)
         expected, found = unpack(whole.numpy(), keep), unpack(parts.numpy(), keep)
@@ -101,12 +104,15 @@ def test_parts_of_a_block_do_not_change_what_is_selected(
 
 
 def test_blocks_are_sized_by_the_memory_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep = TopPK(top_p=0.9, top_k=3, logprob_step=1 / 16, vocab_size=VOCAB)
+    keep = Selection(TopPK(top_p=0.9, top_k=3, logprob_step=1 / 16), VOCAB)
     monkeypatch.setattr(selection, "CPU_SELECTION_BYTES", 7 * 4 * 3 * GROUP * 3 + 1)
     for dtype in (torch.float32, torch.bfloat16):
         assert rows_at_once(torch.zeros((2, VOCAB), dtype=dtype), keep) == 7
     assert rows_at_once(torch.zeros((2, 10 * VOCAB)), keep) == 1
     logits, labels = logits_of(2.0), torch.arange(23)
-    blocks = select_in_blocks(make_selector(keep), logits, labels, labels)
-    assert torch.equal(blocks, select_in_blocks(make_selector(keep), logits, labels, labels, 7))
+    blocks = select_in_blocks(selector_of(keep), logits, labels, labels)
+    assert torch.equal(
+        blocks,
+        select_in_blocks(selector_of(keep), logits, labels, labels, 7),
+    )
     assert len(blocks) == 23

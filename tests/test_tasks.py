@@ -163,12 +163,14 @@ def test_a_task_that_fails_leaves_what_came_before_it(config: TrainConfig, tmp_p
 def test_the_student_reads_as_in_training(
     config: TrainConfig, tmp_path: Path, bos: bool, prefix: int
 ) -> None:
-    identity = dict(Dataset.open(config.shards[0]).identity)
-    identity["documents"] = identity["documents"] | {"bos": bos}
+    spec = Dataset.open(config.shards[0]).spec
+    if bos:
+        documents = replace(spec.documents, bos="document", bos_token_id=prefix, masked=True)
+        spec = replace(spec, documents=documents)
     folder = shutil.copytree(config.out / "model", tmp_path / "model")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "word5"}))
-    student = tasks._student(folder, identity, "bfloat16", "cpu")
+    student = tasks._student(folder, spec, "bfloat16", "cpu")
     assert student.prefix_token_id == prefix
     assert student.max_length == SEQUENCE_LENGTH
     logits = student._model_call(torch.tensor([[1, 2, 3]]))

@@ -21,12 +21,14 @@ STRATEGIES = ("normkd", "wttm", "adakd-sd", "adakd-h")
 NOTHING = float("-inf")
 
 
-def reference_target(logprobs: Tensor, objective: Objective) -> tuple[Tensor, float]:
+def reference_target(
+    logprobs: Tensor, objective: Objective, stored_entropy: float | None = None
+) -> tuple[Tensor, float]:
     """Target and weight of one position with kept entries [n], from the definitions."""
     tau, weight = objective.temperature, 1.0
     p = logprobs.exp() / logprobs.exp().sum()
     deviation = logprobs.std().item() if len(p) > 1 else 0.0
-    entropy = -(p * p.log()).sum().item()
+    entropy = -(p * p.log()).sum().item() if stored_entropy is None else stored_entropy
     match objective.adaptive_temperature:
         case "normkd":
             tau *= deviation or 1.0
@@ -60,7 +62,8 @@ def dense_reference(
         if objective.sampled:
             kd = kd - tau**2 * (logprobs.exp() * student).sum()
             continue
-        target, importance = reference_target(logprobs, objective)
+        stored = None if targets.entropies is None else targets.entropies[t].item()
+        target, importance = reference_target(logprobs, objective, stored)
         distance = -(target * student).sum()
         if objective.kind == "kld":
             distance = distance + (target * target.log()).sum()
@@ -68,10 +71,13 @@ def dense_reference(
     return Loss((1 - objective.alpha) * lm + objective.alpha * kd, lm, kd)
 
 
-def check(objective: Objective) -> None:
+def check(objective: Objective, *, with_entropies: bool = False) -> None:
     """Values and gradients against the dense reference, for several sizes and blocks."""
     for size, rows_per_block in itertools.product(SIZES, (1, 3, 1000)):
         hidden, weight, labels, targets = make_case(size)
+        if with_entropies:
+            entropies = torch.linspace(0, 5, len(labels), dtype=torch.float64)
+            targets = targets._replace(entropies=entropies)
         expected = dense_reference(hidden, weight, labels, targets, objective)
         block_bytes = rows_per_block * len(weight) * 8
         found = distillation_loss(
@@ -117,6 +123,26 @@ def test_adaptive_temperatures_equal_the_dense_reference(
             student_temperature=student_temperature,
         )
     )
+
+
+@pytest.mark.parametrize("student_temperature", [1.0, 2.0])
+def test_the_teachers_own_entropies_decide_where_they_are_stored(
+    student_temperature: float,
+) -> None:
+    objective = Objective(
+        kind="kld",
+        alpha=0.6,
+        temperature=1.7,
+        adaptive_temperature="adakd-h",
+        student_temperature=student_temperature,
+    )
+    check(objective, with_entropies=True)
+    temperature, _ = adapt(torch.zeros(1, 3), 2.0, "adakd-h", torch.tensor([[1.0]]))
+    assert torch.as_tensor(temperature).item() == 2.0  # an entropy of 1 nat leaves it
+    for strategy in ("normkd", "wttm", "adakd-sd"):
+        here = adapt(torch.zeros(1, 3), 2.0, strategy, torch.tensor([[9.0]]))
+        there = adapt(torch.zeros(1, 3), 2.0, strategy)
+        assert torch.equal(torch.as_tensor(here[0]), torch.as_tensor(there[0]))
 
 
 def test_a_student_that_equals_the_teacher_is_best_where_both_have_one_temperature() -> None:

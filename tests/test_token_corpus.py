@@ -201,7 +201,7 @@ def test_a_plan_counts_documents_as_often_as_weights_take_them(
 ) -> None:
     np.save(tmp_path / "a.npy", np.arange(1, 201).reshape(200, 1))
     config = DumpConfig(
-        teacher=str(tiny_teacher), corpus=(tmp_path / "a.npy",), corpus_weight=(0.5,),
+        teacher=str(tiny_teacher), corpus=(tmp_path / "a.npy",), weights=(0.5,),
         out=tmp_path / "out", sequence_length=32, held_out=0.0,
     )  # fmt: skip
     ready = prepare(config)

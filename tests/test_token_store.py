@@ -19,14 +19,17 @@ from teacher_dump.corpus_listing import CorpusFile, list_files
 from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import JoinedSequences, SeparateSequences
-from teacher_dump.tokenizer import load_tokenizer, tokenizer_identity
+from teacher_dump.tokenizer import load_tokenizer
 from tests.tiny_teacher import write_corpus
 
 
 def rules_of(tokenizer: Any, **more: Any) -> TokenisingRules:
     options = {"text_key": "text", "held_out": 0.2, "seed": 0, **more}
     return TokenisingRules(
-        **tokenizer_identity(tokenizer), eos_token_id=tokenizer.eos_token_id, **options
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos_token_id=tokenizer.eos_token_id,
+        **options,
     )
 
 

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_dump.keep import TopPK
+from shards.keep import TopPK
+from teacher_dump.keep import Selection
 from teacher_dump.packing import Selected, unpack
-from teacher_dump.selection import make_selector
+from teacher_dump.selection import selector_of
 from teacher_dump.top_logprobs import num_known, select_from_largest
 from tests.tiny_teacher import STEP, TAIL_NOISE
 
@@ -35,10 +36,13 @@ def test_selection_on_the_host_is_that_of_the_device(
     vocab: int, top_k: int, top_p: float, scale: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    keep = TopPK(top_p=top_p, top_k=min(top_k, vocab), logprob_step=STEP, vocab_size=vocab)
+    keep = Selection(TopPK(top_p=top_p, top_k=min(top_k, vocab), logprob_step=STEP), vocab)
     logits = torch.randn(7, vocab) * scale
     labels = torch.randint(0, vocab, (7,))
-    device = unpack(make_selector(keep)(logits, labels, torch.zeros(7).long()).numpy(), keep)
+    device = unpack(
+        selector_of(keep)(logits, labels, torch.zeros(7).long()).numpy(),
+        keep,
+    )
     table = torch.log_softmax(logits, -1)
     label = table[torch.arange(7), labels].numpy()
     host = select_from_largest(*_largest(table, num_known(keep)), label, keep)
@@ -72,7 +76,7 @@ def _by_position(selected: Selected) -> list[tuple[npt.NDArray[Any], npt.NDArray
 def test_a_tail_of_a_real_vocabulary_is_as_exact_as_its_float32_softmax(top_p: float) -> None:
     torch.manual_seed(0)
     vocab, num_rows = 49_152, 200
-    keep = TopPK(top_p=top_p, top_k=100, logprob_step=STEP, vocab_size=vocab)
+    keep = Selection(TopPK(top_p=top_p, top_k=100, logprob_step=STEP), vocab)
     # from nearly flat to nearly certain, with tails down to about a millionth
     logits = torch.randn(num_rows, vocab) * torch.linspace(0.5, 4.0, num_rows)[:, None]
     logits[:, 7] = logits.logsumexp(-1) + torch.linspace(-5, 14, num_rows)
@@ -91,7 +95,7 @@ def test_a_tail_is_never_below_the_entries_that_are_known_beside_it() -> None:
     # float32 probabilities whose sum is above 1: 1 - sum is negative
     logprobs = np.array([[-1e-7, -15.0, -15.5, -16.0], [0.0, -1.5, -2.0, -40.0]], np.float32)
     ids = np.arange(8, dtype=np.int32).reshape(2, 4)
-    keep = TopPK(top_p=0.5, top_k=3, logprob_step=STEP, vocab_size=1000)
+    keep = Selection(TopPK(top_p=0.5, top_k=3, logprob_step=STEP), 1000)
     found = select_from_largest(ids, logprobs, logprobs[:, 0].copy(), keep)
     assert found.counts.tolist() == [1, 1]
     beside = np.exp(logprobs[:, 1:].astype(np.float64)).sum(-1)

@@ -10,15 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_dump.keep import TopPK
+from shards.keep import TopPK
+from teacher_dump.keep import Selection
 from teacher_dump.packing import round_to_step, unpack
-from teacher_dump.selection import make_selector
+from teacher_dump.selection import selector_of
 
 STEP = 1 / 16
 
 
-def _select(logits: torch.Tensor, labels: torch.Tensor, keep: TopPK):  # type: ignore[no-untyped-def]
-    selected = unpack(make_selector(keep)(logits, labels, torch.zeros_like(labels)).numpy(), keep)
+def _select(logits: torch.Tensor, labels: torch.Tensor, keep: Selection):  # type: ignore[no-untyped-def]
+    selected = unpack(
+        selector_of(keep)(logits, labels, torch.zeros_like(labels)).numpy(),
+        keep,
+    )
     borders = np.concatenate([[0], np.cumsum(selected.counts)])
     rows = [
         (selected.ids[a:b].astype(np.int64), selected.logprobs[a:b])
@@ -42,7 +46,7 @@ def test_selection_equals_the_dense_definition(vocab, padding, top_k, top_p, sca
     logits = torch.randn(7, vocab + padding) * scale
     logits[:, vocab:] = 50.0  # padded rows that must not exist
     labels = torch.randint(0, vocab, (7,))
-    keep = TopPK(top_p=top_p, top_k=top_k, logprob_step=STEP, vocab_size=vocab)
+    keep = Selection(TopPK(top_p=top_p, top_k=top_k, logprob_step=STEP), vocab)
     selected, rows = _select(logits, labels, keep)
     exact = torch.log_softmax(logits[:, :vocab].double(), -1)
     for t, (ids, logprobs) in enumerate(rows):
@@ -74,7 +78,7 @@ def test_selection_equals_the_dense_definition(vocab, padding, top_k, top_p, sca
 def test_a_tail_of_a_hundred_millionth_is_measured_and_not_lost_in_one_minus_the_rest() -> None:
     logits = torch.zeros(1, 1000)
     logits[0, 17] = 25.0
-    keep = TopPK(top_p=0.95, top_k=10, logprob_step=STEP, vocab_size=1000)
+    keep = Selection(TopPK(top_p=0.95, top_k=10, logprob_step=STEP), 1000)
     selected, rows = _select(logits, torch.tensor([3]), keep)
     assert rows[0][0].tolist() == [17]
     exact = np.log(999) - np.logaddexp(25.0, np.log(999))
@@ -82,14 +86,14 @@ def test_a_tail_of_a_hundred_millionth_is_measured_and_not_lost_in_one_minus_the
 
 
 def test_equal_logprobs_stand_by_ascending_id() -> None:
-    keep = TopPK(top_p=0.9, top_k=64, logprob_step=STEP, vocab_size=64)
+    keep = Selection(TopPK(top_p=0.9, top_k=64, logprob_step=STEP), 64)
     _, rows = _select(torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64), keep)
     for ids, _ in rows:
         assert ids.tolist() == sorted(ids.tolist())
 
 
 def test_a_result_of_the_wrong_shape_or_with_an_impossible_count_is_refused() -> None:
-    keep = TopPK(top_p=0.9, top_k=4, logprob_step=STEP, vocab_size=64)
+    keep = Selection(TopPK(top_p=0.9, top_k=4, logprob_step=STEP), 64)
     with pytest.raises(ValueError, match="expected"):
         unpack(np.zeros((3, 5), np.int32), keep)
     with pytest.raises(ValueError, match="counts"):

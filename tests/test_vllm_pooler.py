@@ -6,6 +6,7 @@ the CPU hands over the prompt's ids on the device, the one of the GPU none at al
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_dump.keep import Keep, Threshold, TopPK
+from shards.keep import Threshold, TopPK
+from teacher_dump.keep import Selection
 from teacher_dump.packing import unpack
 from teacher_dump.random_keys import sequence_key
 
@@ -26,13 +28,13 @@ with warnings.catch_warnings():
     from teacher_dump.vllm_pooler import LABELS_KEY, RANDOM_KEY, TeacherPooler
 
 VOCAB, HIDDEN = 97, 8
-KEEP = TopPK(top_p=0.9, top_k=5, logprob_step=1 / 16, vocab_size=VOCAB)
+KEEP = Selection(TopPK(top_p=0.9, top_k=5, logprob_step=1 / 16), VOCAB)
 
 
 class _Requests:
     """Prompts with their hidden states, fed to a pooler in pieces as a model runner would."""
 
-    def __init__(self, lengths: list[int], *, ids_on_device: bool, keep: Keep = KEEP) -> None:
+    def __init__(self, lengths: list[int], *, ids_on_device: bool, keep: Selection = KEEP) -> None:
         torch.manual_seed(0)
         self.head = torch.randn(VOCAB + 3, HIDDEN)  # three padded rows
         self.hidden = [torch.randn(length, HIDDEN) for length in lengths]
@@ -125,7 +127,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_is_random_belongs_to_the_position_however_the_prompt_is_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keep = Threshold(threshold_steps=24, temperature=1.0, logprob_step=1 / 16, vocab_size=VOCAB)
+    keep = Selection(Threshold(threshold=math.exp(-1.5)), VOCAB)
     lengths = [30, 17]
     whole = _Requests(lengths, ids_on_device=False, keep=keep).step([0, 0], lengths)
     requests = _Requests(lengths, ids_on_device=False, keep=keep)

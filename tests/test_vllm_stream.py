@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from teacher_dump.sequences import TokenSequence
+from teacher_dump.rows import TokenSequence
 from teacher_dump.vllm_stream import VllmStream
 
 BATCH = 100

@@ -10,12 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, models, pre_tokenizers
+import tokenizers
+from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from shards.dataset import SplitSize, create_or_continue, missing_shards
-from shards.identity import Json
+from shards.completeness import shards_to_write
+from shards.continuing import create_or_continue, record_completeness
+from shards.keep import Keep, Threshold, Tokens, TopPK
+from shards.layout import Layout
+from shards.manifest import SplitSize
 from shards.rows import Row
+from shards.spec import DatasetSpec, Documents, Model, Tokenizer
+from shards.tokenizer_files import hash_files
 from shards.tokenizer_json import tokenizer_sha256
 from shards.writer import ShardWriter
 
@@ -26,24 +32,15 @@ TOP_K = 8
 LOGPROB_STEP = 1 / 16
 LOG_THRESHOLD = -2.0
 
-TOP_P_K: dict[str, Json] = {
-    "method": "top-p-k",
-    "top_p": 1.0,
-    "top_k": TOP_K,
-    "logprob_step": LOGPROB_STEP,
-}
-THRESHOLD: dict[str, Json] = {
-    "method": "threshold",
-    "log_threshold": LOG_THRESHOLD,
-    "temperature": 1.0,
-    "logprob_step": LOGPROB_STEP,
-}
+TOP_P_K = TopPK(top_p=1.0, top_k=TOP_K, logprob_step=LOGPROB_STEP)
+THRESHOLD = Threshold(threshold=float(np.exp(LOG_THRESHOLD)), logprob_step=LOGPROB_STEP)
 
 
 def make_tokenizer(folder: Path, *, prefix: str = "word") -> str:
     """Save a tokenizer of VOCAB_SIZE whole words and return its identity."""
     words = ["<eos>"] + [f"{prefix}{number}" for number in range(1, VOCAB_SIZE)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<eos>"))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, "<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     fast.save_pretrained(folder)
@@ -90,6 +87,7 @@ def make_row(
         weights = logprobs
     exact = [weights[t, ids] for t, ids in enumerate(kept)]
     label = logprobs[np.arange(num_tokens - 1), tokens[1:]]
+    entropies = -(np.exp(logprobs) * logprobs).sum(1)
     return Row(
         sequence=sequence,
         tokens=tokens,
@@ -101,9 +99,10 @@ def make_row(
         if sampled
         else _rounded(np.array([np.log1p(-np.exp(values).sum()) for values in exact])),
         label_logprobs=_rounded(label),
+        entropies=_rounded(np.where(counted, entropies, 0)),
         loss_mask=loss_mask,
         teacher_nll=float(-label[counted].sum()),
-        teacher_entropy=float(-(np.exp(logprobs) * logprobs).sum(1)[counted].sum()),
+        teacher_entropy=float(entropies[counted].sum()),
     )
 
 
@@ -117,6 +116,7 @@ def make_dataset(
     masked: bool = False,
     sampled: bool = False,
     separate: bool = False,
+    tokens_only: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a complete dataset of SEQUENCE_LENGTH positions a sequence; the last of each is short.
@@ -125,28 +125,23 @@ def make_dataset(
 
     The layout leaves short row groups at the end of every shard. Returns `path`.
     """
-    layout = {
-        "sequences_per_shard": sequences_per_shard,
-        "sequences_per_row_group": sequences_per_row_group,
-    }
-    keep = THRESHOLD if sampled else TOP_P_K
-    identity = _identity(path, layout, keep, joined=not separate, seed=seed)
+    layout = Layout(
+        sequences_per_shard=sequences_per_shard, sequences_per_row_group=sequences_per_row_group
+    )
+    keep: Keep = THRESHOLD if sampled else TOP_P_K
+    keep = Tokens() if tokens_only else keep
+    spec = _spec(path, layout, keep, joined=not separate, masked=masked, seed=seed)
     sizes = {"train": train, "validation": validation}
     lengths = {split: _lengths(size, separate) for split, size in sizes.items()}
     splits = {
         split: SplitSize(sequences=size, positions=sum(lengths[split]))
         for split, size in sizes.items()
     }
-    manifest = create_or_continue(path, identity, splits, {"engine": "bigram"})
+    hashes = hash_files(path / "tokenizer")
+    manifest = create_or_continue(path, spec, splits, {"engine": "bigram"}, hashes)
     for split in sizes:
-        for shard, sequences in missing_shards(path, manifest, split):
-            with ShardWriter(
-                path / split,
-                shard=shard,
-                split=split,
-                identity=identity,
-                sequences_per_row_group=sequences_per_row_group,
-            ) as writer:
+        for shard, sequences in shards_to_write(path, manifest, split):
+            with ShardWriter(path / split, shard=shard, split=split, spec=spec) as writer:
                 rows = [
                     make_row(
                         sequence,
@@ -158,32 +153,53 @@ def make_dataset(
                     )
                     for sequence in sequences
                 ]
+                if tokens_only:
+                    rows = [without_teacher(row) for row in rows]
                 for first in range(0, len(rows), sequences_per_row_group):
                     writer.write_rows(rows[first : first + sequences_per_row_group])
                 writer.publish()
+    record_completeness(path, manifest)
     return path
 
 
-def _identity(
-    path: Path, layout: dict[str, int], keep: dict[str, Json], *, joined: bool, seed: int
-) -> dict[str, Json]:
-    return {
-        "format_version": 1,
-        "teacher": {"config_sha256": "", "weights_sha256": "bigram", "dtype": "float64"},
-        "tokenizer_sha256": make_tokenizer(path / "tokenizer"),
-        "vocab_size": VOCAB_SIZE,
-        "tokens_sha256": str(seed),
-        "documents": {
-            "bos": False,
-            "eos_token_id": EOS_TOKEN_ID,
-            "joined": joined,
-            "held_out": 0.1,
-        },
-        "sequence_length": SEQUENCE_LENGTH,
-        "keep": keep,
-        "seed": seed,
-        "layout": layout,
-    }
+def without_teacher(row: Row) -> Row:
+    """The tokens of a row alone."""
+    return Row(
+        sequence=row.sequence,
+        tokens=row.tokens,
+        segments=row.segments,
+        loss_mask=row.loss_mask,
+    )
+
+
+def _spec(
+    path: Path, layout: Layout, keep: Keep, *, joined: bool, masked: bool, seed: int
+) -> DatasetSpec:
+    return DatasetSpec(
+        teacher=None
+        if isinstance(keep, Tokens)
+        else Model(
+            config_sha256="",
+            weights_sha256="bigram",
+            revision=None,
+            dtype="float64",
+            head_dtype="float64",
+        ),
+        tokenizer=Tokenizer(sha256=make_tokenizer(path / "tokenizer"), vocab_size=VOCAB_SIZE),
+        documents=Documents(
+            joined=joined,
+            bos="none",
+            bos_token_id=None,
+            eos_token_id=EOS_TOKEN_ID,
+            held_out=0.1,
+            masked=masked,
+        ),
+        keep=keep,
+        layout=layout,
+        sequence_length=SEQUENCE_LENGTH,
+        seed=seed,
+        tokens_sha256=str(seed),
+    )
 
 
 def _lengths(num_sequences: int, separate: bool) -> list[int]:

@@ -1,0 +1,1 @@
+"""What the commands share with each other: options, configuration files, errors on one line."""

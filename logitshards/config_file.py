@@ -1,0 +1,70 @@
+"""`--config FILE.yaml`: values of options by their names, with every type checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from logitshards.option_values import (
+    found,
+    is_mapping,
+    item_of,
+    read_mapping,
+    read_sequence,
+    scalar,
+    shown,
+)
+from shards.errors import InputError
+from shards.options import OptionError, OptionField
+
+
+def read_config(path: Path, options: Mapping[str, OptionField]) -> dict[str, Any]:
+    """The values that a file has, by the names of the options.
+
+    InputError naming the file, the key, what was expected and what was found. A value of nothing
+    stands for an option that may be left out.
+    """
+    content = _load(path)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_") if isinstance(key, str) else ""
+        if name not in options:
+            raise InputError(f"{path}: unknown option {shown(key)}")
+        if name in values:
+            raise InputError(f"{path}: {shown(key)}: there twice")
+        try:
+            values[name] = read_value(options[name], value)
+        except ValueError as error:
+            raise InputError(f"{path}: {key}: {error}") from error
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_value(option: OptionField, value: object) -> Any:
+    """What an option is by a value of a YAML file. ValueError with what was expected and found."""
+    if value is None and option.default is None:
+        return None
+    if is_mapping(option.kind):
+        return read_mapping(value)
+    item = item_of(option.kind)
+    if item is not None:
+        return read_sequence(scalar(item), value, commas=item is not Path)
+    return scalar(option.kind, option.about.choices).read(value)
+
+
+def _load(path: Path) -> Mapping[object, object]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise OptionError("config", f" {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text") from error
+    except Exception as error:  # PyYAML lets a few of other kinds through
+        raise InputError(f"{path}: not YAML that can be read ({error})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: expected option names and values, found {found(content)}")
+    return content

@@ -1,0 +1,32 @@
+"""Text of a dataset's tokens, by the tokenizer that it carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from shards.errors import InputError
+from shards.tokenizer_files import TOKENIZER
+
+
+def token_decoder(path: Path) -> Callable[[int], str]:
+    """The text of a token id, for a dataset folder or one of its shards.
+
+    InputError without a tokenizer, or with one that cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    folder = path if path.is_dir() else path.parent.parent
+    file = folder / TOKENIZER / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"{file}: missing, --row needs the dataset's tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises no other kind
+        raise InputError(f"{file}: not a tokenizer that can be read ({error})") from error
+
+    def decode(token: int) -> str:
+        text: str = tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
+    return decode

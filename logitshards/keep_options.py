@@ -1,0 +1,75 @@
+"""`--keep METHOD` and the options of all methods, made from the classes that `KEEP_METHODS` has.
+
+Methods share an option by its name; then it must be the same one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from shards.keep import KEEP_METHODS, Keep
+from shards.options import OptionError, OptionField, options_of
+
+
+def is_keep(option: OptionField) -> bool:
+    """Whether an option is what to keep, and stands for several."""
+    return isinstance(option.kind, type) and issubclass(option.kind, Keep)
+
+
+def keep_options(option: OptionField) -> dict[str, OptionField]:
+    """The choice of a method, and after it every option of every method, by name.
+
+    Help begins with the methods that take an option. TypeError if two methods have an option of
+    one name that is not the same.
+    """
+    about = dataclasses.replace(option.about, choices=tuple(KEEP_METHODS))
+    default = option.default.method if isinstance(option.default, Keep) else option.default
+    method = dataclasses.replace(option, kind=str, default=default, about=about)
+    options: dict[str, OptionField] = {}
+    methods: dict[str, list[str]] = {}
+    for name, kind in KEEP_METHODS.items():
+        for own in options_of(kind).values():
+            if options.setdefault(own.name, own) != own:
+                raise TypeError(f"keep methods {methods[own.name][0]} and {name} differ in {own}")
+            methods.setdefault(own.name, []).append(name)
+    return {
+        option.name: method,
+        **{name: _by_methods(own, methods[name]) for name, own in options.items()},
+    }
+
+
+def build_keep(option: OptionField, given: Mapping[str, Any]) -> Keep:
+    """The method that is given with its options, or the default with the options that are given.
+
+    OptionError for an option of another method, and for one that is missing.
+    """
+    kind = KEEP_METHODS[given.get(option.name) or option.default.method]
+    values = {}
+    own = options_of(kind)
+    for name in keep_options(option):
+        if name == option.name or name not in given:
+            continue
+        if name not in own:
+            raise OptionError(name, f": not an option of --keep {kind.method}{_reason(name, kind)}")
+        values[name] = given[name]
+    if type(option.default) is kind:
+        return dataclasses.replace(option.default, **values)
+    for name, part in own.items():
+        if part.required and name not in values:
+            raise OptionError(name, f": needed for --keep {kind.method}")
+    return kind(**values)
+
+
+def _reason(name: str, kind: type[Keep]) -> str:
+    if name == "temperature" and kind.has_tail:
+        return ", whose probabilities are stored at 1: train-student applies a temperature"
+    return ""
+
+
+def _by_methods(option: OptionField, methods: list[str]) -> OptionField:
+    """An option with the names of the methods in its help; no command needs it."""
+    about = dataclasses.replace(option.about, help=f"{', '.join(methods)}: {option.about.help}")
+    default = None if option.required else option.default
+    return dataclasses.replace(option, default=default, about=about)

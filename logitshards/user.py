@@ -1,0 +1,40 @@
+"""A user without an entry in passwd, as a container may have: libraries look for a name and a home.
+
+torch asks for the name of the user and vLLM for a home, and both end with a traceback where there
+is none; a cache in "~" would be a folder of that name.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+
+def name_the_user() -> None:
+    """Set USER and HOME where neither the environment nor passwd has them."""
+    if "HOME" in os.environ and {"USER", "LOGNAME"} & os.environ.keys():
+        return
+    import pwd
+
+    user = os.getuid()
+    try:
+        pwd.getpwuid(user)
+    except KeyError:
+        os.environ.setdefault("USER", f"user{user}")
+        if "HOME" not in os.environ:
+            os.environ["HOME"] = _home(user)
+
+
+def _home(user: int) -> str:
+    """A folder that is this user's alone, the same one each time."""
+    import tempfile
+
+    path = os.path.join(tempfile.gettempdir(), f"logitshards-{user}")
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        status = os.lstat(path)
+        private = stat.S_ISDIR(status.st_mode) and status.st_uid == user
+        if not private or status.st_mode & 0o077:
+            return tempfile.mkdtemp()
+    return path

@@ -1,0 +1,200 @@
+"""What is stored of a teacher's distribution: the keep methods, their options, how to read them.
+
+    top-p-k    the smallest set of entries that reaches a mass, at most k of them. Biased: it cuts
+               off rare tokens at every position ("Pre-training Distillation", arXiv 2410.16215)
+    draws      n draws with replacement, weights count / n. Unbiased ("Sparse Logit Sampling",
+               RS-KD, arXiv 2503.16870)
+    threshold  every entry with p >= t exactly, every other one with probability p / t and weight t,
+               by systematic sampling (Madow 1949; threshold sampling: Duffield, Lund and Thorup
+               2007). Unbiased, with fewer entries than draws at the same variance
+    tokens     nothing: the dataset has no teacher
+
+Truncating methods store probabilities of the largest entries, and the mass that is missing.
+Sampling methods store weights whose expectation is the probability: the weights of one position
+are no distribution and do not sum to 1.
+
+A method is a frozen dataclass whose fields are its options on the command line and its keys in a
+manifest. Defining a subclass of `Keep` with a `method` makes it known to all commands; what selects
+entries is registered beside it (`teacher_dump.selection.make_selector`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from shards.options import check, option
+
+MIN_THRESHOLD = 1e-3  # a thousand entries per position; below it sampling saves nothing
+MAX_DRAWS = 1 << 16
+MIN_LOGPROB_STEP = 1e-4
+KEEP_METHODS: dict[str, type[Keep]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep(ABC):
+    """Common to all methods. OptionError for values that cannot be meant.
+
+    `is_sampled`: entries are weights that chance decided over. `has_tail`: the mass that was not
+    kept is stored. `needs_distribution`: the largest entries alone are not enough to select from.
+    """
+
+    method: ClassVar[str]
+    is_sampled: ClassVar[bool] = False
+    has_tail: ClassVar[bool] = False
+    needs_distribution: ClassVar[bool] = True
+
+    # Of the distribution that was selected from. Truncating methods store it at 1.
+    temperature = 1.0
+    # The grid that stored log-probabilities are rounded to, nats.
+    logprob_step = 0.0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "method" in vars(cls):
+            KEEP_METHODS[cls.method] = cls
+
+    @abstractmethod
+    def max_entries(self, vocab_size: int) -> int:
+        """The most entries that a position can have."""
+
+    @property
+    def exact_above(self) -> float | None:
+        """Entries stored above this log-probability were kept because of their size.
+
+        So the largest of them is the teacher's largest. None: chance decided over all.
+        """
+        return -math.inf
+
+
+def _logprob_step() -> float:
+    step: float = option(
+        "Grid that log-probabilities are rounded to, nats.", default=1 / 16, metavar="NATS"
+    )
+    return step
+
+
+def _temperature() -> float:
+    temperature: float = option(
+        "Temperature of the distribution that is sampled. train-student has to use the same one.",
+        default=1.0,
+    )
+    return temperature
+
+
+def _check_step(step: float) -> None:
+    check(MIN_LOGPROB_STEP <= step <= 1, "logprob_step", step, f"nats in [{MIN_LOGPROB_STEP}, 1]")
+
+
+def _check_temperature(temperature: float) -> None:
+    check(0.01 <= temperature <= 100, "temperature", temperature, "a value in [0.01, 100]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopPK(Keep):
+    """Keep the smallest prefix whose mass reaches `top_p`, then at most `top_k` of it."""
+
+    method: ClassVar[str] = "top-p-k"
+    has_tail: ClassVar[bool] = True
+    needs_distribution: ClassVar[bool] = False
+
+    top_p: float = option(
+        "Keep the smallest set of entries with this mass, --top-k of them at most.", default=0.95
+    )
+    top_k: int = option("Keep at most this many entries of a position.", default=100)
+    logprob_step: float = _logprob_step()
+
+    def __post_init__(self) -> None:
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "a value in (0, 1]")
+        check(self.top_k >= 1, "top_k", self.top_k, "at least 1")
+        _check_step(self.logprob_step)
+
+    def max_entries(self, vocab_size: int) -> int:
+        return min(self.top_k, vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws(Keep):
+    """Keep the entries that `draws` draws with replacement hit, at `temperature`."""
+
+    method: ClassVar[str] = "draws"
+    is_sampled: ClassVar[bool] = True
+
+    draws: int = option("Number of draws per position, with replacement.", default=50)
+    temperature: float = _temperature()
+    logprob_step: float = _logprob_step()
+
+    def __post_init__(self) -> None:
+        check(1 <= self.draws <= MAX_DRAWS, "draws", self.draws, f"a number from 1 to {MAX_DRAWS}")
+        _check_temperature(self.temperature)
+        _check_step(self.logprob_step)
+
+    def max_entries(self, vocab_size: int) -> int:
+        return min(self.draws, vocab_size)
+
+    @property
+    def exact_above(self) -> float | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(Keep):
+    """Keep entries of at least `threshold` at `temperature`, sample the others.
+
+    The threshold is moved to exp(-n * logprob_step), so that the weight t is stored without
+    rounding: off the grid, every sampled weight would be wrong by the same factor, a bias.
+    """
+
+    method: ClassVar[str] = "threshold"
+    is_sampled: ClassVar[bool] = True
+
+    threshold: float = option(
+        "Keep every entry of at least this probability, sample the others. It is rounded so that "
+        "its logarithm is a multiple of --logprob-step.",
+        default=0.05,
+    )
+    temperature: float = _temperature()
+    logprob_step: float = _logprob_step()
+
+    def __post_init__(self) -> None:
+        _check_temperature(self.temperature)
+        _check_step(self.logprob_step)
+        # Asked of the rounded value, with half a step of slack (and the last bits of a float): so
+        # every value that was rounded is taken again.
+        holds = 0 < self.threshold <= 1
+        least = math.log(MIN_THRESHOLD) - self.logprob_step / 2 - 1e-9
+        holds = holds and self.log_threshold >= least
+        check(holds, "threshold", self.threshold, f"a value in [{MIN_THRESHOLD}, 1]")
+        object.__setattr__(self, "threshold", math.exp(self.log_threshold))
+
+    @property
+    def threshold_steps(self) -> int:
+        """n: the threshold lies this many steps below 1."""
+        return round(-math.log(self.threshold) / self.logprob_step)
+
+    @property
+    def log_threshold(self) -> float:
+        """log t, nats."""
+        return -self.threshold_steps * self.logprob_step
+
+    def max_entries(self, vocab_size: int) -> int:
+        """1 / t + 1 at most; the margin is for sums that are rounded."""
+        return min(vocab_size, math.floor(1.0001 / self.threshold) + 1)
+
+    @property
+    def exact_above(self) -> float | None:
+        # Half a step above what sampled entries are stored at: float32 is not exact everywhere.
+        return self.log_threshold + self.logprob_step / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Keep):
+    """Keep nothing of a distribution: tokens alone, without a teacher."""
+
+    method: ClassVar[str] = "tokens"
+    needs_distribution: ClassVar[bool] = False
+
+    def max_entries(self, vocab_size: int) -> int:
+        return 0

@@ -1,0 +1,152 @@
+"""A dataset's tokenizer is written once, whole or not at all, and a change is noticed."""
+
+import hashlib
+import shutil
+
+import pytest
+
+from shards.dataset import Dataset
+from shards.errors import ShardCorruptError
+from shards.inspect import verify
+from shards.tokenizer_files import check_tokenizer, hash_files, write_tokenizer
+from tests.tiny_dataset import make_dataset
+
+CONTENT = {"tokenizer.json": '{"model": 1}', "tokenizer_config.json": "{}"}
+
+
+def save(folder):
+    for name, text in CONTENT.items():
+        (folder / name).write_text(text)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return make_dataset(tmp_path / "dataset", train=4, validation=2)
+
+
+def check_noticed(dataset, file, text):
+    """By opening and by verifying, in one line that names the file and what to do."""
+    with pytest.raises(ShardCorruptError) as caught:
+        Dataset.open(dataset)
+    message = str(caught.value)
+    assert message.startswith(f"{file}: {text}")
+    assert "delete the folder tokenizer, and the same dump-logits command writes it" in message
+    assert "\n" not in message
+    assert verify(dataset) == [message]
+
+
+def test_an_intact_tokenizer_has_no_problems(path):
+    assert Dataset.open(path).manifest.tokenizer_files == hash_files(path / "tokenizer")
+    assert len(hash_files(path / "tokenizer")) >= 2
+    assert verify(path) == []
+
+
+def test_a_missing_file_is_noticed(path):
+    for name in hash_files(path / "tokenizer"):
+        file = path / "tokenizer" / name
+        content = file.read_bytes()
+        file.unlink()
+        check_noticed(path, file, "missing")
+        file.write_bytes(content)
+    assert verify(path) == []
+
+
+@pytest.mark.parametrize("how", ["a byte", "cut", "emptied", "longer"])
+def test_a_changed_file_is_noticed(path, how):
+    for name in hash_files(path / "tokenizer"):
+        file = path / "tokenizer" / name
+        content = file.read_bytes()
+        changed = {
+            "a byte": content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+            "cut": content[:-1],
+            "emptied": b"",
+            "longer": content + b"\n",
+        }
+        file.write_bytes(changed[how])
+        check_noticed(path, file, "not the file that the manifest has the hash of")
+        file.write_bytes(content)
+
+
+def test_a_missing_folder_is_noticed(path):
+    shutil.rmtree(path / "tokenizer")
+    check_noticed(path, path / "tokenizer", "cannot be read (No such file or directory)")
+
+
+def test_a_file_in_place_of_the_folder_is_noticed(path):
+    shutil.rmtree(path / "tokenizer")
+    (path / "tokenizer").write_text("a file")
+    check_noticed(path, path / "tokenizer", "cannot be read (Not a directory)")
+
+
+def test_a_dangling_link_is_noticed(path):
+    name = next(iter(hash_files(path / "tokenizer")))
+    file = path / "tokenizer" / name
+    file.unlink()
+    file.symlink_to("absent")
+    check_noticed(path, file, "missing")
+
+
+def test_a_file_that_was_added_changes_nothing(path):
+    (path / "tokenizer" / "README.md").write_text("hello")
+    Dataset.open(path)
+    assert verify(path) == []
+
+
+def test_problems_of_shards_are_found_beside_those_of_the_tokenizer(path):
+    (path / "tokenizer" / "tokenizer.json").unlink()
+    shard = path / "train" / "shard-000000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    first, second = verify(path)
+    assert "tokenizer.json: missing" in first
+    assert "shard-000000.parquet: damaged" in second
+
+
+def test_writing_gives_the_hash_of_each_file(tmp_path):
+    expected = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in CONTENT.items()}
+    assert write_tokenizer(tmp_path / "dataset", save) == expected
+    check_tokenizer(tmp_path / "dataset", expected)
+    assert [file.name for file in (tmp_path / "dataset").iterdir()] == ["tokenizer"]
+
+
+class BrokenSaveError(Exception):
+    """What `tokenizers` raises is a plain Exception, too."""
+
+
+@pytest.mark.parametrize("error", [BrokenSaveError, OSError, KeyboardInterrupt])
+def test_a_save_that_fails_half_way_leaves_nothing(tmp_path, error):
+    def fail(folder):
+        (folder / "tokenizer.json").write_text('{"mod')
+        raise error
+
+    with pytest.raises(error):
+        write_tokenizer(tmp_path, fail)
+    assert list(tmp_path.iterdir()) == []
+    write_tokenizer(tmp_path, save)
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == CONTENT["tokenizer.json"]
+
+
+def test_a_tokenizer_that_is_there_is_not_written_again(tmp_path):
+    first = write_tokenizer(tmp_path, save)
+    before = {file.name: file.stat() for file in (tmp_path / "tokenizer").iterdir()}
+
+    def fail(folder):
+        raise AssertionError("written again")
+
+    assert write_tokenizer(tmp_path, fail) == first
+    after = {file.name: file.stat() for file in (tmp_path / "tokenizer").iterdir()}
+    for name, stat in before.items():
+        assert (after[name].st_ino, after[name].st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+
+
+def test_a_folder_is_there_in_full_or_not_at_all(tmp_path):
+    """Whoever looks while it is saved sees no folder of this name; then it is renamed."""
+    inodes = []
+
+    def look(folder):
+        save(folder)
+        assert not (tmp_path / "tokenizer").exists()
+        assert folder.parent == tmp_path
+        inodes.append(folder.stat().st_ino)
+
+    write_tokenizer(tmp_path, look)
+    assert [(tmp_path / "tokenizer").stat().st_ino] == inodes
