@@ -1,0 +1,244 @@
+"""BOS where the teacher needs it: modes, masks, and the probe that stops a run without it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from shards.dataset import Dataset
+from shards.errors import InputError
+from shards.inspect import verify
+from shards.keep import TopPK
+from student_train.config import TrainConfig
+from student_train.tasks import _student
+from student_train.train import run as train
+from teacher_dump.config import DumpConfig
+from teacher_dump.dump import run
+from teacher_dump.plan import make_plan
+from tests.bos_teacher import (
+    BOS,
+    EOS,
+    SEQUENCE_LENGTH,
+    VOCAB,
+    make_bos_teacher,
+    make_bos_tokenizer,
+    write_cycles,
+)
+from tests.tiny_teacher import all_rows
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return make_bos_teacher(tmp_path_factory.mktemp("bos-teacher"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_cycles(tmp_path_factory.mktemp("cycles") / "text.jsonl", num_documents=120)
+
+
+def with_tokenizer(teacher: Path, folder: Path, **options) -> Path:
+    shutil.copytree(teacher, folder)
+    make_bos_tokenizer(folder, **options)
+    return folder
+
+
+def config_of(teacher: Path, corpus: Path, out: Path, **changes) -> DumpConfig:
+    config = DumpConfig(
+        teacher=str(teacher),
+        corpus=[corpus],
+        out=out,
+        keep=TopPK(top_k=10),
+        engine="transformers",
+        dtype="float32",
+        sequence_length=SEQUENCE_LENGTH,
+        held_out=0.1,
+        sequences_per_shard=50,
+    )
+    return replace(config, **changes)
+
+
+def cross_entropy(rows) -> float:
+    return sum(row.teacher_nll for row in rows) / sum(
+        len(row.tokens) - 1 if row.loss_mask is None else row.loss_mask.sum() for row in rows
+    )
+
+
+def test_a_tokenizer_that_adds_bos_gets_it_before_sequences_and_documents(
+    teacher, corpus, tmp_path
+):
+    run(config_of(teacher, corpus, tmp_path / "out"))
+    dataset = Dataset.open(tmp_path / "out")
+    documents = dataset.spec.documents
+    assert (documents.bos, documents.bos_token_id, documents.masked) == (
+        "sequence+document",
+        BOS,
+        True,
+    )
+    rows = all_rows(tmp_path / "out").values()
+    assert verify(tmp_path / "out") == []
+    for row in rows:
+        assert row.tokens[0] == BOS
+        assert len(row.tokens) <= SEQUENCE_LENGTH + 1
+        # an inserted BOS is no label, every other token is one
+        assert row.loss_mask.tolist() == (row.tokens[1:] != BOS).tolist()
+        assert not row.counts[~row.loss_mask].any()
+        assert not row.entropies[~row.loss_mask].any()
+        after_end = np.flatnonzero(row.tokens[:-1] == EOS) + 1
+        assert (row.tokens[after_end] == BOS).all()
+        assert (np.diff(row.segments)[after_end - 1] == 1).all()
+        assert row.segments[0] == 0
+    assert cross_entropy(rows) < 1.0
+    bos_probe = dataset.manifest.recorded[0]["bos_probe"]
+    found = bos_probe["cross_entropies"]
+    assert found["sequence+document"] + 1 < found["none"]
+
+
+def test_a_run_without_bos_stops_before_anything_is_tokenised_and_says_what_to_give(
+    teacher, corpus, tmp_path
+):
+    folder = with_tokenizer(teacher, tmp_path / "teacher", adds_bos=False)
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"--bos sequence\+document") as error:
+        run(config_of(folder, corpus, out))
+    assert "bos none: the teacher has a cross-entropy of" in str(error.value)
+    assert not out.exists()
+    with pytest.raises(InputError, match=r"give --bos sequence\+document"):
+        make_plan(config_of(folder, corpus, out), None)
+
+
+def test_asking_for_none_is_a_warning_and_the_record_has_the_figures(
+    teacher, corpus, tmp_path, caplog
+):
+    out = tmp_path / "out"
+    with caplog.at_level(logging.WARNING):
+        run(config_of(teacher, corpus, out, bos="none"))
+    assert "give" not in caplog.text
+    assert "warning: --bos none: the teacher has a cross-entropy of" in caplog.text
+    dataset = Dataset.open(out)
+    assert (dataset.spec.documents.bos, dataset.spec.documents.bos_token_id) == ("none", None)
+    assert cross_entropy(all_rows(out).values()) > 1.5
+    assert dataset.manifest.recorded[0]["bos_probe"]["positions"] > 100
+
+
+def test_a_plan_shows_the_probe(teacher, corpus, tmp_path):
+    lines = make_plan(config_of(teacher, corpus, tmp_path / "out"), None).lines()
+    assert lines[-1].startswith("teacher cross-entropy, nats per token: ")
+    assert "with --bos none" in lines[-1]
+    assert "with --bos sequence+document" in lines[-1]
+
+
+def test_the_same_command_again_starts_nothing_and_records_nothing(teacher, corpus, tmp_path):
+    config = config_of(teacher, corpus, tmp_path / "out")
+    run(config)
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert run(config).complete_before
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+@pytest.mark.parametrize("bos", ["sequence", "document", "sequence+document"])
+def test_every_mode_puts_bos_where_it_says(teacher, corpus, tmp_path, bos, documents):
+    out = tmp_path / "out"
+    run(config_of(teacher, corpus, out, bos=bos, documents=documents))
+    texts = [json.loads(line)["text"].split() for line in corpus.read_text().splitlines()]
+    tokens = sum(len(text) + 1 for text in texts)
+    rows = list(all_rows(out).values())
+    labels = sum(int(row.loss_mask.sum()) for row in rows)
+    starts = [row.tokens[0] == BOS for row in rows]
+    inner = sum(int((row.tokens[1:] == BOS).sum()) for row in rows)
+    if bos == "document":
+        lost = 0 if documents == "separate" else 2  # the first token of each split is BOS
+        assert labels == tokens
+        assert inner == (len(texts) - 2 if documents == "joined" else 0)
+        assert lost in (0, 2)
+    else:
+        assert all(starts)
+        assert labels == tokens
+        assert (inner > 0) == (bos == "sequence+document" and documents == "joined")
+
+
+def test_one_id_for_bos_and_eos_leaves_ends_of_documents_labels(teacher, corpus, tmp_path):
+    """GPT-2 and Pythia: an inserted BOS is told by its place, not by its id."""
+    folder = with_tokenizer(teacher, tmp_path / "teacher", adds_bos=True, bos="<eos>")
+    out = tmp_path / "out"
+    run(config_of(folder, corpus, out, bos="document"))
+    num_documents = len(corpus.read_text().splitlines())
+    ends = begins = 0
+    for row in all_rows(out).values():
+        is_special = row.tokens[1:] == EOS
+        ends += int((is_special & row.loss_mask).sum())
+        begins += int((is_special & ~row.loss_mask).sum())
+    assert ends == num_documents
+    assert begins == num_documents - 2  # the first document of each split begins a row
+
+
+def test_bos_that_a_tokenizer_does_not_have_is_refused(tiny_teacher, corpus, tmp_path):
+    with pytest.raises(InputError, match="no beginning-of-sequence token"):
+        run(config_of(tiny_teacher, corpus, tmp_path / "out", bos="sequence"))
+
+
+def test_a_student_is_exported_with_the_dataset_s_tokens(teacher, corpus, tmp_path):
+    run(config_of(teacher, corpus, tmp_path / "out"))
+    out = tmp_path / "run"
+    train(
+        TrainConfig(
+            shards=[tmp_path / "out"],
+            student="demo",
+            out=out,
+            tokens=4 * SEQUENCE_LENGTH,
+            batch_tokens=4 * SEQUENCE_LENGTH,
+            dtype="float32",
+        )
+    )
+    model = out / "model"
+    assert AutoConfig.from_pretrained(model).bos_token_id == BOS
+    assert AutoConfig.from_pretrained(model).eos_token_id == EOS
+    assert GenerationConfig.from_pretrained(model).eos_token_id == EOS
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+    student = _student(model, Dataset.open(tmp_path / "out").spec, "float32", "cpu")
+    assert student.tok_encode("w2 w3") == [BOS, 2, 3]
+    assert student.prefix_token_id == BOS
+
+
+def chat_teacher(teacher: Path, folder: Path) -> Path:
+    """Its EOS token ends turns, and it has <|endoftext|> beside it."""
+    shutil.copytree(teacher, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.backend_tokenizer.to_str().replace("w15", "<|endoftext|>")
+    (folder / "tokenizer.json").write_text(text)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages[0].content }}<eos>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_an_end_token_of_chat_turns_is_a_warning_that_names_the_others(
+    teacher, corpus, tmp_path, caplog
+):
+    folder = chat_teacher(teacher, tmp_path / "teacher")
+    with caplog.at_level(logging.WARNING):
+        run(config_of(folder, corpus, tmp_path / "out"))
+    assert "give --eos-token <|endoftext|>" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        run(config_of(folder, corpus, tmp_path / "other", eos_token="<|endoftext|>"))
+    assert "--eos-token" not in caplog.text
+    assert Dataset.open(tmp_path / "other").spec.documents.eos_token_id == VOCAB - 1
+    saved = AutoTokenizer.from_pretrained(tmp_path / "other" / "tokenizer")
+    assert saved.eos_token_id == VOCAB - 1
+    ends = sum((row.tokens == VOCAB - 1).sum() for row in all_rows(tmp_path / "other").values())
+    assert ends >= len(corpus.read_text().splitlines())
+
+
+def test_an_end_token_that_the_tokenizer_does_not_have_is_refused(teacher, corpus, tmp_path):
+    with pytest.raises(InputError, match="--eos-token <end>: no token of the tokenizer"):
+        run(config_of(teacher, corpus, tmp_path / "out", eos_token="<end>"))
