@@ -9,6 +9,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# Two processes on two cores: most tests wait for a process that they started. The tests of a file stay
+# together, since they share its fixtures.
+PARALLEL := --numprocesses 2 --dist loadfile
+
 .PHONY: setup demo test test-all lint
 
 setup: $(INSTALLED)
@@ -34,7 +38,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
