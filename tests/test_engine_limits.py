@@ -54,7 +54,7 @@ def largest_error(teacher: Path, out: Path, attention: str = "eager") -> float:
     return worst
 
 
-@pytest.mark.parametrize("engine", ["vllm", "vllm-logprobs"])
+@pytest.mark.parametrize("engine", ["vllm", pytest.param("vllm-logprobs", marks=pytest.mark.slow)])
 def test_prompts_in_pieces_that_are_preempted_come_out_whole(engine: str, tmp_path: Path) -> None:
     teacher = make_tiny_teacher(tmp_path / "teacher", max_position_embeddings=512)
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=90)

@@ -37,6 +37,7 @@ def _folder_of(architecture: str, teacher: Path, folder: Path, **more: object) -
     return folder
 
 
+@pytest.mark.slow
 def test_what_vllm_lacks_or_cannot_load_is_refused_by_name_with_the_fallback(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_what_vllm_lacks_or_cannot_load_is_refused_by_name_with_the_fallback(
         assert not out.exists()
 
 
+@pytest.mark.slow
 def test_what_the_plugin_does_not_wrap_is_refused_with_the_fallback_that_runs_it(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:

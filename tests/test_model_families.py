@@ -116,6 +116,7 @@ def test_rows_of_vllm_are_the_distributions_of_transformers(
 
 # vllm-logprobs runs vLLM's own classes, so few of them are enough.
 @pytest.mark.parametrize("architecture", _slow_unless(FAST[:2], FAST))
+@pytest.mark.slow
 def test_rows_of_vllm_logprobs_are_those_of_transformers_too(
     architecture: str, teachers: dict[str, Path], on_vllm_logprobs: dict[str, Path]
 ) -> None:
@@ -159,7 +160,7 @@ def test_the_bound_would_notice_an_engine_that_leaves_something_out(
     assert largest_error(row, exact) > 3 * BOUND
 
 
-@pytest.mark.parametrize("engine", ["vllm", "vllm-logprobs"])
+@pytest.mark.parametrize("engine", ["vllm", pytest.param("vllm-logprobs", marks=pytest.mark.slow)])
 def test_a_quantised_teacher_is_that_of_its_unpacked_weights(
     engine: str, teachers: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -129,7 +129,14 @@ def test_a_killed_run_ends_like_one_that_was_never_killed(
     assert not list(killed.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step(
     number: signal.Signals, arguments: tuple[str, str], whole: Path, tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_engines_that_record_different_columns_do_not_continue_each_others_datas
         assert "teacher.entropies: " in result.output
 
 
+@pytest.mark.slow
 def test_a_plan_and_masked_tokens_work(tiny_teacher: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -144,6 +145,7 @@ def test_what_the_engine_does_not_do_is_refused_before_anything_is_made(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_length_at_which_one_place_more_changes_the_positions_is_refused(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
