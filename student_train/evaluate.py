@@ -102,7 +102,10 @@ def counted_totals(split: Split) -> Totals:
     """Sums over a split from its sidecars. InputError if none of its positions counts."""
     totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
     if not totals.tokens:
-        raise InputError(f"{split.path}: none of its positions counts, nothing can be evaluated")
+        raise InputError(
+            f"{split.path}: none of its positions counts, so there is nothing to learn or to"
+            " evaluate"
+        )
     return totals
 
 

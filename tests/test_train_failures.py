@@ -193,3 +193,22 @@ def test_a_validation_split_of_which_nothing_counts_is_refused_before_training(
     with pytest.raises(InputError, match="validation: none of its positions counts"):
         run(config)
     assert not config.out.exists()
+
+
+def test_a_training_split_of_which_nothing_counts_is_refused(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask that is false everywhere trained to the end, with a loss of 0."""
+    make_row = tiny_dataset.make_row
+
+    def masked(sequence: int, num_tokens: int, **options: Any) -> Any:
+        row = make_row(sequence, num_tokens, **options)
+        nothing = np.full(num_tokens - 1, options["split"] != "train")
+        return replace(tiny_dataset.without_teacher(row), loss_mask=nothing)
+
+    monkeypatch.setattr(tiny_dataset, "make_row", masked)
+    shards = make_dataset(tmp_path / "shards", masked=True, tokens_only=True)
+    config = make_config(shards, student, tmp_path / "out", alpha=0.0)
+    with pytest.raises(InputError, match="train: none of its positions counts"):
+        run(config)
+    assert not config.out.exists()
