@@ -52,9 +52,8 @@ def make_shards(
         seed=seed,
     )
     size = SplitSize(sequences=num_sequences, positions=num_sequences * sequence_length)
-    hashes = write_tokenizer(path, lambda folder: None)
-    record = {"engine": "synthetic"}
-    manifest = create_or_continue(path, spec, {TRAIN: size}, record, hashes)
+    write_tokenizer(path, {})
+    manifest = create_or_continue(path, spec, {TRAIN: size}, {"engine": "synthetic"}, {})
     for shard, sequences in shards_to_write(path, manifest, TRAIN):
         with ShardWriter(path / TRAIN, shard=shard, split=TRAIN, spec=spec) as writer:
             for first in range(sequences.start, sequences.stop, per_row_group):

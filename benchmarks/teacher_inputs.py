@@ -14,8 +14,8 @@ _WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "interme
 
 def read_sequences(corpus: Path, teacher: Path, count: int, length: int) -> list[Any]:
     """The first sequences of a JSON-lines text, repeated if it is short, tokens [length + 1]."""
+    from teacher_dump.encoding import make_encoder
     from teacher_dump.rows import TokenSequence
-    from teacher_dump.token_builder import make_encoder
     from teacher_dump.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(teacher)

@@ -23,10 +23,10 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from teacher_dump.corpus_listing import list_files
+from teacher_dump.corpus_listing import list_corpus
+from teacher_dump.encoding import make_encoder
 from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
-from teacher_dump.token_builder import make_encoder
 from teacher_dump.tokenizer import load_tokenizer
 
 BARE, TEXT = "bare tokenizer", "text.jsonl"
@@ -99,7 +99,7 @@ def main(
             def run() -> int:
                 out = inputs / str(next(number))
                 store = open_or_build(
-                    out, list_files([inputs / name]), tokenizer, rules, lambda *_: None
+                    out, list_corpus([inputs / name]).files, tokenizer, rules, lambda *_: None
                 )
                 return sum(
                     store.sequences(split, 1024).num_positions + 1

@@ -15,6 +15,7 @@ from logitshards.option_values import (
     scalar,
     shown,
 )
+from logitshards.yaml_text import TwiceError, load_yaml
 from shards.errors import InputError
 from shards.options import OptionError, OptionField
 
@@ -53,14 +54,14 @@ def read_value(option: OptionField, value: object) -> Any:
 
 
 def _load(path: Path) -> Mapping[object, object]:
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        content = load_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise OptionError("config", f" {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text") from error
+    except TwiceError as error:
+        raise InputError(f"{path}: {error}") from error
     except Exception as error:  # PyYAML lets a few of other kinds through
         raise InputError(f"{path}: not YAML that can be read ({error})") from error
     if content is None:

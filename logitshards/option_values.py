@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from logitshards.yaml_text import TwiceError, load_yaml
 from shards.options import listed
 
 _SHOWN_CHARACTERS = 60
@@ -99,13 +100,13 @@ def read_mapping(value: object) -> dict[str, object]:
 
 def split_pair(text: str) -> tuple[str, object]:
     """KEY=VALUE; the value is read as YAML, so that numbers and booleans are what they say."""
-    import yaml
-
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise ValueError("expected KEY=VALUE")
     try:
-        setting = yaml.safe_load(value)
+        setting = load_yaml(value)
+    except TwiceError:
+        raise
     except Exception as error:  # PyYAML lets a few of other kinds through
         raise ValueError(f"{_NOT_JSON} ({error})") from error
     return key.replace("-", "_"), _json(setting)

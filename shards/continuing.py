@@ -7,6 +7,7 @@ is published without overwriting, and whoever loses that race continues.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -66,10 +67,19 @@ def create_or_continue(
         merged = _merge(asked, present)
         if merged != present:
             _remove_outgrown(path, present, merged)
-            durable.replace(manifest_path, merged.to_text())
+            _replace_manifest(manifest_path, merged, may_fail=merged.splits == present.splits)
     except OSError as error:
         raise RunError(f"{manifest_path}: cannot be written: {error.strerror}") from error
     return merged
+
+
+def _replace_manifest(path: Path, manifest: Manifest, *, may_fail: bool) -> None:
+    """`may_fail`: where nothing can be written, only a record is lost."""
+    try:
+        durable.replace(path, manifest.to_text())
+    except OSError as error:
+        if not may_fail or error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
 
 
 def record_completeness(path: Path, manifest: Manifest) -> Manifest:

@@ -21,7 +21,7 @@ from shards.reader import ShardReader, verify_shard
 from shards.rendering import format_row, render
 from shards.row_group import Totals
 from shards.rows import Row
-from shards.tokenizer_files import check_tokenizer
+from shards.tokenizer_files import check_content, check_tokenizer
 from shards.writer import shard_name
 
 __all__ = ["describe", "find_row", "format_row", "render", "verify"]
@@ -66,6 +66,9 @@ def verify(path: Path) -> list[str]:
         return _problem(verify_shard, path)
     manifest = load_manifest(path)
     problems = _problem(lambda folder: check_tokenizer(folder, manifest.tokenizer_files), path)
+    problems = problems or _problem(
+        lambda folder: check_content(folder, manifest.spec.tokenizer.sha256), path
+    )
     for name, size in manifest.splits.items():
         try:
             numbers = _missing(path, manifest, name)

@@ -8,32 +8,42 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from shards import durable
-from shards.errors import ShardCorruptError
+from shards.errors import ShardCorruptError, one_line
+from shards.tokenizer_json import TOKENIZER_NAME, tokenizer_sha256
 
 TOKENIZER = "tokenizer"
 
 
-def write_tokenizer(dataset: Path, save: Callable[[Path], object]) -> dict[str, str]:
-    """Let `save` fill the folder `tokenizer` of a dataset, unless it is there; hashes of its files.
+def write_tokenizer(dataset: Path, files: Mapping[str, str]) -> None:
+    """Make the folder `tokenizer` of a dataset hold exactly these files, name -> text.
 
-    Whatever `save` raises leaves nothing of it.
+    A folder that does already stays as it is; another one is replaced. OSError leaves the old one.
     """
     folder = dataset / TOKENIZER
-    if not folder.is_dir():
-        temporary = durable.temporary_name(folder)
-        try:
-            temporary.mkdir(parents=True)
-            save(temporary)
-            durable.sync_files(temporary)
-            temporary.rename(folder)
-            durable.sync_folder(dataset)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return hash_files(folder)
+    if folder.is_dir() and hash_files(folder) == hash_texts(files):
+        return
+    temporary, old = durable.temporary_name(folder), durable.temporary_name(folder)
+    try:
+        temporary.mkdir(parents=True)
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        durable.sync_files(temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        durable.sync_folder(dataset)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def hash_texts(files: Mapping[str, str]) -> dict[str, str]:
+    """What `hash_files` says of a folder with these files."""
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -58,6 +68,19 @@ def check_tokenizer(dataset: Path, expected: Mapping[str, str]) -> None:
             raise _damaged(folder / name, "missing")
         if found[name] != sha256:
             raise _damaged(folder / name, "not the file that the manifest has the hash of")
+
+
+def check_content(dataset: Path, sha256: str) -> None:
+    """ShardCorruptError for a tokenizer.json that maps text to other ids than the dataset's."""
+    file = dataset / TOKENIZER / TOKENIZER_NAME
+    if not file.is_file():
+        return  # `check_tokenizer` says what is missing
+    try:
+        found = tokenizer_sha256(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(file, f"cannot be read ({one_line(error)})") from error
+    if found != sha256:
+        raise _damaged(file, f"another tokenizer ({found[:12]}) than the dataset's ({sha256[:12]})")
 
 
 def _damaged(path: Path, text: str) -> ShardCorruptError:

@@ -10,6 +10,7 @@ from shards.errors import IdentityMismatchError, InputError
 from shards.keep import Keep
 from shards.schema import ENTROPIES
 from shards.spec import TRAIN, VALIDATION
+from student_train.batches import TAIL_COLUMNS, TARGET_COLUMNS, TOKEN_COLUMNS
 from student_train.config import TrainConfig
 from student_train.distillation import Objective
 from student_train.evaluate import counted_totals
@@ -69,6 +70,17 @@ def reads_entropies(config: TrainConfig, dataset: Dataset) -> bool:
         and config.adaptive_temperature == "adakd-h"
         and ENTROPIES in dataset.spec.columns
     )
+
+
+def columns_to_read(config: TrainConfig) -> tuple[str, ...]:
+    """The columns of a dataset that the objective needs."""
+    if config.reads_tail:
+        return TAIL_COLUMNS
+    if not config.reads_entries:
+        return TOKEN_COLUMNS
+    if config.adaptive_temperature == "adakd-h":
+        return (*TARGET_COLUMNS, ENTROPIES)
+    return TARGET_COLUMNS
 
 
 def shares(config: TrainConfig, splits: Sequence[Split]) -> list[float]:

@@ -22,17 +22,9 @@ from transformers import PreTrainedModel
 from shards.dataset import Dataset, Split
 from shards.errors import RunError, StoppedError
 from shards.json_text import Json
-from shards.schema import ENTROPIES
 from shards.spec import TRAIN, VALIDATION
 from student_train import checkpoint
-from student_train.batches import (
-    TAIL_COLUMNS,
-    TARGET_COLUMNS,
-    TOKEN_COLUMNS,
-    Batch,
-    for_device,
-    training_batches,
-)
+from student_train.batches import Batch, for_device, training_batches
 from student_train.checkpoint import Progress
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate
@@ -42,7 +34,7 @@ from student_train.lines import Source
 from student_train.metrics import Metrics
 from student_train.mixture import choices, order_seed
 from student_train.model import num_parameters
-from student_train.prepare import make_objective, plan_schedules, shares
+from student_train.prepare import columns_to_read, make_objective, plan_schedules, shares
 from student_train.progress import TrainProgress
 from student_train.read_ahead import ReadAhead
 from student_train.run_folder import RunFolder
@@ -271,18 +263,9 @@ class Training:
             choices(self._shares, seed=seed, first_line=first_line),
             step_lines=step_sequences,
             micro_batch_lines=self._config.micro_batch_sequences,
-            columns=self._columns(),
+            columns=columns_to_read(self._config),
         )
         return for_device(batches, self._device)
-
-    def _columns(self) -> tuple[str, ...]:
-        if self._config.reads_tail:
-            return TAIL_COLUMNS
-        if not self._config.reads_entries:
-            return TOKEN_COLUMNS
-        if self._config.adaptive_temperature == "adakd-h":
-            return (*TARGET_COLUMNS, ENTROPIES)
-        return TARGET_COLUMNS
 
     def _log_start(self, step_sequences: int, num_steps: int) -> None:
         total, beside = num_parameters(self._model)

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 PROBED_POSITIONS = 4096
 WORSE_BY_NATS = 0.1
+TRUSTED_POSITIONS = 256  # a difference over fewer may be noise, and only warns
 _PROBED_CHARACTERS = 1 << 17
 
 
@@ -35,12 +36,12 @@ _PROBED_CHARACTERS = 1 << 17
 class BosProbe:
     """The teacher's cross-entropy on a sample, nats per token, by the place of BOS.
 
-    `chosen` is the mode in force; `positions` were scored for each.
+    `chosen` is the mode in force; `positions` were scored with each mode.
     """
 
     chosen: str
     cross_entropies: Mapping[str, float]
-    positions: int
+    positions: Mapping[str, int]
 
     @property
     def best(self) -> str:
@@ -49,13 +50,16 @@ class BosProbe:
 
     @property
     def is_worse(self) -> bool:
-        """Whether another mode is better than the one in force by more than noise."""
+        """Whether another mode is better than the one in force."""
         found = self.cross_entropies
         return found[self.chosen] - found[self.best] > WORSE_BY_NATS
 
     def to_json(self) -> dict[str, object]:
         """For the manifest's record."""
-        return {"positions": self.positions, "cross_entropies": dict(self.cross_entropies)}
+        return {
+            "positions": dict(self.positions),
+            "cross_entropies": dict(self.cross_entropies),
+        }
 
     def text(self) -> str:
         """One line for a person."""
@@ -71,8 +75,9 @@ class ProbeSample:
 
 
 def read_probe_sample(ready: Prepared) -> ProbeSample:
-    """What `probe` needs of the corpus. Empty for a tokenizer without BOS."""
-    if ready.tokenizer.bos_token_id is None:
+    """What `probe` needs of the corpus. Empty for a tokenizer or a teacher without BOS."""
+    bos = ready.tokenizer.bos_token_id
+    if bos is None or bos >= ready.rules.num_ids:
         return ProbeSample([])
     return ProbeSample(read_documents_of_sample(ready, _PROBED_CHARACTERS))
 
@@ -87,20 +92,22 @@ def probe(
     """
     chosen = ready.documents.bos
     found: dict[str, float] = {}
-    positions = 0
-    for mode in dict.fromkeys((chosen, BOS_NONE, BOS_BOTH)):
+    positions: dict[str, int] = {}
+    # A sequence of one token cannot have another one before it.
+    both = [BOS_BOTH] if config.sequence_length > 1 else []
+    for mode in dict.fromkeys((chosen, BOS_NONE, *both)):
         split = _sequences(config, ready, sample, mode)
         if not len(split):
             return None
-        nll, positions = _score(split, engine, mode)
-        if not positions:
+        nll, positions[mode] = _score(split, engine, mode)
+        if not positions[mode]:
             return None
         if not math.isfinite(nll):
             raise RunError(
                 f"{config.teacher}: the teacher gives {nll} for log-probabilities of the corpus;"
                 " are its weights sound, and does --dtype suit them?"
             )
-        found[mode] = nll / positions
+        found[mode] = nll / positions[mode]
     result = BosProbe(chosen=chosen, cross_entropies=found, positions=positions)
     logger.info("%s", result.text())
     if result.is_worse:
@@ -108,9 +115,10 @@ def probe(
             f" {chosen}: the teacher has a cross-entropy of {found[chosen]:.2f} nats per token on a"
             f" sample, and {found[result.best]:.2f} with --bos {result.best}"
         )
-        if config.bos == BOS_AUTO:
+        few = min(positions.values()) < TRUSTED_POSITIONS
+        if config.bos == BOS_AUTO and not few:
             raise OptionError("bos", f"{text}; give --bos {result.best}")
-        logger.warning("warning: --bos%s", text)
+        logger.warning("warning: --bos%s%s", text, ", of few tokens" if few else "")
     return result
 
 

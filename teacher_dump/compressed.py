@@ -17,6 +17,7 @@ from typing import IO, Any
 
 _READ_BYTES = 16 << 10  # of the file; zstd makes at most 512 MB of it
 _MOST_BYTES = 1 << 20  # that bzip2 and xz may make of it at once
+_ZERO_PADDED = ("gz", "xz")  # zeros may follow a frame, as on a tape
 _LARGEST_WINDOW_BYTES = 1 << 31  # of zstd --long=31
 
 
@@ -70,7 +71,7 @@ class _Decompressed(io.RawIOBase):
 
     def _next_start(self, rest: bytes) -> bytes:
         """The beginning of the next frame; nothing at the end of the file."""
-        is_padded = self._compression == "xz" and self._frame is not None
+        is_padded = self._compression in _ZERO_PADDED and self._frame is not None
         while True:
             rest = rest.lstrip(b"\0") if is_padded else rest
             if rest:

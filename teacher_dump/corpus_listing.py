@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shards.errors import InputError
 from teacher_dump.corpus_kinds import EXPECTED, Kind, compression_of, is_index, kind_of
-from teacher_dump.corpus_selection import select
+from teacher_dump.corpus_selection import Chosen, select
 from teacher_dump.corpus_summary import CorpusSummary
 from teacher_dump.corpus_walk import Walk, is_pattern, not_regular, status_of, unreadable
 from teacher_dump.token_corpus import index_of
@@ -71,13 +71,16 @@ def list_corpus(
     """
     walk = Walk(out)
     files: list[CorpusFile] = []
-    cards: list[str] = []
+    cards: list[Path] = []
+    splits: list[Path] = []
     for given, weight in zip(corpus, weights or [1.0] * len(corpus), strict=True):
-        base, paths, cards_here = _paths_of(given, walk)
+        base, chosen = _paths_of(given, walk)
         files += [
-            CorpusFile(path=path, name=str(path.relative_to(base)), weight=weight) for path in paths
+            CorpusFile(path=path, name=str(path.relative_to(base)), weight=weight)
+            for path in chosen.files
         ]
-        cards += map(str, cards_here)
+        cards += chosen.cards
+        splits += chosen.splits
     _refuse_doubles(files)
     sizes = [(str(file.kind), _checked_bytes(file, walk)) for file in files]
     read = {path for file in files for path in file.paths}
@@ -85,33 +88,27 @@ def list_corpus(
         reason: sorted({str(path) for path in paths if path not in read})
         for reason, paths in walk.left_out.items()
     }
-    return Corpus(files=files, summary=CorpusSummary.of(sizes, left_out, cards))
+    summary = CorpusSummary.of(sizes, left_out, [*map(str, cards)], [*map(str, splits)])
+    return Corpus(files=files, summary=summary)
 
 
-def list_files(
-    corpus: Sequence[Path], weights: Sequence[float] = (), out: Path | None = None
-) -> list[CorpusFile]:
-    """The files of `list_corpus` alone."""
-    return list(list_corpus(corpus, weights, out).files)
-
-
-def _paths_of(given: Path, walk: Walk) -> tuple[Path, list[Path], list[Path]]:
-    """The folder that names are relative to, the files to read, and the cards among them."""
+def _paths_of(given: Path, walk: Walk) -> tuple[Path, Chosen]:
+    """The folder that names are relative to, and the files to read."""
     status = status_of(given)
     if status is None and is_pattern(given):
         found = walk.files_of_pattern(given)
         base = Path(os.path.commonpath([path.parent for path in found]))
-        return base, *select(base, found, walk)
+        return base, select(base, found, walk)
     if status is None:
         raise InputError(f"{given}: no such corpus file or folder")
     if stat.S_ISDIR(status.st_mode):
-        return given, *select(given, list(walk.files_below(given)), walk)
+        return given, select(given, list(walk.files_below(given)), walk)
     if kind_of(given.name) is None:
         hint = " (give the .bin beside it)" if is_index(given.name) else _hint(given.name)
         raise InputError(f"{given}: not a kind of corpus file, expected {EXPECTED}{hint}")
     if not stat.S_ISREG(status.st_mode):
         raise not_regular(given)
-    return given.parent, [given], []
+    return given.parent, Chosen(files=[given])
 
 
 def _hint(name: str) -> str:
@@ -131,7 +128,7 @@ def _refuse_doubles(files: Sequence[CorpusFile]) -> None:
                 continue
             same = "" if first == path else f", it is the same file as {first}"
             raise InputError(
-                f"{path}: given twice{same}; give it once (--corpus-weight 2 repeats documents)"
+                f"{path}: given twice{same}; give it once (--weights 2 repeats documents)"
             )
 
 

@@ -7,8 +7,8 @@ dataset. Several splits side by side are an error: nobody trains on the test spl
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import InputError
@@ -23,6 +23,8 @@ from teacher_dump.corpus_kinds import (
     kind_of,
     why_left_out,
 )
+from teacher_dump.corpus_splits import refuse_splits
+from teacher_dump.corpus_summary import LeftOut
 from teacher_dump.corpus_walk import Walk
 from teacher_dump.token_corpus import MEGATRON_HEADER, index_of
 
@@ -30,23 +32,22 @@ from teacher_dump.token_corpus import MEGATRON_HEADER, index_of
 # files of a split that was saved, which it names; and beside those of a split or of a cache.
 _SEVERAL_SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 
-_SPLIT_WORDS = {
-    "train": ("training", "train"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("testing", "test", "evaluation", "eval"),
-}
-_SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
-_WORDS = "|".join(_SPLIT_OF_WORD)
-_NAMED_AFTER = re.compile(rf"({_WORDS})([-_.]?\d+([-_.]of[-_.]\d+)?)?")
-_MENTIONED = re.compile(rf"(?<![a-z])({_WORDS})(?![a-z])")
 
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The corpus files, sorted, and those among them that a person should know of.
 
-def select(base: Path, found: Sequence[Path], walk: Walk) -> tuple[list[Path], list[Path]]:
-    """The corpus files among those found below `base`, sorted; of these, the cards.
-
-    Cards are files named like a dataset card or a licence that are documents nevertheless: all
-    files are plain text. InputError where the files are not one corpus.
+    `cards` are named like a dataset card or a licence, and documents nevertheless: all files are
+    plain text. `splits` are named like a validation or test split, and others are not.
     """
+
+    files: Sequence[Path]
+    cards: Sequence[Path] = ()
+    splits: Sequence[Path] = ()
+
+
+def select(base: Path, found: Sequence[Path], walk: Walk) -> Chosen:
+    """The corpus files among those found below `base`; InputError where they are not one corpus."""
     for path in found:
         if path.name == _SEVERAL_SPLITS:
             _refuse_saved_splits(path.parent)
@@ -65,9 +66,20 @@ def select(base: Path, found: Sequence[Path], walk: Walk) -> tuple[list[Path], l
         files = [path for path in files if path not in set(cards)]
         cards = []
     if not files:
-        raise InputError(f"{base}: no corpus file in it, expected {EXPECTED}")
-    _refuse_splits(base, files)
-    return files, cards
+        raise InputError(
+            f"{base}: no corpus file in it, expected {EXPECTED}{_left_out(base, walk)}"
+        )
+    return Chosen(files=files, cards=cards, splits=refuse_splits(base, files))
+
+
+def _left_out(base: Path, walk: Walk) -> str:
+    """What was left out of a folder in which nothing else is, to end a message with."""
+    names = {
+        reason: [str(path.relative_to(base)) for path in paths if path.is_relative_to(base)]
+        for reason, paths in walk.left_out.items()
+    }
+    texts = [of.text() for of in LeftOut.of(names)]
+    return f"; left out: {', '.join(texts)}" if texts else ""
 
 
 def _is_card(path: Path) -> bool:
@@ -129,56 +141,3 @@ def _saved_files(folder: Path) -> set[str] | None:
             " save a split with save_to_disk, or give its .arrow files"
         )
     return None
-
-
-def _refuse_splits(base: Path, files: Sequence[Path]) -> None:
-    """InputError for files of several splits, by the names of files and of their folders.
-
-    Text documents have names about anything, so that theirs must be nothing but a split's. A
-    validation or test split counts beside data without a split, too.
-    """
-    examples: dict[str, tuple[Path, str]] = {}
-    is_exact: dict[str, bool] = {}
-    has_others = False
-    for path in files:
-        split, given, exact = _split_of(base, path)
-        if split is None:
-            has_others = has_others or kind_of(path.name) is not Kind.TEXT
-        else:
-            examples.setdefault(split, (path, given))
-            is_exact[split] = is_exact.get(split, False) or (
-                exact and kind_of(path.name) is not Kind.TEXT
-            )
-    names = sorted(examples)
-    beside_others = has_others and any(is_exact[name] for name in names if name != "train")
-    if len(names) < 2 and not beside_others:
-        return
-    kept = "train" if "train" in examples else names[0]
-    others = "" if len(names) > 1 else " beside data without a split's name"
-    what = "several splits" if len(names) > 1 else "a split"
-    raise InputError(
-        f"{base}: {what} ({', '.join(names)}){others}, give one of them, such as --corpus"
-        f" '{examples[kept][1]}' (or all of them, each with its own --corpus)"
-    )
-
-
-def _split_of(base: Path, path: Path) -> tuple[str | None, str, bool]:
-    """A file's split, what to give for it, and whether a name is the split's and nothing more."""
-    relative = path.relative_to(base)
-    stem = path.name.lower().split(".")[0]
-    whole = _NAMED_AFTER.fullmatch(stem)
-    if kind_of(path.name) is Kind.TEXT:
-        mentioned = whole
-    else:
-        mentioned = whole or _MENTIONED.search(path.name.lower())
-    if mentioned is not None:
-        pattern = f"{path.parent}/{path.name[: mentioned.end(1)]}*"
-        return _SPLIT_OF_WORD[mentioned[1]], pattern, whole is not None
-    for number in range(len(relative.parts) - 2, -1, -1):
-        folder = relative.parts[number].lower()
-        named = _NAMED_AFTER.fullmatch(folder)
-        mentions = named or (None if kind_of(path.name) is Kind.TEXT else _MENTIONED.search(folder))
-        if mentions is not None:
-            given = base.joinpath(*relative.parts[: number + 1])
-            return _SPLIT_OF_WORD[mentions[1]], str(given), named is not None
-    return None, "", False

@@ -30,17 +30,36 @@ class LeftOut:
     files: int
     names: tuple[str, ...]
 
+    @classmethod
+    def of(cls, names_by_reason: Mapping[str, Sequence[str]]) -> list[LeftOut]:
+        """In the order of a report."""
+        return [
+            cls(
+                reason=reason,
+                files=len(names_by_reason[reason]),
+                names=tuple(sorted(names_by_reason[reason])[:_NAMES_SHOWN]),
+            )
+            for reason in REASONS
+            if names_by_reason.get(reason)
+        ]
+
+    def text(self) -> str:
+        """The names and the reason, for a person."""
+        return f"{_names(self.names, self.files)} ({self.reason})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSummary:
     """The files of a corpus by kind, and what a listing found beside them.
 
-    `cards_read` are the files named like a dataset card or a licence that are read as documents.
+    `cards_read` are the files named like a dataset card or a licence that are read as documents,
+    `splits_read` those named like a validation or test split that are read with others.
     """
 
     kinds: Mapping[str, FilesOfKind]
     left_out: Sequence[LeftOut]
     cards_read: tuple[str, ...] = ()
+    splits_read: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -48,6 +67,7 @@ class CorpusSummary:
         sizes: Sequence[tuple[str, int]],
         left_out: Mapping[str, Sequence[str]],
         cards_read: Sequence[str],
+        splits_read: Sequence[str] = (),
     ) -> CorpusSummary:
         """From the kind and bytes of every file, and names by the reason for leaving them out."""
         found: dict[str, list[int]] = {}
@@ -55,16 +75,9 @@ class CorpusSummary:
             found.setdefault(kind, []).append(num_bytes)
         return cls(
             kinds={kind: FilesOfKind(files=len(of), bytes=sum(of)) for kind, of in found.items()},
-            left_out=[
-                LeftOut(
-                    reason=reason,
-                    files=len(left_out[reason]),
-                    names=tuple(sorted(left_out[reason])[:_NAMES_SHOWN]),
-                )
-                for reason in REASONS
-                if left_out.get(reason)
-            ],
+            left_out=LeftOut.of(left_out),
             cards_read=tuple(cards_read),
+            splits_read=tuple(splits_read),
         )
 
     def lines(self) -> list[str]:
@@ -76,10 +89,10 @@ class CorpusSummary:
         lines = [f"corpus         {kinds}"]
         if self.cards_read:
             lines.append(f"documents too  {_names(self.cards_read, len(self.cards_read))}")
-        lines += [
-            f"left out       {_names(of.names, of.files)} ({of.reason})" for of in self.left_out
-        ]
-        return lines
+        if self.splits_read:
+            names = _names(self.splits_read, len(self.splits_read))
+            lines.append(f"read too       {names} (named like a validation or test split)")
+        return lines + [f"left out       {of.text()}" for of in self.left_out]
 
     def log(self) -> None:
         """Log the lines."""

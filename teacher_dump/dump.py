@@ -26,13 +26,13 @@ from shards.continuing import (
     remove_old_temporaries,
 )
 from shards.durable import check_links
-from shards.errors import IdentityMismatchError, InputError, RunError
+from shards.errors import IdentityMismatchError, InputError, RunError, ShardCorruptError
 from shards.folder_lock import folder_lock
 from shards.layout import Layout
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
 from shards.progress_line import ProgressLine, count
-from shards.spec import SPLITS, TRAIN, DatasetSpec, differences
-from shards.tokenizer_files import TOKENIZER, check_tokenizer, write_tokenizer
+from shards.spec import SPLITS, TRAIN, DatasetSpec
+from shards.tokenizer_files import TOKENIZER, check_tokenizer, hash_texts, write_tokenizer
 from teacher_dump.bos import BosProbe, probe, read_probe_sample
 from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
@@ -97,19 +97,16 @@ def _check_disk(out: Path) -> None:
 def _present(out: Path, asked: DatasetSpec) -> Manifest | None:
     """The manifest in the folder, compared before anything is tokenised; None: a new dataset.
 
-    A dataset of something else that has no shard yet makes way.
+    A dataset without a shard makes way, whatever it is of.
     """
     if not (out / MANIFEST_NAME).exists():
         return None
     present = load_manifest(out)
-    there = present.spec
-    asked = replace(asked, tokens_sha256=there.tokens_sha256, layout=there.layout)
-    if differences(asked, there) and not _has_shards(out):
-        logger.info("%s: has no shard yet, and is started again with other options", out)
+    if not _has_shards(out):
         (out / MANIFEST_NAME).unlink()
-        shutil.rmtree(out / TOKENIZER, ignore_errors=True)
         return None
-    check_spec(out, asked, there)
+    there = present.spec
+    check_spec(out, replace(asked, tokens_sha256=there.tokens_sha256, layout=there.layout), there)
     return present
 
 
@@ -204,17 +201,33 @@ def _manifest(
     layout = config.layout(splits[TRAIN].mean_positions)
     spec = replace(spec, tokens_sha256=store.sha256, layout=layout)
     more = {} if probed is None else {"bos_probe": probed.to_json()}
-    try:
-        hashes = write_tokenizer(config.out, ready.tokenizer.save)
-    except OSError as error:
-        raise RunError(f"{config.out / TOKENIZER}: {error.strerror or error}") from error
+    _write_tokenizer(config.out, ready.tokenizer_files)
     manifest = create_or_continue(
         config.out, spec, _sizes(splits, config.max_tokens), make_record(config, ready, **more),
-        hashes,
+        hash_texts(ready.tokenizer_files),
     )  # fmt: skip
     check_tokenizer(config.out, manifest.tokenizer_files)
     remove_old_temporaries(config.out)
     return manifest, splits
+
+
+def _write_tokenizer(out: Path, files: Mapping[str, str]) -> None:
+    """Write the dataset's tokenizer, unless a dataset is there that has its own.
+
+    ShardCorruptError where that one is gone and the teacher has another by now.
+    """
+    if (out / MANIFEST_NAME).exists():
+        if (out / TOKENIZER).is_dir():
+            return
+        if load_manifest(out).tokenizer_files != hash_texts(files):
+            raise ShardCorruptError(
+                f"{out / TOKENIZER}: missing, and the teacher's tokenizer files have changed since"
+                " it was written; put a copy of it back"
+            )
+    try:
+        write_tokenizer(out, files)
+    except OSError as error:
+        raise RunError(f"{out / TOKENIZER}: {error.strerror or error}") from error
 
 
 def _sizes(splits: Mapping[str, SplitSequences], max_tokens: int | None) -> dict[str, SplitSize]:

@@ -33,11 +33,12 @@ def check_flat(path: Path, tokens: npt.NDArray[Any], num_ids: int) -> None:
     _refuse_header(path, tokens)
     wider = _wider(_sample(tokens), tokens.dtype.itemsize, num_ids)
     if wider is not None:
-        places = "every second" if wider == 2 * tokens.dtype.itemsize else "three of four"
+        is_double = wider == 2 * tokens.dtype.itemsize
+        part = "every second of its tokens is" if is_double else "three of four of its tokens are"
         dtype = "uint32" if wider == 4 else "int64"
         raise InputError(
-            f"{path}: read as {tokens.dtype.name}, {places} of its tokens is the high part of a"
-            f" wider one; are the tokens {dtype}? Give --token-dtype {dtype}"
+            f"{path}: read as {tokens.dtype.name}, {part} the high part of a wider"
+            f" one; are the tokens {dtype}? Give --token-dtype {dtype}"
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.progress_line import count
+from teacher_dump.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,10 @@ def cut_at_line_ends(text: str) -> Iterator[str]:
         start = stop
 
 
-def encode_texts(texts: list[str], encoder: Any, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
-    """Tokens [n] of each text; `encoder` is a `tokenizers` tokenizer."""
+def encode_texts(
+    texts: list[str], encoder: Encoder, dtype: np.dtype[Any]
+) -> list[npt.NDArray[Any]]:
+    """Tokens [n] of each text."""
     short = iter(_encode([text for text in texts if not is_long(text)], encoder, dtype))
     return [
         np.concatenate([_encode([piece], encoder, dtype)[0] for piece in cut_at_line_ends(text)])
@@ -61,6 +64,6 @@ def encode_texts(texts: list[str], encoder: Any, dtype: np.dtype[Any]) -> list[n
     ]
 
 
-def _encode(texts: list[str], encoder: Any, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
+def _encode(texts: list[str], encoder: Encoder, dtype: np.dtype[Any]) -> list[npt.NDArray[Any]]:
     encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, dtype) for encoding in encodings]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shards.keep import Threshold, TopPK
@@ -29,11 +29,13 @@ logger = logging.getLogger(__name__)
 class Prepared:
     """Teacher, tokenizer, corpus files, and what follows from a configuration.
 
-    `teacher` is None where tokens alone are stored.
+    `teacher` is None where tokens alone are stored. `tokenizer_files` are those of the dataset's
+    copy, name -> text.
     """
 
     teacher: Teacher | None
     tokenizer: TeacherTokenizer
+    tokenizer_files: Mapping[str, str]
     files: Sequence[CorpusFile]
     corpus: CorpusSummary
     documents: Documents
@@ -92,11 +94,12 @@ def prepare(config: DumpConfig) -> Prepared:
             "token_key",
             f" {config.token_key}: a column of .parquet and .arrow files, and the corpus has none",
         )
-    documents = make_documents(config, tokenizer)
+    documents = make_documents(config, tokenizer, None if teacher is None else teacher.vocab_size)
     _say_threshold(config)
     return Prepared(
         teacher=teacher,
         tokenizer=tokenizer,
+        tokenizer_files=tokenizer.files(),
         files=corpus.files,
         corpus=corpus.summary,
         documents=documents,

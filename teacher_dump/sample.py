@@ -14,10 +14,10 @@ import numpy.typing as npt
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus import Document, read_sample
 from teacher_dump.corpus_listing import CorpusFile
+from teacher_dump.encoding import Encoded, encode, encode_of_file, make_encoder
 from teacher_dump.prepare import Prepared
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import SplitSequences, cut
-from teacher_dump.token_builder import Encoded, encode, make_encoder
 
 SAMPLED_FILES = 32
 SAMPLED_CHARACTERS = 4 << 20
@@ -60,7 +60,7 @@ def read_corpus_sample(ready: Prepared) -> Sample:
     pieces: list[Encoded] = []
     estimate = read_bytes = 0.0
     for file, documents, share in _documents(ready, SAMPLED_CHARACTERS):
-        for document in encode(documents, encoder, ready.rules):
+        for document in encode_of_file(file.path, documents, encoder, ready.rules):
             if document is not None:
                 copies = ready.rules.num_copies(document.content, file.weight)
                 estimate += copies * len(document.tokens) / share
@@ -77,8 +77,16 @@ def read_corpus_sample(ready: Prepared) -> Sample:
 
 
 def read_documents_of_sample(ready: Prepared, characters: int) -> list[Document]:
-    """About so many characters of documents from the same places."""
-    return [document for _, documents, _ in _documents(ready, characters) for document in documents]
+    """About so many characters of documents from the same places, for `sample_of`.
+
+    They are encoded once to see that they can be: here an error still knows the file.
+    """
+    encoder = make_encoder(ready.tokenizer)
+    found: list[Document] = []
+    for file, documents, _ in _documents(ready, characters):
+        encode_of_file(file.path, documents, encoder, ready.rules)
+        found += documents
+    return found
 
 
 def sample_of(documents: Sequence[Document], ready: Prepared, rules: TokenisingRules) -> Sample:

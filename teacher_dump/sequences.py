@@ -30,13 +30,10 @@ from shards.row_group import Int64Array
 from shards.rows import BoolArray, Int32Array
 from teacher_dump.rows import TokenSequence
 
-# Stretches are counted once and found again from every so many of them: 8 bytes of memory each.
+# Stretches of joined documents are counted once and found again from every so many of them, those
+# of separate documents block by block: 8 or 16 bytes of memory each.
 _STRETCHES_PER_MARK = 4096
 _DOCUMENTS_PER_BLOCK = 1024
-
-# Separate documents are counted once and found again from every so manieth of them: 8 bytes of
-# memory per 4,096 documents, and as many to look through for a sequence.
-_DOCUMENTS_PER_MARK = 4096
 
 
 class SplitSequences(ABC):
@@ -140,58 +137,6 @@ class JoinedSequences(SplitSequences):
         return start, min(start + self._length + 1, len(self._tokens))
 
 
-class SeparateSequences(SplitSequences):
-    """Sequences of one document each; a document of a single token has none."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        # Sequences before every so manieth document, and before the end.
-        marks = [0]
-        for first in range(0, len(self._document_starts), _DOCUMENTS_PER_MARK):
-            marks.append(marks[-1] + int(self._sequences_of(first).sum()))
-        self._marks = np.array(marks, np.int64)
-
-    def __len__(self) -> int:
-        return int(self._marks[-1])
-
-    @property
-    def mean_positions(self) -> int:
-        """The mean of all, rounded up; L without any sequence."""
-        return -(-self.num_positions // len(self)) if len(self) else self._length
-
-    def positions_of(self, num_sequences: int) -> int:
-        if num_sequences >= len(self):
-            return len(self._tokens) - len(self._document_starts)
-        document, start, _ = self._locate(num_sequences)
-        return start - document  # one position less than tokens in every document before
-
-    def _span(self, number: int) -> tuple[int, int]:
-        _, start, end = self._locate(number)
-        return start, min(start + self._length + 1, end)
-
-    def _locate(self, number: int) -> tuple[int, int, int]:
-        """Document, beginning of the sequence, end of the document, for a sequence there is."""
-        mark = int(np.searchsorted(self._marks, number, side="right")) - 1
-        ends = np.cumsum(self._sequences_of(mark * _DOCUMENTS_PER_MARK)) + self._marks[mark]
-        in_block = int(np.searchsorted(ends, number, side="right"))
-        piece = number - int(ends[in_block - 1] if in_block else self._marks[mark])
-        document = mark * _DOCUMENTS_PER_MARK + in_block
-        bounds = self._bounds(document, 1)
-        return document, int(bounds[0]) + piece * self._length, int(bounds[1])
-
-    def _sequences_of(self, first: int) -> Int64Array:
-        """Sequences of each document between two marks."""
-        positions = np.diff(self._bounds(first, _DOCUMENTS_PER_MARK)) - 1
-        return -(-positions // self._length)
-
-    def _bounds(self, first: int, count: int) -> Int64Array:
-        """Beginnings of some documents and the end of the last."""
-        bounds = np.asarray(self._document_starts[first : first + count + 1])
-        if first + count >= len(self._document_starts):
-            bounds = np.append(bounds, len(self._tokens))
-        return bounds
-
-
 class JoinedWithBos(SplitSequences):
     """Stretches of L tokens that go on over the ends of documents, each after BOS."""
 
@@ -226,8 +171,8 @@ class JoinedWithBos(SplitSequences):
         return int(np.count_nonzero(starts == self._bos))
 
 
-class SeparateWithBos(SplitSequences):
-    """Stretches of one document each, each after BOS."""
+class SeparateSequences(SplitSequences):
+    """Sequences of one document each; a document in which nothing is to be predicted has none."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -273,18 +218,23 @@ class SeparateWithBos(SplitSequences):
         bounds = np.asarray(self._document_starts[first : first + _DOCUMENTS_PER_BLOCK + 1])
         if first + _DOCUMENTS_PER_BLOCK >= len(self._document_starts):
             bounds = np.append(bounds, len(self._tokens))
-        pieces = -(-np.diff(bounds) // self._length)
+        # Without BOS the first token of a document is no label, so there is one label less.
+        shared = int(self._bos is None)
+        pieces = -(-(np.diff(bounds) - shared) // self._length)
         document = np.repeat(np.arange(len(pieces)), pieces)
         number = np.arange(len(document)) - (np.cumsum(pieces) - pieces)[document]
         starts = bounds[document] + number * self._length
-        stops = np.minimum(starts + self._length, bounds[document + 1])
-        labels = stops - starts - (self._tokens[starts] == self._bos)
+        stops = np.minimum(starts + self._length + shared, bounds[document + 1])
+        labels = stops - starts - shared
+        if self._bos is not None:
+            labels -= self._tokens[starts] == self._bos
         return starts[labels > 0], stops[labels > 0], labels[labels > 0]
 
 
 def cut(*, joined: bool, bos_token_id: int | None = None, **options: Any) -> SplitSequences:
     """The sequences of a split, `joined` or of separate documents; options of `SplitSequences`."""
+    if not joined:
+        return SeparateSequences(bos_token_id=bos_token_id, **options)
     if bos_token_id is None:
-        return (JoinedSequences if joined else SeparateSequences)(**options)
-    kind = JoinedWithBos if joined else SeparateWithBos
-    return kind(bos_token_id=bos_token_id, **options)
+        return JoinedSequences(**options)
+    return JoinedWithBos(bos_token_id=bos_token_id, **options)

@@ -22,8 +22,13 @@ _ENDS_OF_DOCUMENTS = (
 )
 
 
-def make_documents(config: DumpConfig, tokenizer: TeacherTokenizer) -> Documents:
-    """How documents become sequences. OptionError for tokens that the tokenizer does not have."""
+def make_documents(
+    config: DumpConfig, tokenizer: TeacherTokenizer, known_ids: int | None
+) -> Documents:
+    """How documents become sequences. OptionError for tokens that the tokenizer does not have.
+
+    Or that the teacher does not know, whose vocabulary has `known_ids` (None: any).
+    """
     mode = config.bos
     if mode == BOS_AUTO:
         mode = BOS_BOTH if tokenizer.adds_bos and tokenizer.bos_token_id is not None else BOS_NONE
@@ -31,7 +36,7 @@ def make_documents(config: DumpConfig, tokenizer: TeacherTokenizer) -> Documents
         raise OptionError("bos", f" {mode}: the tokenizer has no beginning-of-sequence token")
     if mode in (BOS_SEQUENCE, BOS_BOTH) and config.sequence_length < 2:
         raise OptionError("sequence_length", f" 1: expected at least 2 with --bos {mode}")
-    return Documents(
+    documents = Documents(
         joined=config.joined,
         bos=mode,
         bos_token_id=None if mode == BOS_NONE else tokenizer.bos_token_id,
@@ -39,6 +44,16 @@ def make_documents(config: DumpConfig, tokenizer: TeacherTokenizer) -> Documents
         held_out=config.held_out,
         masked=config.mask_key is not None or mode != BOS_NONE,
     )
+    for name, index in (
+        ("bos", documents.bos_token_id),
+        ("eos_token", documents.eos_token_id),
+    ):
+        if index is not None and known_ids is not None and index >= known_ids:
+            token = tokenizer.backend.id_to_token(index)
+            raise OptionError(
+                name, f" {token}: has the id {index}, and the teacher knows only {known_ids} ids"
+            )
+    return documents
 
 
 def warn_of_turn_ends(config: DumpConfig, tokenizer: TeacherTokenizer) -> None:

@@ -1,6 +1,6 @@
 """Writes a token store: documents are encoded, or taken as tokens, and appended to flat files.
 
-Text that happens to spell a special token is encoded as text. Tokenising runs in the threads of
+Tokenising runs in the threads of
 `tokenizers` while the next batch is read. Everything written is flushed and recorded in
 `progress.json` every few seconds; after a kill the files are cut back to the last record and the
 documents up to it are read again but not encoded.
@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from shards import durable
 from shards.errors import InputError, RunError
-from shards.rows import BoolArray
+from shards.options import OptionError
 from shards.sealed import seal, unseal
 from shards.spec import SPLITS, TRAIN, VALIDATION
 from teacher_dump.corpus import Document, file_sha256, read_documents, size_of
 from teacher_dump.corpus_listing import CorpusFile
-from teacher_dump.long_documents import encode_texts, log_long_texts
+from teacher_dump.encoding import Encoded, encode_of_file, make_encoder
+from teacher_dump.long_documents import log_long_texts
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.token_store import (
     PROGRESS_NAME,
@@ -46,77 +46,6 @@ _BATCH_CHARACTERS = 1 << 20
 # Two: a batch's ids become an array, which holds the interpreter, while the other one is encoded.
 _ENCODING_THREADS = 2
 _RECORD_EVERY_S = 5.0
-
-
-def make_encoder(tokenizer: TeacherTokenizer) -> Any:
-    """The `tokenizers` tokenizer that encodes text, and nothing but text, of any length."""
-    # A copy: the caller's tokenizer keeps its own treatment of special tokens
-    encoder = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
-    encoder.encode_special_tokens = True
-    encoder.no_truncation()
-    encoder.no_padding()
-    return encoder
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A document as the store keeps it: content to tell it by, tokens [n], labels' mask [n]."""
-
-    content: bytes
-    tokens: npt.NDArray[Any]
-    mask: BoolArray | None
-
-
-def encode(
-    documents: Sequence[Document], encoder: Any, rules: TokenisingRules
-) -> list[Encoded | None]:
-    """Documents as the rules want them, begun and closed; None for one that is empty.
-
-    InputError for a token beyond the tokenizer's length.
-    """
-    texts = [document for document in documents if isinstance(document, str)]
-    of_texts = iter(encode_texts(texts, encoder, rules.dtype))
-    encoded: list[Encoded | None] = []
-    for document in documents:
-        if isinstance(document, str):
-            tokens, mask = next(of_texts), None
-            content = document.encode()
-        else:
-            tokens, mask = document.tokens, document.mask
-            content = tokens.astype("<u4").tobytes()
-        tokens = _checked(tokens, rules)
-        if not len(tokens):
-            encoded.append(None)
-            continue
-        if rules.has_mask and mask is None:
-            mask = np.ones(len(tokens), np.bool_)
-        encoded.append(_complete(Encoded(content, tokens, mask), rules))
-    return encoded
-
-
-def _checked(tokens: npt.NDArray[Any], rules: TokenisingRules) -> npt.NDArray[Any]:
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < rules.num_ids:
-        wrong = int(tokens[(tokens < 0) | (tokens >= rules.num_ids)][0])
-        if 0 <= wrong < rules.vocab_size:
-            raise InputError(f"token {wrong}, but the teacher knows only {rules.num_ids}")
-        raise InputError(
-            f"token {wrong}, but the tokenizer has {rules.vocab_size}: are the tokens its own, and"
-            " is --token-dtype right?"
-        )
-    return tokens.astype(rules.dtype, copy=False)
-
-
-def _complete(document: Encoded, rules: TokenisingRules) -> Encoded:
-    """Begin and close a document. A mask counts the end as it counts what stands before it."""
-    tokens, mask = document.tokens, document.mask
-    begin = rules.bos_token_id
-    if begin is not None and tokens[0] != begin:
-        tokens = np.concatenate([np.array([begin], rules.dtype), tokens])
-        mask = None if mask is None else np.concatenate([[False], mask])
-    if rules.close_documents and tokens[-1] != rules.eos_token_id:
-        tokens = np.concatenate([tokens, np.array([rules.eos_token_id], rules.dtype)])
-        mask = None if mask is None else np.concatenate([mask, mask[-1:]])
-    return Encoded(document.content, tokens, mask)
 
 
 @dataclass(frozen=True)
@@ -221,10 +150,7 @@ class TokenBuilder:
     def _encode(self, batch: _Batch) -> list[Encoded | None]:
         if batch.copy == 0:
             log_long_texts(batch.file.path, batch.documents)
-        try:
-            return encode(batch.documents, self._encoder, self._rules)
-        except InputError as error:
-            raise InputError(f"{batch.file.path}: {error}") from error
+        return encode_of_file(batch.file.path, batch.documents, self._encoder, self._rules)
 
     def _encoded(self) -> Iterator[tuple[_Batch, list[Encoded | None]]]:
         """Batches in order, some of them under way while the next is read."""
@@ -285,6 +211,7 @@ class TokenBuilder:
                 f"the corpus leaves nothing to train on ({found} with --held-out "
                 f"{self._rules.held_out}): is it empty?"
             )
+        self._refuse_mask_of_nothing()
         digest = hashlib.sha256()
         for split in SPLITS:
             for column in self._columns:
@@ -299,3 +226,13 @@ class TokenBuilder:
         }
         durable.replace(self._folder / STORE_NAME, seal(content))
         (self._folder / PROGRESS_NAME).unlink()
+
+    def _refuse_mask_of_nothing(self) -> None:
+        key = self._rules.mask_key
+        if key is None:
+            return
+        (column,) = (column for column in self._columns if column.name == "mask")
+        if not np.memmap(column.path(self._folder, TRAIN), column.dtype, "r").any():
+            raise OptionError(
+                "mask_key", f" {key}: no token of the training split counts; expected true for some"
+            )

@@ -29,6 +29,7 @@ from shards.tokenizer_json import (
     switch_dropout_off,
     tokenizer_sha256,
 )
+from teacher_dump.encoder import Encoder
 from teacher_dump.json_object import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def load_tokenizer(
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         eos_token_id=eos,
         bos_token_id=bos,
-        adds_bos=bos is not None and _adds_bos(backend, bos, settings),
+        adds_bos=bos is not None and _adds_bos(folder, backend, bos, settings),
         chat_template=_default_template(settings.get("chat_template")),
         json_text=_json_text(file, backend, sha256),
         settings=settings,
@@ -260,11 +261,9 @@ def _special_id(folder: Path, settings: Mapping[str, Any], key: str, backend: An
     return index
 
 
-def _adds_bos(backend: Any, bos: int, settings: Mapping[str, Any]) -> bool:
+def _adds_bos(folder: Path, backend: Any, bos: int, settings: Mapping[str, Any]) -> bool:
     """Whether the post-processor puts BOS before a text, or the settings say so."""
-    encoder = type(backend).from_str(backend.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
+    encoder = Encoder(backend, folder)
     plain, processed = (encoder.encode("a", add_special_tokens=add).ids for add in (False, True))
     by_itself = len(processed) > len(plain) and processed[: len(plain) + 1] == [bos, *plain]
     return by_itself or settings.get("add_bos_token") is True
@@ -273,8 +272,9 @@ def _adds_bos(backend: Any, bos: int, settings: Mapping[str, Any]) -> bool:
 def _default_template(template: Any) -> str | None:
     """The chat template; of several, the one that is named default."""
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if type(item) is dict}
-        template = named.get("default")
+        named = [item for item in template if isinstance(item, dict)]
+        named = [item for item in named if item.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     return template if isinstance(template, str) else None
 
 

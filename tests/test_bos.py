@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from shards.dataset import Dataset
-from shards.errors import InputError
+from shards.errors import InputError, ShardCorruptError
 from shards.inspect import verify
 from shards.keep import TopPK
 from student_train.config import TrainConfig
@@ -125,7 +125,7 @@ def test_asking_for_none_is_a_warning_and_the_record_has_the_figures(
     dataset = Dataset.open(out)
     assert (dataset.spec.documents.bos, dataset.spec.documents.bos_token_id) == ("none", None)
     assert cross_entropy(all_rows(out).values()) > 1.5
-    assert dataset.manifest.recorded[0]["bos_probe"]["positions"] > 100
+    assert min(dataset.manifest.recorded[0]["bos_probe"]["positions"].values()) > 256
 
 
 def test_a_plan_shows_the_probe(teacher, corpus, tmp_path):
@@ -242,3 +242,83 @@ def test_an_end_token_of_chat_turns_is_a_warning_that_names_the_others(
 def test_an_end_token_that_the_tokenizer_does_not_have_is_refused(teacher, corpus, tmp_path):
     with pytest.raises(InputError, match="--eos-token <end>: no token of the tokenizer"):
         run(config_of(teacher, corpus, tmp_path / "out", eos_token="<end>"))
+
+
+@pytest.mark.parametrize("option", ["bos", "eos_token"])
+def test_a_special_token_that_the_teacher_does_not_know_is_refused_at_once(
+    teacher, corpus, tmp_path, option
+):
+    """As where a token of a chat template was added to the tokenizer alone."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"})
+    tokenizer.save_pretrained(folder)
+    changes = {"bos": "none"} if option == "eos_token" else {"bos": "sequence", "eos": False}
+    with pytest.raises(InputError, match=f"has the id 1[67], and the teacher knows only {VOCAB}"):
+        run(config_of(folder, corpus, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+    if option == "bos":  # the probe does not try it either
+        run(config_of(folder, corpus, tmp_path / "out", bos="none", eos=False))
+
+
+def test_a_sequence_of_one_token_is_probed_without_bos_alone(teacher, corpus, tmp_path):
+    run(config_of(teacher, corpus, tmp_path / "out", bos="none", sequence_length=1))
+    probe = Dataset.open(tmp_path / "out").manifest.recorded[0]["bos_probe"]
+    assert list(probe["cross_entropies"]) == ["none"]
+
+
+def test_a_difference_over_few_tokens_only_warns(teacher, corpus, tmp_path, caplog):
+    folder = with_tokenizer(teacher, tmp_path / "teacher", adds_bos=False)
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(corpus.read_text().splitlines()[:3]) + "\n")
+    with caplog.at_level(logging.WARNING):
+        run(config_of(folder, few, tmp_path / "out", held_out=0.0))
+    assert "of few tokens" in caplog.text
+
+
+def test_another_tokenizer_in_the_folder_is_not_taken_for_the_dataset_s(teacher, corpus, tmp_path):
+    """What a run that was killed before the manifest left, or somebody put there."""
+    out = tmp_path / "out"
+    make_bos_tokenizer(out / "tokenizer", adds_bos=False, bos="<eos>")
+    run(config_of(teacher, corpus, out))
+    assert AutoTokenizer.from_pretrained(out / "tokenizer").bos_token == "<bos>"
+    assert verify(out) == []
+    for split in ("train", "validation"):  # no shard yet: it may become another dataset
+        shutil.rmtree(out / split)
+    run(config_of(teacher, corpus, out, eos_token="w7"))
+    assert Dataset.open(out).spec.documents.eos_token_id == 7
+    assert AutoTokenizer.from_pretrained(out / "tokenizer").eos_token_id == 7
+
+
+def test_a_tokenizer_that_is_gone_is_not_replaced_by_another(teacher, corpus, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher, folder)
+    out = tmp_path / "out"
+    run(config_of(folder, corpus, out))
+    saved = shutil.copytree(out / "tokenizer", tmp_path / "saved")
+    shutil.rmtree(out / "tokenizer")
+    settings = folder / "tokenizer_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps({**json.loads(before), "chat_template": "{{ x }}"}))
+    with pytest.raises(ShardCorruptError, match="have changed since"):
+        run(config_of(folder, corpus, out))
+    assert not (out / "tokenizer").exists()
+    settings.write_text(before)
+    assert run(config_of(folder, corpus, out)).complete_before
+    for path in saved.iterdir():
+        assert (out / "tokenizer" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_folder_without_a_shard_is_started_again_with_another_corpus(teacher, corpus, tmp_path):
+    out = tmp_path / "out"
+    run(config_of(teacher, corpus, out))
+    other = write_cycles(tmp_path / "other.jsonl", num_documents=40, seed=9)
+    with pytest.raises(Exception, match="another corpus"):
+        run(config_of(teacher, other, out))
+    for split in ("train", "validation"):
+        shutil.rmtree(out / split)
+    run(config_of(teacher, other, out))
+    assert verify(out) == []
+    ends = sum(int((row.tokens == EOS).sum()) for row in all_rows(out).values())
+    assert ends == 40

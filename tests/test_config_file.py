@@ -94,6 +94,11 @@ def test_the_command_line_overrides_the_file() -> None:
         ("config: o.yaml", "unknown option config"),
         ("debug: true", "unknown option debug"),
         ("top_k: 3\ntop-k: 4", "top-k: there twice"),
+        ("seed: 3\neos: true\nseed: 4", "seed: there twice, the second time in line 3"),
+        ("engine_arg: {a: [{b: 1, c: 2,\n b: 1}]}", "b: there twice, the second time in line 2"),
+        ("engine_arg: {'a': 1, a: 2}", "a: there twice"),
+        ("engine_arg: {a: {1: 2, 0x1: 3}}", "0x1: there twice"),
+        ("engine_arg: {a: &x {b: 1}, c: {<<: *x, <<: *x}}", "<<: there twice"),
         ("[a, b]", "expected option names and values, found a list"),
         ("seed", "expected option names and values, found seed"),
         ("a: [", "not YAML that can be read"),
@@ -108,6 +113,22 @@ def test_what_a_file_has_of_another_type_is_named(text: str | bytes, says: str) 
     Path("o.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     line = refused(run("dump-logits", "--config", "o.yaml", "--teacher", "t"))
     assert line.startswith(f"dump-logits: o.yaml: {says}")
+
+
+def test_a_key_that_is_merged_in_and_given_again_is_no_repeated_one() -> None:
+    text = "corpus: a\nengine_arg: {x: &x {a: {b: &y {<<: *z, c: 3}}}, y: {<<: *y, c: 4}}"
+    text = text.replace("{x: &x", "{z: &z {c: 1, d: 2}, x: &x")
+    Path("o.yaml").write_text(text, encoding="utf-8")
+    words = ["--teacher", "t", "--out", "o", "--config", "o.yaml"]
+    config = parsed("dump-logits", *words)["DumpConfig"]
+    assert isinstance(config, DumpConfig)
+    assert config.engine_arg["x"] == {"a": {"b": {"c": 3, "d": 2}}}
+    assert config.engine_arg["y"] == {"c": 4, "d": 2}
+
+
+def test_a_key_that_is_twice_in_a_value_of_the_command_line_is_named() -> None:
+    says = refused(run("dump-logits", "--teacher", "t", "--engine-arg", "a={b: 1, b: 2}"))
+    assert "b: there twice" in says
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from shards.errors import InputError
 from teacher_dump.corpus_kinds import Kind, kind_of
-from teacher_dump.corpus_listing import list_corpus, list_files
+from teacher_dump.corpus_listing import list_corpus
 from teacher_dump.corpus_summary import CorpusSummary
 
 LINE = b'{"text": "w1 w2"}\n'
@@ -27,7 +27,7 @@ def make(folder: Path, *names: str) -> Path:
 
 
 def read(corpus: Path, **more: Any) -> list[str]:
-    return [file.name for file in list_files([corpus], **more)]
+    return [file.name for file in list_corpus([corpus], **more).files]
 
 
 def left_out(corpus: Path) -> dict[str, list[str]]:
@@ -38,7 +38,7 @@ def left_out(corpus: Path) -> dict[str, list[str]]:
 
 def refusal(*corpus: Path, out: Path | None = None) -> str:
     with pytest.raises(InputError) as error:
-        list_files(corpus, out=out)
+        list_corpus(corpus, out=out)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -178,6 +178,12 @@ def test_among_plain_text_a_readme_is_a_document_and_named(tmp_path: Path) -> No
         (["en/wiki_Train_1.npy", "en/wiki_EVAL_1.npy"], "test, train", "en/wiki_Train*"),
         (["00.jsonl", "01.jsonl", "val.jsonl"], "validation", "val*"),
         (["a/00.bin", "test/00.bin"], "test", "test"),
+        (["en.train.jsonl", "en.heldout.jsonl"], "held out, train", "en.train*"),
+        (["part-0.jsonl", "holdout.jsonl"], "held out", "holdout*"),
+        (["part-0.jsonl", "en.held-out.jsonl.gz"], "held out", "en.held-out*"),
+        (["a_train_0.parquet", "a_held_out_0.parquet"], "held out, train", "a_train*"),
+        (["wiki.train.raw.txt", "wiki.valid.raw.txt"], "train, validation", "wiki.train*"),
+        (["wiki.Test.txt", "wiki.training-01.txt"], "test, train", "wiki.training*"),
     ],
 )  # fmt: skip
 def test_several_splits_side_by_side_are_an_error_that_names_them(
@@ -190,7 +196,7 @@ def test_several_splits_side_by_side_are_an_error_that_names_them(
         assert f"--corpus '{corpus / give}'" in says
     one = read(corpus / give)  # what is suggested works
     assert 0 < len(one) < len(names)
-    assert len(list_files([corpus / name for name in names])) == len(names)  # all, by name
+    assert len(list_corpus([corpus / name for name in names]).files) == len(names)  # all, by name
 
 
 @pytest.mark.parametrize(
@@ -204,6 +210,38 @@ def test_several_splits_side_by_side_are_an_error_that_names_them(
 )
 def test_names_that_only_look_like_splits_are_read(names: list[str], tmp_path: Path) -> None:
     assert sorted(read(make(tmp_path / "corpus", *names))) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["my_test.jsonl", "extra.jsonl"], ["my_test.jsonl"]),
+        (["a.dev-2.jsonl", "b-held_out-1.json", "c.npy"], None),  # two splits
+        (
+            ["test-cricket.md", "train-vs-test.txt", "a.md"],
+            ["test-cricket.md", "train-vs-test.txt"],
+        ),
+        (["wiki.valid.raw.txt", "notes.txt"], ["wiki.valid.raw.txt"]),
+        (["dev/notes.md", "a.md"], ["dev/notes.md"]),
+        (["my_test.jsonl", "your_test.jsonl"], []),  # there are no others
+        (["latest.jsonl", "contest-1.jsonl", "invalid.jsonl", "devices.jsonl"], []),
+        (["training-notes.txt", "attest.txt", "protest.md", "evaluate.me.txt"], []),
+        (["holdouts.jsonl", "a.jsonl", "testament.txt", "greatest.hits.txt"], []),
+    ],
+)
+def test_a_name_that_mentions_a_held_out_split_beside_others_is_said(
+    names: list[str], named: list[str] | None, tmp_path: Path
+) -> None:
+    corpus = make(tmp_path / "corpus", *names)
+    if named is None:
+        assert "several splits" in refusal(corpus)
+        return
+    assert len(read(corpus)) == len(names)
+    summary = list_corpus([corpus]).summary
+    assert list(summary.splits_read) == [str(corpus / name) for name in named]
+    said = [line for line in summary.lines() if line.startswith("read too       ")]
+    shown = ", ".join(str(corpus / name) for name in named)
+    assert said == [f"read too       {shown} (named like a validation or test split)"][: len(named)]
 
 
 def test_a_pattern_stands_for_the_files_and_folders_that_match_it(tmp_path: Path) -> None:
@@ -304,7 +342,16 @@ def test_an_index_without_its_tokens_is_an_error(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_corpus_file_says_so(tmp_path: Path) -> None:
     corpus = make(tmp_path / "corpus", "a.csv")
-    assert "corpus: no corpus file in it, expected .jsonl" in refusal(corpus)
+    says = refusal(corpus)
+    assert "corpus: no corpus file in it, expected .jsonl" in says
+    assert says.endswith("; left out: a.csv (looks like data that this command does not read)")
+    make(corpus, "sub/b.csv", ".hidden.jsonl")
+    assert refusal(make(tmp_path / "other", "c.jsonl"), corpus).endswith(
+        "; left out: a.csv, sub/b.csv (looks like data that this command does not read),"
+        " .hidden.jsonl (hidden)"
+    )
+    (tmp_path / "empty").mkdir()
+    assert "left out" not in refusal(tmp_path / "empty")
     assert "missing: no such corpus file or folder" in refusal(tmp_path / "missing")
 
 

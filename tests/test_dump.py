@@ -20,10 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shards import inspect
 from shards.keep import TopPK
 from shards.rows import Row
+from teacher_dump.encoding import make_encoder
 from teacher_dump.engine_options import EngineOptions
 from teacher_dump.keep import Selection
 from teacher_dump.rows import TokenSequence
-from teacher_dump.token_builder import make_encoder
 from teacher_dump.tokenizer import load_tokenizer
 from teacher_dump.transformers_engine import TransformersEngine
 from tests.tiny_teacher import (

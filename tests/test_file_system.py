@@ -109,9 +109,7 @@ def test_a_disk_that_fills_up_on_a_finished_dataset_leaves_its_tokenizer(
 ) -> None:
     dump.run(config)
     before = {path: path.stat().st_mtime_ns for path in (config.out / "tokenizer").iterdir()}
-    monkeypatch.setattr(
-        "teacher_dump.tokenizer.TeacherTokenizer.save", failing(errno.ENOSPC), raising=True
-    )
+    monkeypatch.setattr(durable, "sync_files", failing(errno.ENOSPC))
     assert dump.run(config).complete_before
     assert before == {path: path.stat().st_mtime_ns for path in before}
     shutil.rmtree(config.out / "tokenizer")

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teacher_dump import long_documents
-from teacher_dump.corpus_listing import list_files
+from teacher_dump.corpus_listing import list_corpus
+from teacher_dump.encoding import make_encoder
 from teacher_dump.long_documents import cut_at_line_ends, encode_texts
 from teacher_dump.open_store import open_or_build
-from teacher_dump.token_builder import make_encoder
 from teacher_dump.tokenizer import load_tokenizer
 from tests.test_token_store import rules_of
 from tests.tiny_teacher import ROOT
@@ -50,7 +50,7 @@ def test_a_long_document_is_one_document_and_said_once(
     (tmp_path / "a.txt").write_text("".join(f"w{number}{between}" for number in numbers))
     (tmp_path / "b.txt").write_text("w1 w2")
     tokenizer = load_tokenizer(tiny_teacher)
-    files = list_files([tmp_path / "a.txt", tmp_path / "b.txt"], [3.0, 1.0])
+    files = list_corpus([tmp_path / "a.txt", tmp_path / "b.txt"], [3.0, 1.0]).files
     rules = rules_of(tokenizer, held_out=0.0)
     store = open_or_build(tmp_path / "store", files, tokenizer, rules, lambda *_: None)
     found = store.sequences("train", 10_000)[0]
@@ -80,12 +80,12 @@ def test_only_a_text_above_the_limit_is_cut(
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from teacher_dump.corpus_listing import list_files
+from teacher_dump.corpus_listing import list_corpus
 from teacher_dump.open_store import open_or_build
 from teacher_dump.tokenizer import load_tokenizer
 from tests.test_token_store import rules_of
 tokenizer = load_tokenizer(Path(sys.argv[1]))
-files = list_files([Path(sys.argv[2])])
+files = list_corpus([Path(sys.argv[2])]).files
 rules = rules_of(tokenizer, held_out=0.0)
 open_or_build(Path(sys.argv[3]), files, tokenizer, rules, lambda *_: None)
 print("KB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

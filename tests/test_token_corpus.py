@@ -5,23 +5,27 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models
 
 from shards import inspect
 from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError
+from shards.options import OptionError
 from teacher_dump import tables, token_corpus
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus_listing import list_files
+from teacher_dump.corpus_listing import list_corpus
+from teacher_dump.flat_tokens import check_flat
 from teacher_dump.open_store import open_or_build
-from teacher_dump.plan import read_corpus_sample
 from teacher_dump.prepare import prepare
 from teacher_dump.rules import TokenisingRules
+from teacher_dump.sample import read_corpus_sample, read_documents_of_sample
 from teacher_dump.token_store import TokenStore
 from teacher_dump.tokenizer import load_tokenizer
 from tests.test_token_store import rules_of
@@ -90,7 +94,9 @@ def tokenizer(tiny_teacher: Path) -> Any:
 def build(folder: Path, path: Path, tokenizer: Any, **more: Any) -> TokenStore:
     weights = more.pop("weights", ())
     rules: TokenisingRules = rules_of(tokenizer, **{"held_out": 0.0, **more})
-    return open_or_build(folder, list_files([path], weights), tokenizer, rules, lambda *_: None)
+    return open_or_build(
+        folder, list_corpus([path], weights).files, tokenizer, rules, lambda *_: None
+    )
 
 
 def tokens_of(store: TokenStore, split: str = "train") -> np.ndarray:
@@ -149,7 +155,7 @@ def test_weights_repeat_and_leave_out_whole_documents(tokenizer: Any, tmp_path: 
 def test_copies_come_after_everything_that_is_taken_once(tokenizer: Any, tmp_path: Path) -> None:
     for name, first in (("a", 1), ("b", 11), ("c", 21)):
         np.save(tmp_path / f"{name}.npy", np.arange(first, first + 3).reshape(3, 1))
-    files = list_files([tmp_path / f"{name}.npy" for name in "abc"], [2.0, 1.0, 3.0])
+    files = list_corpus([tmp_path / f"{name}.npy" for name in "abc"], [2.0, 1.0, 3.0]).files
     rules = rules_of(tokenizer, held_out=0.0)
     found = tokens_of(open_or_build(tmp_path / "store", files, tokenizer, rules, lambda *_: None))
     passes = [1, 2, 3, 11, 12, 13, 21, 22, 23], [1, 2, 3, 21, 22, 23], [21, 22, 23]
@@ -307,6 +313,74 @@ def test_a_mask_of_another_length_is_refused_with_its_row(tokenizer: Any, tmp_pa
         )
 
 
+def test_a_token_beyond_the_tokenizer_is_an_error_that_begins_with_the_file_wherever_it_is_read(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"tokens": [[1, 2, 3]]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"tokens": [[1, 60_000]]}), tmp_path / "b.parquet")
+    files = list_corpus([tmp_path]).files
+    rules = rules_of(tokenizer, token_key="tokens")
+    ready: Any = SimpleNamespace(tokenizer=tokenizer, files=files, rules=rules)
+    reads: list[Callable[[], Any]] = [
+        lambda: open_or_build(tmp_path / "store", files, tokenizer, rules, lambda *_: None),
+        lambda: read_corpus_sample(ready),
+        lambda: read_documents_of_sample(ready, 1000),
+    ]
+    for read in reads:
+        with pytest.raises(InputError) as error:
+            read()
+        assert str(error.value).startswith(f"{tmp_path}/b.parquet: token 60000, but the tokenizer")
+
+
+def test_a_tokenizer_that_cannot_encode_is_an_error_that_names_the_file_too(tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    Tokenizer(models.WordLevel({"<eos>": 0}, "<unk>")).save(
+        str(tmp_path / "teacher/tokenizer.json")
+    )
+    (tmp_path / "teacher/tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    (tmp_path / "a.txt").write_text("a")
+    loaded = load_tokenizer(tmp_path / "teacher")
+    with pytest.raises(InputError) as error:
+        build(tmp_path / "store", tmp_path / "a.txt", loaded)
+    says = f"{tmp_path}/a.txt: {tmp_path}/teacher: the tokenizer cannot encode the text (WordLevel"
+    assert str(error.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        ("uint32", "read as uint16, every second of its tokens is the high part of a wider one;"),
+        ("int64", "read as uint16, three of four of its tokens are the high part of a wider one;"),
+    ],
+)
+def test_tokens_read_with_half_or_a_quarter_of_their_width_are_said(
+    dtype: str, says: str, tmp_path: Path
+) -> None:
+    tokens = (np.arange(400) % 60 + 1).astype(dtype).view(np.uint16)
+    with pytest.raises(InputError) as error:
+        check_flat(tmp_path / "a.bin", tokens, 64)
+    assert f"a.bin: {says} are the tokens {dtype}?" in str(error.value)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_a_mask_of_which_no_label_counts_is_refused_and_names_its_option(
+    weight: float, tokenizer: Any, tmp_path: Path
+) -> None:
+    table = pa.table({"tokens": [[1, 2], [3, 4]], "m": [[False, False], [False, False]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    more = {"token_key": "tokens", "mask_key": "m", "weights": [weight]}
+    for _ in range(2):  # also when it continues
+        with pytest.raises(OptionError, match="no token of the training split counts") as error:
+            build(tmp_path / "store", tmp_path / "a.parquet", tokenizer, **more)
+        assert error.value.as_flag().startswith("--mask-key m: ")
+    table = pa.table({"tokens": [[1, 2], [3, 4]], "m": [[False, False], [False, True]]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    store = build(tmp_path / "other", tmp_path / "a.parquet", tokenizer, **more)
+    mask = store.sequences("train", 100)[0].loss_mask
+    assert mask is not None
+    assert mask.sum() == 2 * weight  # the last token and the end that closes it
+
+
 def test_a_dataset_on_disk_is_what_was_saved_and_not_what_was_computed_from_it(
     tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -324,26 +398,26 @@ def test_a_dataset_on_disk_is_what_was_saved_and_not_what_was_computed_from_it(
     loaded.shuffle(seed=0)
     cached = {path.name for path in (folder / "train").glob("cache-*.arrow")}
     assert len(cached) == 2
-    assert len(list_files([folder / "train"])) == 3
+    assert len(list_corpus([folder / "train"]).files) == 3
     store = build(tmp_path / "store", folder / "train", tokenizer, token_key="tokens")
     assert np.array_equal(tokens_of(store), FLAT)
     for parent in (folder, tmp_path):
         with pytest.raises(InputError, match=r"saved: several splits \(test, train\), give one"):
-            list_files([parent])
+            list_corpus([parent])
     (folder / "train" / "data-00001-of-00003.arrow").unlink()
     with pytest.raises(InputError, match=r"data-00001-of-00003.arrow: not there, but"):
-        list_files([folder / "train"])
+        list_corpus([folder / "train"])
 
 
 def test_a_cache_of_a_hub_dataset_is_not_read_as_one_corpus(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_arrow(tmp_path / f"data-{split}.arrow")
     with pytest.raises(InputError, match=r"several splits \(test, train\), give one"):
-        list_files([tmp_path])
+        list_corpus([tmp_path])
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(InputError, match="a cache of `datasets`, with all splits"):
-        list_files([tmp_path])
-    assert len(list_files([tmp_path / "data-train.arrow"])) == 1
+        list_corpus([tmp_path])
+    assert len(list_corpus([tmp_path / "data-train.arrow"]).files) == 1
 
 
 def test_a_token_that_the_teacher_lacks_is_refused(tokenizer: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shards.errors import IdentityMismatchError, RunError
 from teacher_dump import sequences, token_builder
 from teacher_dump.corpus import read_documents
-from teacher_dump.corpus_listing import CorpusFile, list_files
+from teacher_dump.corpus_listing import CorpusFile, list_corpus
 from teacher_dump.open_store import open_or_build
 from teacher_dump.rules import TokenisingRules
 from teacher_dump.sequences import JoinedSequences, SeparateSequences
@@ -72,7 +72,7 @@ def test_separate_documents_have_sequences_of_their_own(
     starts = np.cumsum(lengths) - lengths
     counts = tokens % 3 > 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequences, "_DOCUMENTS_PER_MARK", per_mark)
+        patch.setattr(sequences, "_DOCUMENTS_PER_BLOCK", per_mark)
         split = SeparateSequences(
             split="train",
             tokens=tokens,
@@ -115,7 +115,9 @@ def test_a_store_that_was_interrupted_continues_to_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    corpus = list_files([write_corpus(tmp_path / "corpus.jsonl", num_documents=200)], [weight])
+    corpus = list_corpus(
+        [write_corpus(tmp_path / "corpus.jsonl", num_documents=200)], [weight]
+    ).files
     tokenizer = load_tokenizer(tiny_teacher)
     rules = rules_of(tokenizer)
     whole = open_or_build(tmp_path / "whole", corpus, tokenizer, rules, lambda *_: None)
@@ -143,7 +145,7 @@ def interrupted(folder: Path, corpus: Path, tokenizer: Any, rules: TokenisingRul
         patch.setattr(token_builder, "_BATCH_CHARACTERS", 2000)
         patch.setattr(token_builder, "_RECORD_EVERY_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            open_or_build(folder, list_files([corpus]), tokenizer, rules, stop_after(150))
+            open_or_build(folder, list_corpus([corpus]).files, tokenizer, rules, stop_after(150))
 
 
 def some_files(folder: Path) -> Path:
@@ -161,7 +163,7 @@ def test_a_corpus_that_is_renamed_and_moved_continues_without_being_hashed_again
     tokenizer = load_tokenizer(tiny_teacher)
     rules = rules_of(tokenizer)
     whole = open_or_build(
-        tmp_path / "whole", list_files([corpus]), tokenizer, rules, lambda *_: None
+        tmp_path / "whole", list_corpus([corpus]).files, tokenizer, rules, lambda *_: None
     )
     store = tmp_path / "store"
     if finished:
@@ -175,7 +177,12 @@ def test_a_corpus_that_is_renamed_and_moved_continues_without_being_hashed_again
     moved = corpus.rename(tmp_path / "another")
     hashed: list[int] = []
     again = open_or_build(
-        store, list_files([moved]), tokenizer, rules, lambda *_: None, lambda *_: hashed.append(1)
+        store,
+        list_corpus([moved]).files,
+        tokenizer,
+        rules,
+        lambda *_: None,
+        lambda *_: hashed.append(1),
     )
     assert again.sha256 == whole.sha256
     assert not hashed
@@ -183,7 +190,7 @@ def test_a_corpus_that_is_renamed_and_moved_continues_without_being_hashed_again
         copy = tmp_path / "copies" / path.name
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(path.read_bytes())  # other inodes and times: content decides
-    copied = list_files([tmp_path / "copies"])
+    copied = list_corpus([tmp_path / "copies"]).files
     assert open_or_build(store, copied, tokenizer, rules, lambda *_: None).sha256 == whole.sha256
 
 
@@ -196,12 +203,12 @@ def test_a_corpus_of_another_content_is_refused_by_the_name_of_the_file(
     rules = rules_of(tokenizer)
     store = tmp_path / "store"
     if finished:
-        open_or_build(store, list_files([corpus]), tokenizer, rules, lambda *_: None)
+        open_or_build(store, list_corpus([corpus]).files, tokenizer, rules, lambda *_: None)
     else:
         interrupted(store, corpus, tokenizer, rules)
 
     def refusal(weights: Sequence[float] = (), **more: Any) -> str:
-        files = list_files([corpus], weights)
+        files = list_corpus([corpus], weights).files
         with pytest.raises(IdentityMismatchError) as error:
             open_or_build(store, files, tokenizer, rules_of(tokenizer, **more), lambda *_: None)
         assert "\n" not in str(error.value)
@@ -228,7 +235,7 @@ def test_copies_of_a_file_are_read_and_said(
     corpus = some_files(tmp_path / "corpus")
     (corpus / "d.jsonl").write_bytes((corpus / "a.jsonl").read_bytes())
     tokenizer = load_tokenizer(tiny_teacher)
-    files = list_files([corpus])
+    files = list_corpus([corpus]).files
     open_or_build(tmp_path / "store", files, tokenizer, rules_of(tokenizer), lambda *_: None)
     assert f"d.jsonl: the same content as {corpus}/a.jsonl; both are read" in caplog.text
 
@@ -236,7 +243,7 @@ def test_copies_of_a_file_are_read_and_said(
 def test_a_store_that_is_shorter_than_its_record_is_not_filled_with_zeros(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus = list_files([write_corpus(tmp_path / "corpus.jsonl", num_documents=200)])
+    corpus = list_corpus([write_corpus(tmp_path / "corpus.jsonl", num_documents=200)]).files
     tokenizer = load_tokenizer(tiny_teacher)
     monkeypatch.setattr(token_builder, "_BATCH_CHARACTERS", 2000)
     monkeypatch.setattr(token_builder, "_RECORD_EVERY_S", 0.0)
@@ -268,7 +275,11 @@ def test_documents_are_held_out_whole_and_equal_ones_together(
     path.write_text(path.read_text() * 2)
     tokenizer = load_tokenizer(tiny_teacher)
     store = open_or_build(
-        tmp_path / "store", list_files([path]), tokenizer, rules_of(tokenizer), lambda *_: None
+        tmp_path / "store",
+        list_corpus([path]).files,
+        tokenizer,
+        rules_of(tokenizer),
+        lambda *_: None,
     )
     documents: dict[str, set[bytes]] = {}
     for split in ("train", "validation"):
@@ -288,7 +299,7 @@ def test_text_that_spells_a_special_token_stays_text(tiny_teacher: Path, tmp_pat
     tokenizer = load_tokenizer(tiny_teacher)
     store = open_or_build(
         tmp_path / "store",
-        list_files([corpus]),
+        list_corpus([corpus]).files,
         tokenizer,
         rules_of(tokenizer, held_out=0.0),
         lambda *_: None,

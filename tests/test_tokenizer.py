@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from shards.errors import InputError
 from shards.tokenizer_json import tokenizer_sha256
-from teacher_dump.token_builder import make_encoder
+from teacher_dump.encoding import make_encoder
 from teacher_dump.tokenizer import TeacherTokenizer, load_tokenizer
 
 TEXTS = [
@@ -259,6 +260,43 @@ def test_the_chat_template_is_read_from_either_place_and_kept_in_the_copy(tmp_pa
     assert loaded.chat_template == "{{ messages }}"
     loaded.save(tmp_path / "copy")
     assert AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize("name", [[1], {"a": 1}, None, 7])
+def test_a_chat_template_of_an_odd_name_is_passed_over(name: object, tmp_path: Path) -> None:
+    odd = [{"name": name}, 3, {"name": "default", "template": "yes"}, {"template": "no"}]
+    folder = write_folder(tmp_path, FILES["byte_level"], chat_template=odd)
+    assert load_tokenizer(folder).chat_template == "yes"
+    folder = write_folder(tmp_path, FILES["byte_level"], chat_template=odd[:2])
+    assert load_tokenizer(folder).chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (models.WordLevel({EOS: 0, "b": 1}, "<unk>"), "WordLevel error: Missing [UNK] token"),
+        (models.WordLevel({}, "<unk>"), "WordLevel error: Missing [UNK] token"),
+        (
+            models.WordPiece({EOS: 0, "b": 1}, unk_token="<unk>"),
+            "WordPiece error: Missing [UNK] token",
+        ),
+        (models.BPE({EOS: 0, "b": 1}, [], unk_token="<unk>"), "Unk token `<unk>` not found"),
+        (models.Unigram([(EOS, 0.0), ("b", -1.0)]), "unknown token but `unk_id` is missing"),
+    ],
+)
+def test_a_tokenizer_that_cannot_encode_is_named_with_the_reason(
+    model: Any, reason: str, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens([EOS])
+    loaded = load_tokenizer(write_folder(tmp_path / "teacher", tokenizer, bos_token=None))
+    says = f"{tmp_path}/teacher: the tokenizer cannot encode the text ("
+    with pytest.raises(InputError, match=re.escape(says) + f".*{re.escape(reason)}") as error:
+        make_encoder(loaded).encode_batch_fast(["zz"])
+    assert "\n" not in str(error.value)
+    loaded.save(tmp_path / "copy")  # for a corpus of tokens, it will do
+    with pytest.raises(InputError, match=re.escape(says)):
+        load_tokenizer(write_folder(tmp_path / "teacher", tokenizer, bos_token=EOS))
 
 
 def test_an_eos_that_is_no_token_of_the_file_is_refused(tmp_path: Path) -> None:

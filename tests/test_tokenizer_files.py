@@ -2,13 +2,22 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from shards import durable
 from shards.dataset import Dataset
 from shards.errors import ShardCorruptError
 from shards.inspect import verify
-from shards.tokenizer_files import check_tokenizer, hash_files, write_tokenizer
+from shards.manifest import load_manifest
+from shards.tokenizer_files import (
+    check_content,
+    check_tokenizer,
+    hash_files,
+    hash_texts,
+    write_tokenizer,
+)
 from tests.tiny_dataset import make_dataset
 
 CONTENT = {"tokenizer.json": '{"model": 1}', "tokenizer_config.json": "{}"}
@@ -101,52 +110,75 @@ def test_problems_of_shards_are_found_beside_those_of_the_tokenizer(path):
     assert "shard-000000.parquet: damaged" in second
 
 
-def test_writing_gives_the_hash_of_each_file(tmp_path):
+def test_writing_makes_the_folder_hold_these_files(tmp_path):
+    write_tokenizer(tmp_path / "dataset", CONTENT)
     expected = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in CONTENT.items()}
-    assert write_tokenizer(tmp_path / "dataset", save) == expected
+    assert hash_texts(CONTENT) == expected == hash_files(tmp_path / "dataset" / "tokenizer")
     check_tokenizer(tmp_path / "dataset", expected)
     assert [file.name for file in (tmp_path / "dataset").iterdir()] == ["tokenizer"]
 
 
-class BrokenSaveError(Exception):
-    """What `tokenizers` raises is a plain Exception, too."""
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_writing_that_fails_half_way_leaves_what_was_there(tmp_path, monkeypatch, error, is_there):
+    other = {"tokenizer.json": "{}"}
+    if is_there:
+        write_tokenizer(tmp_path, other)
 
-
-@pytest.mark.parametrize("error", [BrokenSaveError, OSError, KeyboardInterrupt])
-def test_a_save_that_fails_half_way_leaves_nothing(tmp_path, error):
     def fail(folder):
-        (folder / "tokenizer.json").write_text('{"mod')
         raise error
 
-    with pytest.raises(error):
-        write_tokenizer(tmp_path, fail)
-    assert list(tmp_path.iterdir()) == []
-    write_tokenizer(tmp_path, save)
-    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == CONTENT["tokenizer.json"]
+    with monkeypatch.context() as patched:
+        patched.setattr(durable, "sync_files", fail)
+        with pytest.raises(error):
+            write_tokenizer(tmp_path, CONTENT)
+    left = [file.name for file in tmp_path.iterdir()]
+    assert left == (["tokenizer"] if is_there else [])
+    if is_there:
+        assert hash_files(tmp_path / "tokenizer") == hash_texts(other)
+    write_tokenizer(tmp_path, CONTENT)
+    assert hash_files(tmp_path / "tokenizer") == hash_texts(CONTENT)
 
 
-def test_a_tokenizer_that_is_there_is_not_written_again(tmp_path):
-    first = write_tokenizer(tmp_path, save)
+def test_the_same_files_are_not_written_again(tmp_path):
+    write_tokenizer(tmp_path, CONTENT)
     before = {file.name: file.stat() for file in (tmp_path / "tokenizer").iterdir()}
-
-    def fail(folder):
-        raise AssertionError("written again")
-
-    assert write_tokenizer(tmp_path, fail) == first
+    write_tokenizer(tmp_path, CONTENT)
     after = {file.name: file.stat() for file in (tmp_path / "tokenizer").iterdir()}
     for name, stat in before.items():
         assert (after[name].st_ino, after[name].st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
 
 
-def test_a_folder_is_there_in_full_or_not_at_all(tmp_path):
-    """Whoever looks while it is saved sees no folder of this name; then it is renamed."""
+def test_files_of_another_tokenizer_are_replaced(tmp_path):
+    write_tokenizer(tmp_path, {"tokenizer.json": "other", "merges.txt": "a b"})
+    write_tokenizer(tmp_path, CONTENT)
+    assert hash_files(tmp_path / "tokenizer") == hash_texts(CONTENT)
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_folder_is_there_in_full_or_not_at_all(tmp_path, monkeypatch):
+    """Whoever looks while it is written sees no folder of this name; then it is renamed."""
     inodes = []
 
     def look(folder):
-        save(folder)
+        assert hash_files(folder) == hash_texts(CONTENT)
         assert not (tmp_path / "tokenizer").exists()
         assert folder.parent == tmp_path
         inodes.append(folder.stat().st_ino)
 
-    write_tokenizer(tmp_path, look)
+    monkeypatch.setattr(durable, "sync_files", look)
+    write_tokenizer(tmp_path, CONTENT)
     assert [(tmp_path / "tokenizer").stat().st_ino] == inodes
+
+
+def test_verifying_notices_a_tokenizer_that_maps_text_to_other_ids(path):
+    """Also where the manifest has its hash: then it was another one when the dataset was made."""
+    file = path / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace("word7", "word8x"))
+    manifest = load_manifest(path)
+    hashes = hash_files(path / "tokenizer")
+    (path / "manifest.json").write_text(replace(manifest, tokenizer_files=hashes).to_text())
+    with pytest.raises(ShardCorruptError, match=r"tokenizer\.json: another tokenizer"):
+        check_content(path, load_manifest(path).spec.tokenizer.sha256)
+    (line,) = [line for line in verify(path) if "another tokenizer" in line]
+    assert line.startswith(str(file))

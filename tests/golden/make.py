@@ -24,14 +24,18 @@ from shards.manifest import SplitSize
 from shards.rows import Row
 from shards.schema import ALL_COLUMNS
 from shards.spec import DatasetSpec, Documents, Model, Tokenizer
-from shards.tokenizer_files import write_tokenizer
+from shards.tokenizer_files import hash_texts, write_tokenizer
+from shards.tokenizer_json import tokenizer_sha256
 from shards.writer import ShardWriter
 
 _HERE = Path(__file__).parent
 _VOCAB_SIZE = 151_936
 _BOS_TOKEN_ID = 1
 _SEQUENCES = {"train": 6, "validation": 2}
-_TOKENIZER_FILES = {"tokenizer.json": '{"golden": true}\n', "tokenizer_config.json": "{}\n"}
+_TOKENIZER_JSON = (
+    '{"model": {"type": "WordLevel", "vocab": {"golden": 0}, "unk_token": "golden"}}\n'
+)
+_TOKENIZER_FILES = {"tokenizer.json": _TOKENIZER_JSON, "tokenizer_config.json": "{}\n"}
 
 _TEACHER = Model(
     config_sha256="0a" * 32,
@@ -45,7 +49,7 @@ _DOCUMENTS = Documents(
 )
 _TOP_P_K = DatasetSpec(
     teacher=_TEACHER,
-    tokenizer=Tokenizer(sha256="0c" * 32, vocab_size=_VOCAB_SIZE),
+    tokenizer=Tokenizer(sha256=tokenizer_sha256(_TOKENIZER_JSON), vocab_size=_VOCAB_SIZE),
     documents=_DOCUMENTS,
     keep=TopPK(top_p=0.95, top_k=5),
     layout=Layout(sequences_per_shard=4, sequences_per_row_group=3),
@@ -136,11 +140,6 @@ def _to_row(values: dict[str, Any]) -> Row:
     )
 
 
-def _save_tokenizer(folder: Path) -> None:
-    for name, text in _TOKENIZER_FILES.items():
-        (folder / name).write_text(text)
-
-
 def _make(name: str, spec: DatasetSpec) -> None:
     rows = {split: [_row(i, spec) for i in range(number)] for split, number in _SEQUENCES.items()}
     sizes = {
@@ -150,7 +149,8 @@ def _make(name: str, spec: DatasetSpec) -> None:
         for split, of_split in rows.items()
     }
     path = _HERE / name
-    hashes = write_tokenizer(path, _save_tokenizer)
+    write_tokenizer(path, _TOKENIZER_FILES)
+    hashes = hash_texts(_TOKENIZER_FILES)
     manifest = create_or_continue(path, spec, sizes, {"made_by": "tests/golden/make.py"}, hashes)
     size = spec.layout.sequences_per_row_group
     for split, of_split in rows.items():
