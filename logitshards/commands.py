@@ -217,11 +217,7 @@ def _take_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from logitshards import __version__
 
-    try:
-        number = version(_PACKAGE)
-    except PackageNotFoundError:  # run from a folder that was not installed
-        number = "unknown"
-    click.echo(f"{_PACKAGE} {number}")
+    click.echo(f"{_PACKAGE} {__version__}")
     ctx.exit()
