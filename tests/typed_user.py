@@ -24,8 +24,8 @@ def means(path: Path) -> dict[str, float]:
 
 def mean(split: Split) -> float:
     values: list[float] = []
-    for row in split[-10::2][1:]:
-        values += row.label_logprobs.tolist()
+    for other in split[-10::2][1:]:
+        values += other.label_logprobs.tolist()
     row: Row = split[0]
     ids: npt.NDArray[np.int32] = row.ids[-1]
     logprobs: npt.NDArray[np.float32] = row.logprobs[2:5][0]
@@ -36,6 +36,7 @@ def mean(split: Split) -> float:
 
 
 def loss(hidden: torch.Tensor, head_weight: torch.Tensor, row: Row) -> torch.Tensor:
+    """The loss of one row."""
     labels, targets = logitshards.labels_and_targets([row])
     checked: Targets = targets
     objective = Objective(kind="kld", alpha=0.9, temperature=1.0)
