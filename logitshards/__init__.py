@@ -67,11 +67,10 @@ if not TYPE_CHECKING:  # a type checker that saw it would let every misspelt nam
     def __getattr__(name: str) -> object:
         """Import a public name when it is first used."""
         if name == "__version__":
-            value = _installed_version()
-        elif name in _MODULES:
-            value = getattr(import_module(_MODULES[name]), name)
-        else:
+            return _installed_version()
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_MODULES[name]), name)
         globals()[name] = value
         return value
 

@@ -29,7 +29,6 @@ from shards.stop_signals import stopped_by_signals
 
 _DEBUG = "logitshards.debug"
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
-_PACKAGE = "logitshards"
 
 
 class _OneLineErrors(click.Command):
@@ -219,5 +218,5 @@ def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
         return
     from logitshards import __version__
 
-    click.echo(f"{_PACKAGE} {__version__}")
+    click.echo(f"logitshards {__version__}")
     ctx.exit()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
@@ -135,8 +136,11 @@ def test_every_command_says_its_version(name: str | None) -> None:
 def test_a_package_that_is_not_installed_has_an_unknown_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("logitshards.commands._PACKAGE", "no-package-of-this-name")
-    assert run("dump-logits", "--version").output == "no-package-of-this-name unknown\n"
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert run("dump-logits", "--version").output == "logitshards 0+unknown\n"
 
 
 @pytest.mark.parametrize(
