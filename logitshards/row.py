@@ -108,10 +108,14 @@ class Row:
         """Which document of the sequence each token belongs to, [n] int32, from 0."""
         return self.stored.segments
 
-    @property
+    @cached_property
     def loss_mask(self) -> BoolArray | None:
         """Which labels count, [T]; None: all do. No entries are stored of the others."""
-        return self.stored.loss_mask
+        mask = self.stored.loss_mask
+        if mask is not None:  # Arrow's bits unpacked, so the one column that is not read-only
+            mask = mask.view()
+            mask.flags.writeable = False
+        return mask
 
     @cached_property
     def ids(self) -> Ragged[np.int32]:

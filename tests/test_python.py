@@ -251,6 +251,16 @@ def test_ragged_slices_are_those_of_a_list(lengths, part, again):
         assert repr(ragged).startswith(f"<Ragged int32: {len(expected)} positions")
 
 
+def test_arrays_cannot_be_written_to(tmp_path):
+    # A row is a view of the row group that the next row is read from.
+    row = logitshards.open(make_dataset(tmp_path / "dataset", masked=True))["train"][0]
+    arrays = [row.tokens, row.segments, row.loss_mask, row.ids[0], row.logprobs[0], row.ids.flat]
+    arrays += [row.label_logprobs, row.tail_logmass, row.entropies]
+    for array in arrays:
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
+
+
 def test_dense_rows_of_a_truncating_method_are_the_teacher_up_to_rounding(tmp_path):
     train = logitshards.open(make_dataset(tmp_path / "dataset"))["train"]
     table = np.exp(teacher_logprobs())
