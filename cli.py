@@ -28,7 +28,7 @@ def dump_logits(config: DumpConfig, plan: PlanOptions) -> None:
 
     The same command again continues where it stopped.
     """
-    from shards.allocator import keep_freed_tensors
+    from shards.process.allocator import keep_freed_tensors
 
     keep_freed_tensors()
     if os.path.isdir(config.teacher or config.tokenizer or ""):
@@ -60,7 +60,7 @@ def report(options: ReportOptions, runs: tuple[Path, ...]) -> None:
 
     RUN is the folder that a train-student --out made.
     """
-    from student_train.report import write_report
+    from student_train.report.page import write_report
 
     write_report(runs, options.out)
     click.echo(f"{options.out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
@@ -72,11 +72,11 @@ def train_student(config: TrainConfig) -> None:
 
     The same command again continues from the last checkpoint.
     """
-    from shards.allocator import choose_arrow_pool
+    from shards.process.allocator import choose_arrow_pool
 
     choose_arrow_pool()
-    from student_train.definitions import DEFINITIONS
-    from student_train.train import run
+    from student_train.evaluation.definitions import DEFINITIONS
+    from student_train.run import run
 
     for name, value in run(config).items():
         parts = value if isinstance(value, list) else [value]

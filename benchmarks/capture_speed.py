@@ -61,23 +61,23 @@ class _ThreadTime:
 
 def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[Any]], float]:
     """What the project runs on vLLM; for the limit its engine with another pooler."""
-    from shards.allocator import keep_freed_tensors
+    from shards.process.allocator import keep_freed_tensors
 
     keep_freed_tensors()  # as dump-logits does
     import torch
 
-    import teacher_dump.vllm_pooler
+    import teacher_dump.engines.vllm_pooler
     from benchmarks.example_spec import example_spec
     from benchmarks.teacher_inputs import engine_options
     from shards.keep import KEEP_METHODS
     from shards.layout import Layout
-    from teacher_dump import vllm_logprobs_engine
     from teacher_dump.collector import ShardCollector, ShardPlan
     from teacher_dump.config import DumpConfig
-    from teacher_dump.engines import ENGINES
-    from teacher_dump.head import block_rows
-    from teacher_dump.keep import Selection
-    from teacher_dump.rows import make_row
+    from teacher_dump.engines import vllm_logprobs_engine
+    from teacher_dump.engines.head import block_rows
+    from teacher_dump.engines.interface import ENGINES
+    from teacher_dump.keep.packed_size import Selection
+    from teacher_dump.keep.rows import make_row
     from teacher_dump.tokenizer import load_tokenizer
 
     method = mode if mode in KEEPS else "top-p-k"
@@ -85,7 +85,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     keep = KEEP_METHODS[method]()
     config = DumpConfig(teacher=str(teacher), corpus=(teacher,), out=out, keep=keep, engine=name)
     selection = Selection(keep, load_tokenizer(teacher).vocab_size)
-    vllm_engine: Any = import_module("teacher_dump.vllm_engine")
+    vllm_engine: Any = import_module("teacher_dump.engines.vllm_engine")
     if mode == "limit":
 
         def largest(self: Any, hidden: Any, labels: Any, keys: Any) -> Any:
@@ -94,7 +94,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
                 [self.compute_logits(block)[:, :1].float() for block in torch.split(hidden, rows)]
             )
 
-        pooler: Any = teacher_dump.vllm_pooler.TeacherPooler
+        pooler: Any = teacher_dump.engines.vllm_pooler.TeacherPooler
         pooler.score = largest
         vllm_engine.unpack = lambda packed, selection: packed
     engine: Any = ENGINES[name].load().start(engine_options(teacher, length, selection))
@@ -142,7 +142,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
 
 def _stock(mode: str, teacher: Path, length: int) -> Callable[[list[Any]], float]:
     """`prefill` and `prompt_logprobs`: vLLM as it comes."""
-    from teacher_dump.vllm_start import prepare_environment
+    from teacher_dump.engines.vllm_start import prepare_environment
 
     prepare_environment()
     from vllm import LLM, PoolingParams, SamplingParams

@@ -36,13 +36,13 @@ from shards.rows import Row
 from shards.schema import ENTRY_COLUMNS
 from shards.spec import TRAIN
 from shards.writer import ShardWriter
-from teacher_dump.keep import Selection
-from teacher_dump.packing import Selected, unpack
-from teacher_dump.random_keys import position_keys, sequence_key
-from teacher_dump.rows import make_row
-from teacher_dump.selection import select_in_blocks, selector_of
+from teacher_dump.engines.transformers_engine import TransformersEngine
+from teacher_dump.keep.packed import Selected, unpack
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.keep.random_keys import position_keys, sequence_key
+from teacher_dump.keep.rows import make_row
+from teacher_dump.keep.selection import select_in_blocks, selector_of
 from teacher_dump.tokenizer import load_tokenizer
-from teacher_dump.transformers_engine import TransformersEngine
 
 METHODS: tuple[tuple[str, Keep], ...] = (
     *((f"top-p-k 0.95 {k}", TopPK(top_p=0.95, top_k=k)) for k in (12, 25, 50, 100, 200)),

@@ -22,7 +22,7 @@ one of four times the size.
 
 from __future__ import annotations
 
-from shards.allocator import ARROW_POOL, choose_arrow_pool
+from shards.process.allocator import ARROW_POOL, choose_arrow_pool
 
 choose_arrow_pool()  # as train-student does; before pyarrow is imported
 
@@ -50,10 +50,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.synthetic_shards import MEAN_ENTRIES, make_shards
 from shards.dataset import Dataset, Split
-from student_train.batches import TARGET_COLUMNS, Batch, sequential_batches, training_batches
-from student_train.lines import Source
-from student_train.loss import split_evenly
-from student_train.order import GROUPS_PER_WINDOW
+from student_train.data.batches import TARGET_COLUMNS, Batch, sequential_batches, training_batches
+from student_train.data.lines import Source
+from student_train.data.order import GROUPS_PER_WINDOW
+from student_train.objective.loss import split_evenly
 
 VOCAB_SIZE = 49_152
 BATCH_SEQUENCES = 8

@@ -28,10 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from shards.allocator import keep_freed_tensors
 from shards.keep import KEEP_METHODS
-from teacher_dump.compiling import WORTH_COMPILING
-from teacher_dump.selection import make_selector, select_in_blocks
+from shards.process.allocator import keep_freed_tensors
+from teacher_dump.keep.compiling import WORTH_COMPILING
+from teacher_dump.keep.selection import make_selector, select_in_blocks
 
 METHODS = ("top-p-k", "draws", "threshold")
 

@@ -22,7 +22,7 @@ from shards.layout import Layout
 from shards.manifest import SplitSize
 from shards.rows import Row
 from shards.spec import TRAIN
-from shards.tokenizer_files import write_tokenizer
+from shards.tokenizer.files import write_tokenizer
 from shards.writer import ShardWriter
 
 TOP_P, TOP_K = 0.95, 100

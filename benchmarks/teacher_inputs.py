@@ -14,9 +14,9 @@ _WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "interme
 
 def read_sequences(corpus: Path, teacher: Path, count: int, length: int) -> list[Any]:
     """The first sequences of a JSON-lines text, repeated if it is short, tokens [length + 1]."""
-    from teacher_dump.encoding import make_encoder
-    from teacher_dump.rows import TokenSequence
+    from teacher_dump.keep.rows import TokenSequence
     from teacher_dump.tokenizer import load_tokenizer
+    from teacher_dump.tokens.encoding import make_encoder
 
     tokenizer = load_tokenizer(teacher)
     encoder = make_encoder(tokenizer)
@@ -41,7 +41,7 @@ def read_sequences(corpus: Path, teacher: Path, count: int, length: int) -> list
 
 def engine_options(teacher: Path, length: int, selection: Any) -> Any:
     """A bfloat16 teacher with a float32 head, which is what `dump-logits` makes of SmolLM2."""
-    from teacher_dump.engine_options import EngineOptions
+    from teacher_dump.engines.options import EngineOptions
     from teacher_dump.teacher import find_teacher
 
     return EngineOptions(

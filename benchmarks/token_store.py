@@ -23,11 +23,11 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from teacher_dump.corpus_listing import list_corpus
-from teacher_dump.encoding import make_encoder
-from teacher_dump.open_store import open_or_build
-from teacher_dump.rules import TokenisingRules
+from teacher_dump.corpus.listing import list_corpus
+from teacher_dump.corpus.rules import TokenisingRules
 from teacher_dump.tokenizer import load_tokenizer
+from teacher_dump.tokens.encoding import make_encoder
+from teacher_dump.tokens.open_store import open_or_build
 
 BARE, TEXT = "bare tokenizer", "text.jsonl"
 BATCH_DOCUMENTS = 200  # of the demo's text about a million characters, as the builder takes them

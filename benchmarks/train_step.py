@@ -27,7 +27,7 @@ over a few steps (on a GPU, of its tensors), with everything that Python and tor
 
 from __future__ import annotations
 
-from shards.allocator import choose_arrow_pool
+from shards.process.allocator import choose_arrow_pool
 
 choose_arrow_pool()  # as train-student does; before pyarrow is imported
 
@@ -53,7 +53,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.synthetic_shards import make_shards
 from shards.dataset import Dataset
-from student_train.batches import (
+from student_train.config import TrainConfig
+from student_train.data.batches import (
     TAIL_COLUMNS,
     TARGET_COLUMNS,
     TOKEN_COLUMNS,
@@ -61,15 +62,14 @@ from student_train.batches import (
     for_device,
     training_batches,
 )
-from student_train.blocks import prepare_blocks
-from student_train.config import TrainConfig
-from student_train.distillation import Objective
+from student_train.data.lines import Source
+from student_train.data.read_ahead import ReadAhead
 from student_train.flops import peak_tokens_per_s
-from student_train.lines import Source
-from student_train.loss import IGNORE_INDEX, Loss
-from student_train.model import head_weight, hidden_states
-from student_train.presets import PRESETS
-from student_train.read_ahead import ReadAhead
+from student_train.model.blocks import prepare_blocks
+from student_train.model.model import head_weight, hidden_states
+from student_train.model.presets import PRESETS
+from student_train.objective.distillation import Objective
+from student_train.objective.loss import IGNORE_INDEX, Loss
 from student_train.speed import StepClock
 from student_train.step import autocast_for, batch_loss, make_optimizer, optimizer_step
 

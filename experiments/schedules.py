@@ -14,7 +14,7 @@ mpl.rcParams["svg.hashsalt"] = "schedules"
 
 from matplotlib import pyplot
 
-from student_train.schedules import ALPHA_SCHEDULES, LR_SCHEDULES, Alpha, learning_rate
+from student_train.objective.schedules import ALPHA_SCHEDULES, LR_SCHEDULES, Alpha, learning_rate
 
 STEPS = 1000
 PHASES = {"warmup_fraction": 0.1, "decay_fraction": 0.2}

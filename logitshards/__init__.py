@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from logitshards.row import Ragged as Ragged
     from logitshards.row import Row as Row
     from shards.errors import ShardError as ShardError
-    from student_train.distillation import Objective as Objective
-    from student_train.distillation import Targets as Targets
-    from student_train.loss import distillation_loss as distillation_loss
+    from student_train.objective.distillation import Objective as Objective
+    from student_train.objective.distillation import Targets as Targets
+    from student_train.objective.loss import distillation_loss as distillation_loss
 
     __version__: str
 
@@ -50,14 +50,14 @@ __all__ = [
 # The module that each public name comes from.
 _MODULES = {
     "Dataset": "logitshards.reading",
-    "Objective": "student_train.distillation",
+    "Objective": "student_train.objective.distillation",
     "Ragged": "logitshards.row",
     "Row": "logitshards.row",
     "Rows": "logitshards.reading",
     "ShardError": "shards.errors",
     "Split": "logitshards.reading",
-    "Targets": "student_train.distillation",
-    "distillation_loss": "student_train.loss",
+    "Targets": "student_train.objective.distillation",
+    "distillation_loss": "student_train.objective.loss",
     "labels_and_targets": "logitshards.losses",
     "open": "logitshards.reading",
 }

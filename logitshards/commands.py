@@ -25,7 +25,7 @@ from logitshards.option_values import is_mapping
 from logitshards.user import name_the_user
 from shards.errors import InputError
 from shards.options import OptionField, listed, options_of
-from shards.stop_signals import stopped_by_signals
+from shards.process.stop_signals import stopped_by_signals
 
 _DEBUG = "logitshards.debug"
 _GIVEN = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shards.errors import InputError
-from shards.tokenizer_files import TOKENIZER
+from shards.tokenizer.files import TOKENIZER
 
 
 def token_decoder(path: Path) -> Callable[[int], str]:

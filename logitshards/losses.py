@@ -11,9 +11,9 @@ from torch import Tensor
 
 from logitshards.row import Row
 from shards.rows import Float32Array
-from student_train.distillation import Targets
-from student_train.kept_entries import KeptEntries, Run
-from student_train.loss import IGNORE_INDEX
+from student_train.objective.distillation import Targets
+from student_train.objective.kept_entries import KeptEntries, Run
+from student_train.objective.loss import IGNORE_INDEX
 
 
 def labels_and_targets(rows: Row | Sequence[Row]) -> tuple[Tensor, Targets]:

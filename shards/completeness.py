@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shards.durable import sync_folder
+from shards.files.durable import sync_folder
 from shards.footer import Footer
 from shards.manifest import Manifest
 from shards.publication import adopt, check_not_alone

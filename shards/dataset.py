@@ -22,7 +22,7 @@ from shards.reader import RowGroup, ShardReader
 from shards.rows import Row
 from shards.sidecar import Sidecar, sidecar_path
 from shards.spec import DatasetSpec, differences
-from shards.tokenizer_files import check_tokenizer
+from shards.tokenizer.files import check_tokenizer
 from shards.writer import shard_name
 
 # Every open reader holds a map and a parsed footer; opening one again costs about a millisecond.

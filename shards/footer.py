@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from shards.errors import ShardCorruptError, ShardFormatError
+from shards.files.typed_json import parse
 from shards.schema import FORMAT_VERSION, METADATA_KEY, schema, writer_options
 from shards.spec import SPLITS, DatasetSpec
-from shards.typed_json import parse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from shards.reader import ShardReader, verify_shard
 from shards.rendering import format_row, render
 from shards.row_group import Totals
 from shards.rows import Row
-from shards.tokenizer_files import check_content, check_tokenizer
+from shards.tokenizer.files import check_content, check_tokenizer
 from shards.writer import shard_name
 
 __all__ = ["describe", "find_row", "format_row", "render", "verify"]

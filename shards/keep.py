@@ -15,7 +15,7 @@ are no distribution and do not sum to 1.
 
 A method is a frozen dataclass whose fields are its options on the command line and its keys in a
 manifest. Defining a subclass of `Keep` with a `method` makes it known to all commands; what selects
-entries is registered beside it (`teacher_dump.selection.make_selector`).
+entries is registered beside it (`teacher_dump.keep.selection.make_selector`).
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import ShardCorruptError, ShardFormatError
-from shards.sealed import seal, unseal
+from shards.files.sealed import seal, unseal
+from shards.files.typed_json import parse
 from shards.spec import SPLITS, DatasetSpec
-from shards.typed_json import parse
 
 MANIFEST_NAME = "manifest.json"
 

@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards import durable
 from shards.arrow import from_table, to_table
 from shards.checks import problem_with_values
-from shards.checksums import chunks_crc32, file_sha256, footer_sha256
 from shards.errors import RunError, ShardCorruptError, ShardError, one_line
+from shards.files import durable
+from shards.files.checksums import chunks_crc32, file_sha256, footer_sha256
 from shards.footer import Footer, parquet_writer
 from shards.row_group import Totals
 from shards.schema import METADATA_KEY

@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 
 from shards.arrow import from_table
 from shards.checks import problem_with_values
-from shards.checksums import chunk_crc32, file_sha256, footer_sha256
 from shards.errors import ShardCorruptError, ShardError, one_line
+from shards.files.checksums import chunk_crc32, file_sha256, footer_sha256
 from shards.flat_values import values_in_lists_of
 from shards.footer import Footer
 from shards.row_group import RowGroup, Totals, require

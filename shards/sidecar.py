@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from shards.durable import write_flushed
 from shards.errors import ShardCorruptError, ShardError, ShardFormatError
+from shards.files.durable import write_flushed
+from shards.files.sealed import seal, unseal
+from shards.files.typed_json import parse
 from shards.row_group import Totals
-from shards.sealed import seal, unseal
-from shards.typed_json import parse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from shards import schema
 from shards.errors import ShardFormatError
-from shards.json_text import Json, json_differences
+from shards.files.json_text import Json, json_differences
+from shards.files.typed_json import parse
 from shards.keep import KEEP_METHODS, Keep, Tokens
 from shards.layout import Layout
 from shards.names import BOS_BOTH as BOS_BOTH
@@ -28,7 +29,6 @@ from shards.names import SPLITS as SPLITS
 from shards.names import TRAIN as TRAIN
 from shards.names import VALIDATION as VALIDATION
 from shards.options import OptionError
-from shards.typed_json import parse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 from shards import publication
 from shards.arrow import to_table
 from shards.checks import problem_with_values
-from shards.durable import temporary_name
 from shards.errors import RunError
+from shards.files.durable import temporary_name
 from shards.footer import Footer, parquet_writer
 from shards.row_group import RowGroup, Totals
 from shards.rows import Row

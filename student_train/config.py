@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.json_text import Json
+from shards.files.json_text import Json
 from shards.options import OptionError, check, check_choices, option
-from student_train.presets import PRESETS
-from student_train.schedules import ALPHA_SCHEDULES, LR_SCHEDULES
+from student_train.model.presets import PRESETS
+from student_train.objective.schedules import ALPHA_SCHEDULES, LR_SCHEDULES
 
 _FLOAT32 = 3e38  # weights are in it, and what they are multiplied by
 

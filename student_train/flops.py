@@ -20,7 +20,7 @@ import re
 import torch
 from transformers import PreTrainedModel
 
-from student_train.model import head_weight, num_parameters
+from student_train.model.model import head_weight, num_parameters
 
 # Dense bfloat16 FLOP/s at the boost clock, by what torch.cuda.get_device_name says, first match
 # first. From NVIDIA's data sheets, which give twice as much from Hopper and Ada on: with sparsity.

@@ -18,7 +18,7 @@ from typing import Self, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
-from shards import durable
+from shards.files import durable
 from shards.spec import VALIDATION
 from student_train.figure_lines import read_lines
 from student_train.run_folder import RunFolder

@@ -24,12 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards import durable
 from shards.dataset import Dataset
 from shards.errors import InputError
-from shards.json_text import Json, json_differences
+from shards.files import durable
+from shards.files.json_text import Json, json_differences
 from student_train.config import TrainConfig
-from student_train.presets import PRESETS
+from student_train.model.presets import PRESETS
 
 _NOT_COMPARED = (
     *("shards", "eval_shards", "eval_tasks", "student", "out", "save_every"),

@@ -18,12 +18,12 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from shards.errors import RunError
-from student_train.batches import Batch
-from student_train.blocks import first_line
 from student_train.config import TrainConfig
-from student_train.distillation import Objective, Targets
-from student_train.loss import Loss, distillation_loss
-from student_train.model import head_weight, hidden_states
+from student_train.data.batches import Batch
+from student_train.model.blocks import first_line
+from student_train.model.model import head_weight, hidden_states
+from student_train.objective.distillation import Objective, Targets
+from student_train.objective.loss import Loss, distillation_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Signals that end a run at the next step instead of at once: SIGTERM, SIGUSR1 and Ctrl-C.
 
-A second signal of the same kind acts as it would without this, at once (`shards/stop_signals.py`).
+A second signal of the same kind acts as it would without this, at once
+(`shards/process/stop_signals.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Self
 
-from shards.stop_signals import STOP_SIGNALS
+from shards.process.stop_signals import STOP_SIGNALS
 
 SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 

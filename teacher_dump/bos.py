@@ -18,11 +18,11 @@ from shards.errors import RunError
 from shards.options import OptionError
 from shards.spec import BOS_BOTH, BOS_DOCUMENT, BOS_NONE, BOS_SEQUENCE
 from teacher_dump.config import BOS_AUTO, DumpConfig
-from teacher_dump.corpus import Document
-from teacher_dump.engines import TeacherEngine
+from teacher_dump.corpus.documents import Document
+from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.prepare import Prepared
 from teacher_dump.sample import read_documents_of_sample, sample_of
-from teacher_dump.sequences import SplitSequences
+from teacher_dump.tokens.sequences import SplitSequences
 
 logger = logging.getLogger(__name__)
 

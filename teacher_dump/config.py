@@ -10,7 +10,7 @@ from shards.keep import Keep, Tokens, TopPK
 from shards.layout import Layout
 from shards.names import BOS_MODES
 from shards.options import OptionError, check, check_choices, option
-from teacher_dump.engines import ENGINES
+from teacher_dump.engines.interface import ENGINES
 
 TARGET_SHARD_TOKENS = 2 << 20  # about 256 MiB at 120 bytes per token
 TARGET_ROW_GROUP_TOKENS = 128 << 10

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
-from teacher_dump.corpus import file_sha256
+from teacher_dump.corpus.documents import file_sha256
 from teacher_dump.json_object import read_json_object
 
 _NAMING = ("config.json", "tokenizer_config.json")

@@ -10,8 +10,8 @@ from typing import Any
 from shards.layout import Layout
 from shards.spec import DatasetSpec, Model, Tokenizer
 from teacher_dump.config import DumpConfig
-from teacher_dump.engine_options import decisive
-from teacher_dump.engines import ENGINES
+from teacher_dump.engines.interface import ENGINES
+from teacher_dump.engines.options import decisive
 from teacher_dump.prepare import Prepared
 from teacher_dump.teacher import Teacher, head_dtype
 from teacher_dump.weights import weights_sha256

@@ -25,24 +25,24 @@ from shards.continuing import (
     record_completeness,
     remove_old_temporaries,
 )
-from shards.durable import check_links
 from shards.errors import IdentityMismatchError, InputError, RunError, ShardCorruptError
-from shards.folder_lock import folder_lock
+from shards.files.durable import check_links
 from shards.layout import Layout
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
-from shards.progress_line import ProgressLine, count
+from shards.process.folder_lock import folder_lock
+from shards.process.progress import ProgressLine, count
 from shards.spec import SPLITS, TRAIN, DatasetSpec
-from shards.tokenizer_files import TOKENIZER, check_tokenizer, hash_texts, write_tokenizer
+from shards.tokenizer.files import TOKENIZER, check_tokenizer, hash_texts, write_tokenizer
 from teacher_dump.bos import BosProbe, probe, read_probe_sample
 from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.dataset_spec import make_record, make_spec
-from teacher_dump.engines import TeacherEngine
-from teacher_dump.open_store import open_or_build
+from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.prepare import Prepared, prepare
-from teacher_dump.sequences import SplitSequences
 from teacher_dump.shard_pass import DumpSummary, run_pass
-from teacher_dump.token_store import TokenStore
+from teacher_dump.tokens.open_store import open_or_build
+from teacher_dump.tokens.sequences import SplitSequences
+from teacher_dump.tokens.store import TokenStore
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError, one_line
-from shards.git_lfs import refuse_lfs_pointer
+from shards.files.git_lfs import refuse_lfs_pointer
 
 
 def read_json_object(path: Path, *, optional: bool = False) -> dict[str, Any]:

@@ -15,19 +15,19 @@ from pathlib import Path
 
 from shards.errors import InputError
 from shards.layout import Layout
-from shards.progress_line import count, duration
+from shards.process.progress import count, duration
 from shards.rows import Row
 from shards.sidecar import Sidecar
 from shards.spec import TRAIN, DatasetSpec, Model, Tokenizer
 from shards.writer import ShardWriter
 from teacher_dump.bos import BosProbe, probe, read_probe_sample
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus_summary import CorpusSummary
-from teacher_dump.engines import TeacherEngine
+from teacher_dump.corpus.summary import CorpusSummary
+from teacher_dump.engines.interface import TeacherEngine
+from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
 from teacher_dump.prepare import Prepared, prepare
-from teacher_dump.rows import TokenSequence, make_row, row_of_tokens
 from teacher_dump.sample import read_corpus_sample
-from teacher_dump.sequences import SplitSequences
+from teacher_dump.tokens.sequences import SplitSequences
 
 MEASURED_SECONDS = 20.0
 MEASURED_POSITIONS = 1 << 20  # more are not kept in memory, however fast the engine is

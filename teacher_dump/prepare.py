@@ -10,13 +10,13 @@ from shards.keep import Threshold, TopPK
 from shards.options import OptionError
 from shards.spec import Documents
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus_kinds import TABLES
-from teacher_dump.corpus_listing import CorpusFile, list_corpus
-from teacher_dump.corpus_summary import CorpusSummary
-from teacher_dump.engine_options import EngineOptions
-from teacher_dump.engines import ENGINES, TeacherEngine
-from teacher_dump.keep import Selection
-from teacher_dump.rules import TokenisingRules
+from teacher_dump.corpus.kinds import TABLES
+from teacher_dump.corpus.listing import CorpusFile, list_corpus
+from teacher_dump.corpus.rules import TokenisingRules
+from teacher_dump.corpus.summary import CorpusSummary
+from teacher_dump.engines.interface import ENGINES, TeacherEngine
+from teacher_dump.engines.options import EngineOptions
+from teacher_dump.keep.packed_size import Selection
 from teacher_dump.special_tokens import make_documents, warn_of_turn_ends
 from teacher_dump.teacher import Teacher, find_teacher, find_tokenizer_folder, head_dtype
 from teacher_dump.tokenizer import TeacherTokenizer, load_tokenizer

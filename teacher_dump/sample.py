@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus import Document, read_sample
-from teacher_dump.corpus_listing import CorpusFile
-from teacher_dump.encoding import Encoded, encode, encode_of_file, make_encoder
+from teacher_dump.corpus.documents import Document, read_sample
+from teacher_dump.corpus.listing import CorpusFile
+from teacher_dump.corpus.rules import TokenisingRules
 from teacher_dump.prepare import Prepared
-from teacher_dump.rules import TokenisingRules
-from teacher_dump.sequences import SplitSequences, cut
+from teacher_dump.tokens.encoding import Encoded, encode, encode_of_file, make_encoder
+from teacher_dump.tokens.sequences import SplitSequences, cut
 
 SAMPLED_FILES = 32
 SAMPLED_CHARACTERS = 4 << 20

@@ -13,11 +13,11 @@ from shards.sidecar import Sidecar
 from shards.spec import DatasetSpec
 from teacher_dump.collector import ShardCollector, ShardPlan
 from teacher_dump.config import DumpConfig
-from teacher_dump.engines import TeacherEngine
-from teacher_dump.progress import PassProgress
-from teacher_dump.rows import TokenSequence, make_row, row_of_tokens
-from teacher_dump.sequences import SplitSequences
+from teacher_dump.engines.interface import TeacherEngine
+from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
+from teacher_dump.pass_progress import PassProgress
 from teacher_dump.tokenizer import TeacherTokenizer
+from teacher_dump.tokens.sequences import SplitSequences
 
 logger = logging.getLogger(__name__)
 

@@ -21,16 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shards import durable
 from shards.errors import InputError, one_line
-from shards.tokenizer_json import (
+from shards.files import durable
+from shards.tokenizer.content import (
     TOKENIZER_NAME,
     read_tokenizer,
     switch_dropout_off,
     tokenizer_sha256,
 )
-from teacher_dump.encoder import Encoder
 from teacher_dump.json_object import read_json_object
+from teacher_dump.tokens.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shards.errors import InputError, one_line
-from shards.git_lfs import refuse_lfs_pointer
-from teacher_dump.corpus import file_sha256
+from shards.files.git_lfs import refuse_lfs_pointer
+from teacher_dump.corpus.documents import file_sha256
 from teacher_dump.json_object import read_json_object
 
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from student_train.batches import Batch
-from student_train.distillation import Targets
-from student_train.kept_entries import KeptEntries
+from student_train.data.batches import Batch
+from student_train.objective.distillation import Targets
+from student_train.objective.kept_entries import KeptEntries
 
 
 def make_entries(ids: Tensor, logprobs: Tensor) -> KeptEntries:

@@ -9,9 +9,9 @@ import torch
 
 from shards.keep import Keep
 from shards.options import check, option
-from teacher_dump.keep import Selection
-from teacher_dump.packing import empty_packed, order_entries, write_entries, write_header
-from teacher_dump.selection import make_selector
+from teacher_dump.keep.packed import empty_packed, order_entries, write_entries, write_header
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.keep.selection import make_selector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class OddTop(Keep):
 
 
 class OddTopSelector:
-    """See `teacher_dump.selection.Selector`."""
+    """See `teacher_dump.keep.selection.Selector`."""
 
     def __init__(self, keep: OddTop, vocab_size: int) -> None:
         self.selection = Selection(keep, vocab_size)

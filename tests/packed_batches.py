@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from shards.rows import Row
-from student_train.batches import Batch
+from student_train.data.batches import Batch
 from tests.kept_entries import batch_entries
 
 Piece = tuple[torch.Tensor, ...]  # tokens, labels, ids, logprobs, tail_logmass

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from student_train.report_charts import BOTTOM, LEFT, RIGHT, TOP
+from student_train.report.charts import BOTTOM, LEFT, RIGHT, TOP
 
 VOID = ("meta", "input", "wbr", "img")
 

@@ -16,7 +16,7 @@ from shards.dataset import Dataset
 from shards.errors import ShardCorruptError
 from shards.rows import Row
 from shards.writer import shard_name
-from student_train.batches import (
+from student_train.data.batches import (
     TAIL_COLUMNS,
     TARGET_COLUMNS,
     TOKEN_COLUMNS,
@@ -25,9 +25,9 @@ from student_train.batches import (
     sequential_batches,
     training_batches,
 )
-from student_train.decode_ahead import decode_ahead
-from student_train.lines import Source
-from student_train.read_ahead import ReadAhead
+from student_train.data.decode_ahead import decode_ahead
+from student_train.data.lines import Source
+from student_train.data.read_ahead import ReadAhead
 from tests.kept_entries import batch_entries
 from tests.tiny_dataset import VOCAB_SIZE, make_dataset
 

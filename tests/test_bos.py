@@ -17,8 +17,8 @@ from shards.errors import InputError, ShardCorruptError
 from shards.inspect import verify
 from shards.keep import TopPK
 from student_train.config import TrainConfig
-from student_train.tasks import _student
-from student_train.train import run as train
+from student_train.evaluation.tasks import _student
+from student_train.run import run as train
 from teacher_dump.config import DumpConfig
 from teacher_dump.dump import run
 from teacher_dump.plan import make_plan

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_dump import sequences as module
-from teacher_dump.sequences import cut
+from teacher_dump.tokens import sequences as module
+from teacher_dump.tokens.sequences import cut
 
 BOS = 7
 

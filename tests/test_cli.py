@@ -31,7 +31,7 @@ def test_a_signal_ends_a_command_with_one_line_wherever_it_is(
             os.kill(os.getpid(), number)
             time.sleep(30)
 
-    monkeypatch.setattr("student_train.train.open_datasets", receive)
+    monkeypatch.setattr("student_train.run.open_datasets", receive)
     out = str(tmp_path / "out")
     options = ["--shards", out, "--student", "tiny", "--out", out, "--tokens", "9"]
     result = CliRunner().invoke(cli.train_student, options)
@@ -202,7 +202,9 @@ def test_a_bad_corpus_is_named_with_its_place_and_nothing_is_left(
 def test_an_empty_corpus_is_named_where_progress_is_shown_too(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.progress_line.ProgressLine.due", lambda _: True)  # as on a terminal
+    monkeypatch.setattr(
+        "shards.process.progress.ProgressLine.due", lambda _: True
+    )  # as on a terminal
     corpus = tmp_path / "empty.jsonl"
     corpus.write_bytes(b"")
     code, output = _dump(*_options(tiny_teacher, corpus, tmp_path / "out"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_dump.compiling import CompiledLater, Function
+from teacher_dump.keep.compiling import CompiledLater, Function
 
 
 def double(values: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from shards.errors import InputError
-from teacher_dump.corpus_kinds import Kind, kind_of
-from teacher_dump.corpus_listing import list_corpus
-from teacher_dump.corpus_summary import CorpusSummary
+from teacher_dump.corpus.kinds import Kind, kind_of
+from teacher_dump.corpus.listing import list_corpus
+from teacher_dump.corpus.summary import CorpusSummary
 
 LINE = b'{"text": "w1 w2"}\n'
 

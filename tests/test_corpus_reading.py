@@ -19,10 +19,10 @@ import pytest
 import zstandard
 
 from shards.errors import InputError
-from teacher_dump.compressed import open_compressed
-from teacher_dump.corpus import read_documents
-from teacher_dump.corpus_listing import CorpusFile
-from teacher_dump.rules import TokenisingRules
+from teacher_dump.corpus.compressed import open_compressed
+from teacher_dump.corpus.documents import read_documents
+from teacher_dump.corpus.listing import CorpusFile
+from teacher_dump.corpus.rules import TokenisingRules
 
 TEXTS = [f"w{number} w{number + 1}" for number in range(200)]
 LINES = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 from shards import dataset as dataset_module
-from shards import durable
 from shards.completeness import missing_shards, remove_shard, shards_to_write
 from shards.continuing import (
     check_folder,
@@ -19,7 +18,6 @@ from shards.continuing import (
     remove_old_temporaries,
 )
 from shards.dataset import Dataset
-from shards.durable import temporary_name
 from shards.errors import (
     IdentityMismatchError,
     InputError,
@@ -28,9 +26,11 @@ from shards.errors import (
     ShardError,
     ShardFormatError,
 )
+from shards.files import durable
+from shards.files.durable import temporary_name
+from shards.files.sealed import seal
 from shards.layout import Layout
 from shards.manifest import SplitSize, load_manifest
-from shards.sealed import seal
 from shards.sidecar import Sidecar
 from tests.strategies import (
     assert_rows_equal,
@@ -181,7 +181,7 @@ def test_an_interrupted_extension_leaves_no_short_shard_in_the_middle(
             raise OSError(28, "No space left on device")
         replace_file(path, text)
 
-    monkeypatch.setattr("shards.durable.replace", fail)
+    monkeypatch.setattr("shards.files.durable.replace", fail)
     with pytest.raises(RunError, match=r"manifest.json: cannot be written: No space left"):
         make(path, train=17)
     monkeypatch.undo()

@@ -20,12 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shards import inspect
 from shards.keep import TopPK
 from shards.rows import Row
-from teacher_dump.encoding import make_encoder
-from teacher_dump.engine_options import EngineOptions
-from teacher_dump.keep import Selection
-from teacher_dump.rows import TokenSequence
+from teacher_dump.engines.options import EngineOptions
+from teacher_dump.engines.transformers_engine import TransformersEngine
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.keep.rows import TokenSequence
 from teacher_dump.tokenizer import load_tokenizer
-from teacher_dump.transformers_engine import TransformersEngine
+from teacher_dump.tokens.encoding import make_encoder
 from tests.tiny_teacher import (
     BOUND,
     STEP,

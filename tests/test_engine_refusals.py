@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from teacher_dump.vllm_start import prepare_environment
+from teacher_dump.engines.vllm_start import prepare_environment
 from tests.tiny_families import make_family
 from tests.tiny_teacher import (
     BOUND,

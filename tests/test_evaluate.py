@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shards.dataset import Dataset
 from shards.rows import Row
-from student_train import evaluate as figures
-from student_train.evaluate import evaluate, predict
+from student_train.evaluation import evaluate as figures
+from student_train.evaluation.evaluate import evaluate, predict
 from tests.tiny_dataset import LOG_THRESHOLD, VOCAB_SIZE, make_dataset
 
 CPU = torch.device("cpu")

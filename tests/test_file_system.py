@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from shards import durable
 from shards.errors import InputError
-from shards.folder_lock import folder_lock
+from shards.files import durable
 from shards.inspect import verify
 from shards.keep import Tokens
+from shards.process.folder_lock import folder_lock
 from teacher_dump import dump
 from teacher_dump.config import DumpConfig
 from tests.tiny_teacher import write_corpus

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_dump.head import WideHead, block_rows
+from teacher_dump.engines.head import WideHead, block_rows
 
 
 def products(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

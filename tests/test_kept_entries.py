@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.row_group import RowGroup
-from student_train import kept_entries
-from student_train.kept_entries import KeptEntries, Run
+from student_train.objective import kept_entries
+from student_train.objective.kept_entries import KeptEntries, Run
 from tests.kept_entries import all_padded
 
 

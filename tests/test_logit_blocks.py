@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from teacher_dump.logit_blocks import LogitBlocks
+from teacher_dump.engines.logit_blocks import LogitBlocks
 from tests.tiny_families import FAMILIES
 
 ROWS = 5

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_dump import long_documents
-from teacher_dump.corpus_listing import list_corpus
-from teacher_dump.encoding import make_encoder
-from teacher_dump.long_documents import cut_at_line_ends, encode_texts
-from teacher_dump.open_store import open_or_build
+from teacher_dump.corpus.listing import list_corpus
 from teacher_dump.tokenizer import load_tokenizer
+from teacher_dump.tokens import long_documents
+from teacher_dump.tokens.encoding import make_encoder
+from teacher_dump.tokens.long_documents import cut_at_line_ends, encode_texts
+from teacher_dump.tokens.open_store import open_or_build
 from tests.test_token_store import rules_of
 from tests.tiny_teacher import ROOT
 
@@ -80,8 +80,8 @@ def test_only_a_text_above_the_limit_is_cut(
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from teacher_dump.corpus_listing import list_corpus
-from teacher_dump.open_store import open_or_build
+from teacher_dump.corpus.listing import list_corpus
+from teacher_dump.tokens.open_store import open_or_build
 from teacher_dump.tokenizer import load_tokenizer
 from tests.test_token_store import rules_of
 tokenizer = load_tokenizer(Path(sys.argv[1]))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from student_train.distillation import Objective, Targets
-from student_train.loss import Loss, distillation_loss
+from student_train.objective.distillation import Objective, Targets
+from student_train.objective.loss import Loss, distillation_loss
 from tests.kept_entries import all_padded, make_targets, with_dtype
 
 SIZES = [(1, 1, 3, 1), (7, 5, 13, 4), (33, 16, 101, 17), (64, 24, 257, 100)]  # T, D, V, K

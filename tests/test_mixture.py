@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.dataset import Dataset
-from student_train.batches import TAIL_COLUMNS, Batch, training_batches
-from student_train.lines import Source
-from student_train.mixture import choices, order_seed
+from student_train.data.batches import TAIL_COLUMNS, Batch, training_batches
+from student_train.data.lines import Source
+from student_train.data.mixture import choices, order_seed
 from tests.kept_entries import batch_entries
 from tests.packed_batches import assert_is_row, key, pieces
 from tests.tiny_dataset import make_dataset

@@ -25,7 +25,7 @@ from transformers import (
 
 from shards.dataset import Dataset
 from shards.errors import InputError
-from student_train.model import (
+from student_train.model.model import (
     default_learning_rate,
     export,
     head_weight,
@@ -33,7 +33,7 @@ from student_train.model import (
     make_student,
     num_parameters,
 )
-from student_train.presets import PRESETS
+from student_train.model.presets import PRESETS
 from tests.strategies import make_spec
 from tests.tiny_dataset import SEQUENCE_LENGTH, make_dataset, make_tokenizer
 

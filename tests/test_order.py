@@ -7,7 +7,7 @@ from itertools import islice, pairwise
 import pytest
 
 from shards.layout import Layout
-from student_train.order import Order
+from student_train.data.order import Order
 
 LAYOUTS = [
     (1, Layout(sequences_per_shard=1, sequences_per_row_group=1)),

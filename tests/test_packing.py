@@ -26,13 +26,13 @@ from transformers import (
 
 from shards.dataset import Dataset
 from shards.errors import InputError
-from student_train import packed_attention
-from student_train.batches import TAIL_COLUMNS, Batch, sequential_batches, training_batches
-from student_train.distillation import Objective
-from student_train.lines import Source
-from student_train.model import head_weight, hidden_states
-from student_train.packed_attention import block_at_joints
-from student_train.packing import after, pack
+from student_train.data.batches import TAIL_COLUMNS, Batch, sequential_batches, training_batches
+from student_train.data.lines import Source
+from student_train.data.packing import after, pack
+from student_train.model import packed_attention
+from student_train.model.model import head_weight, hidden_states
+from student_train.model.packed_attention import block_at_joints
+from student_train.objective.distillation import Objective
 from student_train.step import autocast_for, batch_loss
 from tests.kept_entries import batch_entries, make_entries
 from tests.packed_batches import assert_is_row, key, pieces, spans

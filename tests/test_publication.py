@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards import durable, publication
+from shards import publication
 from shards.completeness import shards_to_write
 from shards.continuing import create_or_continue
 from shards.errors import RunError, ShardCorruptError, ShardError
+from shards.files import durable
 from shards.footer import Footer
 from shards.keep import Threshold, Tokens
 from shards.manifest import SplitSize

@@ -14,7 +14,7 @@ import logitshards
 from logitshards.row import Ragged
 from shards.keep import Draws, TopPK
 from shards.reader import ShardReader
-from student_train.kept_entries import KeptEntries
+from student_train.objective.kept_entries import KeptEntries
 from tests.kept_entries import all_padded
 from tests.strategies import assert_rows_equal, example_row, make_spec, write_dataset
 from tests.tiny_dataset import VOCAB_SIZE, make_dataset, teacher_logprobs

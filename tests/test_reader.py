@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
-from shards.checksums import chunks_crc32, file_sha256, footer_sha256
 from shards.errors import ShardCorruptError, ShardError, ShardFormatError
+from shards.files.checksums import chunks_crc32, file_sha256, footer_sha256
+from shards.files.sealed import seal
 from shards.keep import Threshold
 from shards.reader import ShardReader, verify_shard
 from shards.schema import schema, writer_options
-from shards.sealed import seal
 from shards.sidecar import Sidecar, sidecar_path
 from tests.strategies import (
     assert_rows_equal,

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from student_train.report_style import NUM_COLOURS
+from student_train.report.style import NUM_COLOURS
 from tests.report_page import Page, make_run
 from tests.tiny_teacher import ROOT
 

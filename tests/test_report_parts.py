@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_train.report_axes import count, decimals_of, nice_ticks, scientific
-from student_train.report_series import Series
+from student_train.report.axes import count, decimals_of, nice_ticks, scientific
+from student_train.report.series import Series
 
 
 @given(st.lists(st.floats(-1e6, 1e6), max_size=200), st.integers(2, 30))

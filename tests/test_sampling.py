@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from shards.keep import Draws, Threshold
 from shards.reader import ShardReader
 from shards.rows import Row
-from teacher_dump import sampling
-from teacher_dump.keep import Selection
-from teacher_dump.packing import Selected, unpack
-from teacher_dump.random_keys import position_keys, sequence_key, uniforms
-from teacher_dump.rows import TokenSequence, make_row
-from teacher_dump.selection import select_in_blocks, selector_of
+from teacher_dump.keep import sampling
+from teacher_dump.keep.packed import Selected, unpack
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.keep.random_keys import position_keys, sequence_key, uniforms
+from teacher_dump.keep.rows import TokenSequence, make_row
+from teacher_dump.keep.selection import select_in_blocks, selector_of
 from tests.strategies import make_spec, write_shard
 
 ERROR_RATE = 1e-9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from student_train.schedules import (
+from student_train.objective.schedules import (
     ALPHA_SCHEDULES,
     LR_SCHEDULES,
     Alpha,

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.checksums import chunks_crc32, file_sha256, footer_sha256
 from shards.dataset import Dataset
 from shards.errors import ShardFormatError
-from shards.json_text import canonical_json, json_differences
+from shards.files.checksums import chunks_crc32, file_sha256, footer_sha256
+from shards.files.json_text import canonical_json, json_differences
+from shards.files.sealed import seal
 from shards.keep import MAX_DRAWS, Draws, Threshold, Tokens, TopPK
 from shards.layout import Layout
 from shards.manifest import load_manifest
 from shards.reader import ShardReader
 from shards.schema import ALL_COLUMNS
-from shards.sealed import seal
 from shards.sidecar import Sidecar, sidecar_path
 from shards.spec import (
     BOS_MODES,

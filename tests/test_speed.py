@@ -19,7 +19,7 @@ from student_train.flops import (
     peak_flop_per_s,
     peak_tokens_per_s,
 )
-from student_train.progress import TrainProgress
+from student_train.run_progress import TrainProgress
 from student_train.speed import StepClock
 
 ROOT = Path(__file__).parent.parent

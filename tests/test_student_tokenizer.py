@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError
-from student_train.model import export, make_student
-from student_train.student_tokenizer import check_tokenizer
+from student_train.model.model import export, make_student
+from student_train.model.student_tokenizer import check_tokenizer
 from tests.tiny_dataset import make_dataset, make_tokenizer
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from shards.keep import Draws, Threshold, TopPK
-from teacher_dump import selection
-from teacher_dump import sweep as module
-from teacher_dump.groups import GROUP, MEMBERS
-from teacher_dump.keep import Selection
-from teacher_dump.packing import unpack
-from teacher_dump.selection import rows_at_once, select_in_blocks, selector_of
+from teacher_dump.keep import selection
+from teacher_dump.keep import sweep as module
+from teacher_dump.keep.groups import GROUP, MEMBERS
+from teacher_dump.keep.packed import unpack
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.keep.selection import rows_at_once, select_in_blocks, selector_of
 
 VOCAB = 5 * GROUP
 

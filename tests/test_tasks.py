@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import cli
 from shards.dataset import Dataset
 from shards.errors import InputError, RunError
-from student_train import tasks
 from student_train.config import TrainConfig
+from student_train.evaluation import tasks
+from student_train.run import run
 from student_train.run_folder import RunFolder
-from student_train.train import run
 from tests.report_page import Page, make_run
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset
 
@@ -112,7 +112,7 @@ def test_a_finished_run_is_evaluated_on_a_task_of_local_data_once(
     (entry,) = tasks.read_tasks(RunFolder(config.out).tasks).values()
     assert entry["examples"] == {"next_word": NUM_QUESTIONS}
     with monkeypatch.context() as patch:
-        patch.setattr("student_train.train.run_tasks", None)  # nothing is left to do
+        patch.setattr("student_train.run.run_tasks", None)  # nothing is left to do
         assert run(asked) == summary
     Path(task).write_text(Path(task).read_text() + "# changed\n")
     assert tasks.missing_tasks([task], {task: entry}) == [task]

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from student_train.distillation import Objective, Targets
-from student_train.loss import Loss, distillation_loss
-from student_train.temperatures import adapt
+from student_train.objective.distillation import Objective, Targets
+from student_train.objective.loss import Loss, distillation_loss
+from student_train.objective.temperatures import adapt
 from tests.kept_entries import all_padded, make_targets, with_dtype
 from tests.test_loss import SIZES, gradients, make_case
 

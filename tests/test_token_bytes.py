@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from student_train.token_bytes import bytes_by_id
+from student_train.evaluation.token_bytes import bytes_by_id
 from tests.tiny_dataset import VOCAB_SIZE, make_tokenizer
 
 TEXTS = ["Grüße, a\tb\n 日本 x\U0001f600  y", "plain words and plain words", "naïve — “quoted”"]

@@ -18,16 +18,17 @@ from shards import inspect
 from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError
 from shards.options import OptionError
-from teacher_dump import tables, token_corpus
 from teacher_dump.config import DumpConfig
-from teacher_dump.corpus_listing import list_corpus
-from teacher_dump.flat_tokens import check_flat
-from teacher_dump.open_store import open_or_build
+from teacher_dump.corpus import tables
+from teacher_dump.corpus import token_files as token_corpus
+from teacher_dump.corpus.flat_tokens import check_flat
+from teacher_dump.corpus.listing import list_corpus
+from teacher_dump.corpus.rules import TokenisingRules
 from teacher_dump.prepare import prepare
-from teacher_dump.rules import TokenisingRules
 from teacher_dump.sample import read_corpus_sample, read_documents_of_sample
-from teacher_dump.token_store import TokenStore
 from teacher_dump.tokenizer import load_tokenizer
+from teacher_dump.tokens.open_store import open_or_build
+from teacher_dump.tokens.store import TokenStore
 from tests.test_token_store import rules_of
 from tests.tiny_teacher import TOKENIZER_LENGTH, dense_logprobs, dump_command, run_dump
 

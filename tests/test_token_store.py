@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import IdentityMismatchError, RunError
-from teacher_dump import sequences, token_builder
-from teacher_dump.corpus import read_documents
-from teacher_dump.corpus_listing import CorpusFile, list_corpus
-from teacher_dump.open_store import open_or_build
-from teacher_dump.rules import TokenisingRules
-from teacher_dump.sequences import JoinedSequences, SeparateSequences
+from teacher_dump.corpus.documents import read_documents
+from teacher_dump.corpus.listing import CorpusFile, list_corpus
+from teacher_dump.corpus.rules import TokenisingRules
 from teacher_dump.tokenizer import load_tokenizer
+from teacher_dump.tokens import builder as token_builder
+from teacher_dump.tokens import sequences
+from teacher_dump.tokens.open_store import open_or_build
+from teacher_dump.tokens.sequences import JoinedSequences, SeparateSequences
 from tests.tiny_teacher import write_corpus
 
 

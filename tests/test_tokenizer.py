@@ -23,9 +23,9 @@ from tokenizers import (
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from shards.errors import InputError
-from shards.tokenizer_json import tokenizer_sha256
-from teacher_dump.encoding import make_encoder
+from shards.tokenizer.content import tokenizer_sha256
 from teacher_dump.tokenizer import TeacherTokenizer, load_tokenizer
+from teacher_dump.tokens.encoding import make_encoder
 
 TEXTS = [
     "How are you doing?\nWe need to add 9 and 6 twice",

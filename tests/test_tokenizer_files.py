@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from shards import durable
 from shards.dataset import Dataset
 from shards.errors import ShardCorruptError
+from shards.files import durable
 from shards.inspect import verify
 from shards.manifest import load_manifest
-from shards.tokenizer_files import (
+from shards.tokenizer.files import (
     check_content,
     check_tokenizer,
     hash_files,

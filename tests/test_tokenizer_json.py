@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from shards.errors import InputError
-from shards.tokenizer_json import read_tokenizer, tokenizer_sha256
+from shards.tokenizer.content import read_tokenizer, tokenizer_sha256
 
 PIECES_OF_TEXT = ["<unk>", "a", "b", "c", "ab", "abc", "##b", "##c", " ", "c</w>"]
 VOCABULARY = {piece: index for index, piece in enumerate(PIECES_OF_TEXT)}
@@ -222,7 +222,7 @@ def test_the_librarys_own_report_of_a_panic_is_not_printed(tmp_path: Path) -> No
     path = tmp_path / "tokenizer.json"
     path.write_text(PANIC, encoding="utf-8")
     code = (
-        "import sys, pathlib, tokenizers, shards.tokenizer_json as t\n"
+        "import sys, pathlib, tokenizers, shards.tokenizer.content as t\n"
         "try: t.read_tokenizer(pathlib.Path(sys.argv[1]), tokenizers.Tokenizer.from_str)\n"
         "except t.InputError as error: print(error, file=sys.stderr)"
     )

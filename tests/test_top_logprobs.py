@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.keep import TopPK
-from teacher_dump.keep import Selection
-from teacher_dump.packing import Selected, unpack
-from teacher_dump.selection import selector_of
-from teacher_dump.top_logprobs import num_known, select_from_largest
+from teacher_dump.keep.packed import Selected, unpack
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.keep.selection import selector_of
+from teacher_dump.keep.top_logprobs import num_known, select_from_largest
 from tests.tiny_teacher import STEP, TAIL_NOISE
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.keep import TopPK
-from teacher_dump.keep import Selection
-from teacher_dump.packing import round_to_step, unpack
-from teacher_dump.selection import selector_of
+from teacher_dump.keep.packed import round_to_step, unpack
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.keep.selection import selector_of
 
 STEP = 1 / 16
 

@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shards import dataset
 from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError, RunError, ShardError, StoppedError
-from student_train import checkpoint, training
-from student_train.blocks import decoder_blocks
-from student_train.evaluate import evaluate
-from student_train.prepare import check_objective
-from student_train.report import write_report
+from student_train import checkpoint
+from student_train import loop as training
+from student_train.evaluation.evaluate import evaluate
+from student_train.model.blocks import decoder_blocks
+from student_train.report.page import write_report
+from student_train.run import run
+from student_train.setup import check_objective
 from student_train.stop import StopRequest
-from student_train.train import run
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset, make_tokenizer
 from tests.tiny_runs import (
     STEP_SEQUENCES,
@@ -430,7 +431,7 @@ def test_blocks_that_cannot_be_compiled_are_refused_before_anything_is_written(
     torch.compiler.reset()
     with pytest.raises(InputError, match=r"Llama.* does not run with --compile: no compiler$"):
         run(config)
-    monkeypatch.setattr("student_train.blocks.decoder_blocks", lambda model: [])
+    monkeypatch.setattr("student_train.model.blocks.decoder_blocks", lambda model: [])
     with pytest.raises(InputError, match="does not say what its blocks are"):
         run(config)
     assert not config.out.exists()

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from shards.errors import InputError, RunError
-from student_train import training
-from student_train.train import run
+from student_train import loop as training
+from student_train.run import run
 from tests import tiny_dataset
 from tests.tiny_dataset import make_dataset
 from tests.tiny_runs import assert_same_run, lines, make_config, saved_steps, write_student

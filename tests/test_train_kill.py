@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from shards.folder_lock import folder_lock
+from shards.process.folder_lock import folder_lock
 from tests.tiny_dataset import SEQUENCE_LENGTH, make_dataset
 
 # One thread: a bit-identical result is promised for the same number of threads only.
@@ -24,7 +24,7 @@ import sys, json
 from pathlib import Path
 from student_train.config import TrainConfig
 from shards.errors import LogitshardsError
-from student_train.train import run
+from student_train.run import run
 
 shards, student, out = sys.argv[1:]
 try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shards.typed_json import parse
+from shards.files.typed_json import parse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from shards import inspect
 from shards.errors import RunError
 from shards.keep import TopPK
 from shards.rows import Row
-from teacher_dump.keep import Selection
-from teacher_dump.rows import TokenSequence
-from teacher_dump.vllm_logprobs_engine import read_output
+from teacher_dump.engines.vllm_logprobs_engine import read_output
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.keep.rows import TokenSequence
 from tests.tiny_teacher import (
     STEP,
     TAIL_NOISE,
@@ -169,10 +169,10 @@ def test_a_length_at_which_one_place_more_changes_the_positions_is_refused(
     (teacher / "config.json").write_text(json.dumps(config), encoding="utf-8")
     check = (
         "import sys\nfrom pathlib import Path\n"
-        "from teacher_dump.engine_options import EngineOptions\n"
+        "from teacher_dump.engines.options import EngineOptions\n"
         "from shards.keep import TopPK\n"
-        "from teacher_dump.keep import Selection\n"
-        "from teacher_dump.vllm_logprobs_engine import check\n"
+        "from teacher_dump.keep.packed_size import Selection\n"
+        "from teacher_dump.engines.vllm_logprobs_engine import check\n"
         "keep = Selection(TopPK(top_p=0.9, top_k=9, logprob_step=0.5), 99)\n"
         "for length in (47, 48, 49):\n"
         "    try:\n"

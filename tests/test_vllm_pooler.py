@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from shards.keep import Threshold, TopPK
-from teacher_dump.keep import Selection
-from teacher_dump.packing import unpack
-from teacher_dump.random_keys import sequence_key
+from teacher_dump.keep.packed import unpack
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.keep.random_keys import sequence_key
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's imports warn of their own accord
     from vllm.pooling_params import PoolingParams
     from vllm.v1.pool.metadata import PoolingMetadata, PoolingStates
 
-    from teacher_dump import vllm_pooler
-    from teacher_dump.vllm_pooler import LABELS_KEY, RANDOM_KEY, TeacherPooler
+    from teacher_dump.engines import vllm_pooler
+    from teacher_dump.engines.vllm_pooler import LABELS_KEY, RANDOM_KEY, TeacherPooler
 
 VOCAB, HIDDEN = 97, 8
 KEEP = Selection(TopPK(top_p=0.9, top_k=5, logprob_step=1 / 16), VOCAB)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from teacher_dump.rows import TokenSequence
-from teacher_dump.vllm_stream import VllmStream
+from teacher_dump.engines.vllm_stream import VllmStream
+from teacher_dump.keep.rows import TokenSequence
 
 BATCH = 100
 

@@ -21,8 +21,8 @@ from shards.layout import Layout
 from shards.manifest import SplitSize
 from shards.rows import Row
 from shards.spec import DatasetSpec, Documents, Model, Tokenizer
-from shards.tokenizer_files import hash_files
-from shards.tokenizer_json import tokenizer_sha256
+from shards.tokenizer.content import tokenizer_sha256
+from shards.tokenizer.files import hash_files
 from shards.writer import ShardWriter
 
 VOCAB_SIZE = 61  # no multiple of anything, so that a padded vocabulary shows

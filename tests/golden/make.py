@@ -24,8 +24,8 @@ from shards.manifest import SplitSize
 from shards.rows import Row
 from shards.schema import ALL_COLUMNS
 from shards.spec import DatasetSpec, Documents, Model, Tokenizer
-from shards.tokenizer_files import hash_texts, write_tokenizer
-from shards.tokenizer_json import tokenizer_sha256
+from shards.tokenizer.content import tokenizer_sha256
+from shards.tokenizer.files import hash_texts, write_tokenizer
 from shards.writer import ShardWriter
 
 _HERE = Path(__file__).parent

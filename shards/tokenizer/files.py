@@ -1,0 +1,90 @@
+"""The dataset's tokenizer is data: written once, whole or not at all, and hashed.
+
+Ids mean nothing without it, and every student is exported with it. The manifest has a SHA-256 of
+each of its files, which is compared when a dataset is opened and when it is verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from shards.errors import ShardCorruptError, one_line
+from shards.files import durable
+from shards.tokenizer.content import TOKENIZER_NAME, tokenizer_sha256
+
+TOKENIZER = "tokenizer"
+
+
+def write_tokenizer(dataset: Path, files: Mapping[str, str]) -> None:
+    """Make the folder `tokenizer` of a dataset hold exactly these files, name -> text.
+
+    A folder that does already stays as it is; another one is replaced. OSError leaves the old one.
+    """
+    folder = dataset / TOKENIZER
+    if folder.is_dir() and hash_files(folder) == hash_texts(files):
+        return
+    temporary, old = durable.temporary_name(folder), durable.temporary_name(folder)
+    try:
+        temporary.mkdir(parents=True)
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        durable.sync_files(temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        durable.sync_folder(dataset)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def hash_texts(files: Mapping[str, str]) -> dict[str, str]:
+    """What `hash_files` says of a folder with these files."""
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by name."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not durable.is_temporary(path.name):
+            with path.open("rb") as stream:
+                found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def check_tokenizer(dataset: Path, expected: Mapping[str, str]) -> None:
+    """ShardCorruptError unless the files of a dataset's tokenizer are those of its manifest."""
+    folder = dataset / TOKENIZER
+    try:
+        found = hash_files(folder)
+    except OSError as error:
+        raise _damaged(folder, f"cannot be read ({error.strerror})") from error
+    for name, sha256 in expected.items():
+        if name not in found:
+            raise _damaged(folder / name, "missing")
+        if found[name] != sha256:
+            raise _damaged(folder / name, "not the file that the manifest has the hash of")
+
+
+def check_content(dataset: Path, sha256: str) -> None:
+    """ShardCorruptError for a tokenizer.json that maps text to other ids than the dataset's."""
+    file = dataset / TOKENIZER / TOKENIZER_NAME
+    if not file.is_file():
+        return  # `check_tokenizer` says what is missing
+    try:
+        found = tokenizer_sha256(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(file, f"cannot be read ({one_line(error)})") from error
+    if found != sha256:
+        raise _damaged(file, f"another tokenizer ({found[:12]}) than the dataset's ({sha256[:12]})")
+
+
+def _damaged(path: Path, text: str) -> ShardCorruptError:
+    return ShardCorruptError(
+        f"{path}: {text}; put a copy of it back, or delete the folder {TOKENIZER}, and the same"
+        " dump-logits command writes it again"
+    )

@@ -1,0 +1,261 @@
+"""How good a student is on held-out sequences, and how close to its teacher.
+
+Letters: K kept entries, V vocabulary, D hidden, R rows of a block. q is the student's full
+softmax at temperature 1, p the kept probabilities, or weights, as they were stored.
+`docs/evaluation.md` defines the figures:
+
+- cross_entropy: mean of -log q(label), nats; perplexity: its exponential
+- bits_per_byte: the sum of -log2 q(label), divided by the bytes of text of the labels; where the
+  tokenizer tells them
+- calibration_error: of the most likely token, its probability against how often it is the label, in
+  15 bins of probability (the expected calibration error of Guo et al. 2017, arXiv 1706.04599)
+- teacher_cross_entropy: the cross-entropy of the teacher, from the exact sums in the sidecars
+- kl_kept: KL(w || q), w = p renormalised over the kept entries; of truncating keep methods
+- kl_bound: KL between both distributions after all that was not kept became one entry. By the
+  log-sum inequality merging entries never raises a KL, so it is a lower bound of the full one. Of
+  truncating keep methods
+- kl_unbiased: mean of sum_k p_k * -log q_k, less the teacher's entropy from the exact sums in the
+  sidecars: an unbiased estimate of the KL of the full distributions. Of sampling keep methods at
+  temperature 1
+- top1_agreement: how often the student's most likely token is the teacher's, where that is known;
+  not of draws, where chance decides over all entries. Of entries that are equally large as they are
+  stored any may have been the teacher's largest, and each counts
+
+Sums are float64 over float32 logits, in blocks as in `loss.py`; each labelled position counts once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shards.dataset import Split
+from shards.errors import InputError, RunError
+from shards.row_group import Totals
+from shards.spec import DatasetSpec
+from student_train.data.batches import TAIL_COLUMNS, Batch, for_device, sequential_batches
+from student_train.data.read_ahead import ReadAhead
+from student_train.model.model import head_weight, hidden_states
+from student_train.objective.kept_entries import KeptEntries
+from student_train.objective.loss import IGNORE_INDEX, split_evenly
+
+# Of a block's float32 logits, of which a few copies are made. What a GPU wants is not measured.
+_CPU_BLOCK_BYTES = 32 << 20
+_GPU_BLOCK_BYTES = 256 << 20
+_READ_AHEAD_BATCHES = 2
+_NUM_SUMS = 6
+_NUM_BINS = 15
+
+
+def evaluate(
+    model: PreTrainedModel,
+    split: Split,
+    *,
+    batch_sequences: int,
+    device: torch.device,
+    autocast: AbstractContextManager[object],
+    bytes_of_tokens: Tensor | None = None,
+    asked_to_end: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """The figures above over a whole split, and `tokens`; leaves the model's mode as it was.
+
+    bytes_of_tokens [V] int64 is that of `token_bytes.py`. `autocast` surrounds the model without
+    its head, whose logits are float32 always. None if it was `asked_to_end` before it was through.
+    InputError if none of the split's positions counts, RunError for a student that gives no
+    numbers.
+    """
+    spec = split.spec
+    totals = counted_totals(split)
+    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
+    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=device)
+    num_bytes = 0
+    was_training = model.training
+    model.eval()
+    batches = sequential_batches(split, batch_lines=batch_sequences, columns=TAIL_COLUMNS)
+    with (
+        torch.no_grad(),
+        ReadAhead(for_device(batches, device), _READ_AHEAD_BATCHES) as ahead,
+    ):
+        for batch in ahead:
+            if asked_to_end():
+                break
+            if bytes_of_tokens is not None:
+                counted = batch.labels[batch.labels != IGNORE_INDEX]
+                num_bytes += int(bytes_of_tokens[counted].sum())
+            batch = batch.to(device)
+            with autocast:
+                hidden = hidden_states(model, batch.input_ids, batch.position_ids)
+            _add_batch(sums, bins, hidden, head_weight(model), batch, spec)
+    model.train(was_training)
+    if asked_to_end():
+        return None
+    return _figures(sums, bins, totals, num_bytes, spec)
+
+
+def counted_totals(split: Split) -> Totals:
+    """Sums over a split from its sidecars. InputError if none of its positions counts."""
+    totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
+    if not totals.tokens:
+        raise InputError(
+            f"{split.path}: none of its positions counts, so there is nothing to learn or to"
+            " evaluate"
+        )
+    return totals
+
+
+def _figures(
+    sums: Tensor, bins: Tensor, totals: Totals, num_bytes: int, spec: DatasetSpec
+) -> dict[str, float]:
+    """What the sums over a split come to; num_bytes 0: they are not known."""
+    num_tokens = totals.tokens
+    nll, kl_kept, kl_bound, weighted, num_agreed, num_known = sums.tolist()
+    if not math.isfinite(nll):
+        raise RunError(
+            f"the student gives {nll} for log-probabilities of the validation split; the run"
+            " diverged, a lower --learning-rate may help"
+        )
+    figures = {
+        "tokens": num_tokens,
+        "cross_entropy": nll / num_tokens,
+        "perplexity": _exp(nll / num_tokens),
+        "calibration_error": (bins[1] - bins[2]).abs().sum().item() / num_tokens,
+    }
+    if totals.teacher_nll is not None:
+        figures["teacher_cross_entropy"] = totals.teacher_nll / num_tokens
+    if num_bytes:
+        figures["bits_per_byte"] = nll / math.log(2) / num_bytes
+    if not spec.has_teacher:
+        return figures
+    method = spec.keep
+    if not method.is_sampled:
+        figures |= {"kl_kept": kl_kept / num_tokens, "kl_bound": kl_bound / num_tokens}
+    elif method.temperature == 1 and totals.teacher_entropy is not None:
+        figures["kl_unbiased"] = (weighted - totals.teacher_entropy) / num_tokens
+    if method.exact_above is not None:
+        figures["top1_agreement"] = num_agreed / max(1, num_known)
+    return figures
+
+
+def _exp(value: float) -> float:
+    """The exponential, infinite where a float has no room for it."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _add_batch(
+    sums: Tensor, bins: Tensor, hidden: Tensor, weight: Tensor, batch: Batch, spec: DatasetSpec
+) -> None:
+    """Add `position_sums` and `calibration_bins` of a batch's labelled positions, by blocks."""
+    entries = (
+        KeptEntries.gather([], batch.labels.numel()) if batch.entries is None else batch.entries
+    )
+    entries = entries.with_tensors(lambda tensor: tensor.to(hidden.device))
+    exact_above = spec.keep.exact_above
+    labels, hidden = batch.labels.flatten(), hidden.flatten(0, 1)
+    tails = None if batch.tail_logmass is None else batch.tail_logmass.flatten()
+    rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    block_bytes = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _GPU_BLOCK_BYTES
+    blocks = split_evenly(rows, block_bytes // (4 * len(weight)))
+    padded = entries.padded_blocks(blocks)
+    for block, (ids, logprobs) in zip(blocks, padded, strict=True):
+        logits = hidden[block].float() @ weight.float().T
+        prediction = predict(logits)
+        bins += calibration_bins(prediction, labels[block])
+        sums += position_sums(
+            logits,
+            prediction,
+            labels[block],
+            ids,
+            logprobs,
+            None if tails is None else tails[block],
+            -math.inf if exact_above is None else exact_above,
+        )
+
+
+class Prediction(NamedTuple):
+    """Of logits [R, V]: logsumexp [R, 1], the most likely token [R] and its probability [R]."""
+
+    logsumexp: Tensor
+    token: Tensor
+    probability: Tensor
+
+
+def predict(logits: Tensor) -> Prediction:
+    """What all figures of a position begin with."""
+    logsumexp = logits.logsumexp(1, keepdim=True)
+    largest, token = logits.max(1)
+    return Prediction(logsumexp, token, (largest - logsumexp[:, 0]).exp())
+
+
+def calibration_bins(prediction: Prediction, labels: Tensor) -> Tensor:
+    """Per bin of the largest probability: number, its sum, hits; float64 [3, bins]."""
+    probability = prediction.probability.double()
+    index = (probability * _NUM_BINS).long().clamp_(min=0, max=_NUM_BINS - 1)
+    values = torch.stack(
+        [torch.ones_like(probability), probability, (prediction.token == labels).double()]
+    )
+    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=labels.device)
+    return bins.index_add_(1, index, values)
+
+
+def position_sums(
+    logits: Tensor,
+    prediction: Prediction,
+    labels: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    tail_logmass: Tensor | None,
+    exact_above: float = -math.inf,
+) -> Tensor:
+    """Sums over R positions, float64 [6].
+
+    They are: nll, kl_kept, kl_bound, sum of p * -log q, and of the positions where the teacher's
+    most likely token is known those where the student agrees, and all.
+
+    logits [R, V] float32, overwritten, and what `predict` says of them; labels [R], ids [R, K]
+    int32 or int64, logprobs [R, K] padded with -inf, tail_logmass [R]: None gives a kl_bound of 0.
+    `exact_above` is that of `KeepMethod`. Positions of which nothing was kept add nothing to any
+    sum but the first.
+    """
+    kept = logprobs > float("-inf")
+    with_entries = kept.any(1)
+    logsumexp = prediction.logsumexp
+    nll = logsumexp - logits.gather(1, labels[:, None])
+    student = logits.gather(1, ids) - logsumexp
+    agreed = known = with_entries
+    if ids.shape[1]:  # entries are largest first
+        known = logprobs[:, 0] > exact_above
+        leading = kept & (logprobs == logprobs[:, :1])
+        agreed = known & (leading & (ids == prediction.token[:, None])).any(1)
+    teacher = logprobs.double()
+    weighted = torch.where(kept, teacher.exp() * -student.double(), 0.0).sum(1)
+    kl_kept = _kl(teacher, student)
+    kl_bound = torch.zeros_like(kl_kept)
+    if tail_logmass is not None:
+        # The student's mass outside the kept entries, summed up there and not as 1 - the rest,
+        # which would have no digits left where a student is confident.
+        logits.scatter_add_(1, ids, torch.where(kept, float("-inf"), 0.0))
+        rest = logits.logsumexp(1, keepdim=True) - logsumexp
+        kl_bound = _kl(
+            torch.cat([teacher, tail_logmass[:, None].double()], 1), torch.cat([student, rest], 1)
+        )
+    parts = (nll.double(), kl_kept, kl_bound * with_entries, weighted, agreed, known)
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts])
+
+
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(w || q) [R] of log-probabilities [R, N], w = teacher renormalised; -inf adds nothing.
+
+    Rounded teacher values do not add up to 1; renormalised, no KL falls below zero.
+    """
+    logs = torch.log_softmax(teacher, 1)
+    terms = logs.exp() * (logs - student.double())
+    return torch.where(teacher > float("-inf"), terms, 0.0).sum(1)

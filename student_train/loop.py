@@ -1,0 +1,288 @@
+"""The steps of a training run, from wherever it was killed.
+
+A step is a function of the weights, AdamW's moments and its number: data order, learning rate and
+random numbers (dropout, in a student that has some) are computed from the number. So a run that
+continues from a checkpoint repeats the uninterrupted one, bit for bit in float32 on a CPU with the
+same number of threads, and its metrics are the same lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import torch
+from transformers import PreTrainedModel
+
+from shards.dataset import Dataset, Split
+from shards.errors import RunError, StoppedError
+from shards.files.json_text import Json
+from shards.spec import TRAIN, VALIDATION
+from student_train import checkpoint
+from student_train.checkpoint import Progress
+from student_train.config import TrainConfig
+from student_train.data.batches import Batch, for_device, training_batches
+from student_train.data.lines import Source
+from student_train.data.mixture import choices, order_seed
+from student_train.data.read_ahead import ReadAhead
+from student_train.evaluation.evaluate import evaluate
+from student_train.evaluation.token_bytes import token_bytes
+from student_train.figure_lines import read_lines
+from student_train.flops import peak_tokens_per_s
+from student_train.metrics import Metrics
+from student_train.model.model import num_parameters
+from student_train.run_folder import RunFolder
+from student_train.run_progress import TrainProgress
+from student_train.saving import Saver
+from student_train.setup import columns_to_read, make_objective, plan_schedules, shares
+from student_train.speed import StepClock
+from student_train.step import (
+    StepResult,
+    autocast_for,
+    batch_loss,
+    make_optimizer,
+    optimizer_step,
+)
+from student_train.stop import StopRequest
+
+logger = logging.getLogger(__name__)
+
+_READ_AHEAD_BATCHES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Process:
+    """What the process has that runs the steps now, and the next one has anew."""
+
+    metrics: Metrics
+    stop: StopRequest
+    saver: Saver
+    clock: StepClock
+    display: TrainProgress
+
+
+class Training:
+    """A model on its way: what all steps share, and how far they are."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        splits: Sequence[Split],
+        evaluation_dataset: Dataset | None,
+        model: PreTrainedModel,
+        folder: RunFolder,
+    ) -> None:
+        self._config = config
+        self._splits = splits
+        self._shares = shares(config, splits)
+        self._length = splits[0].spec.sequence_length
+        self._evaluation_dataset = evaluation_dataset
+        self._folder = folder
+        self._device = model.device
+        self._autocast = autocast_for(config.dtype, self._device)
+        self._objective = make_objective(config, splits[0])
+        self._model = model.train()
+        self._optimizer = make_optimizer(model, config)
+        found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
+        self._progress = found or Progress(step=0, tokens=0, sequences=[0] * len(splits))
+        self._bytes_of_tokens = (
+            None if evaluation_dataset is None else token_bytes(evaluation_dataset)
+        )
+
+    def train(self, step_sequences: int, num_steps: int) -> None:
+        """All steps that are left, with their evaluations and checkpoints."""
+        config, done = self._config, self._progress.step
+        self._log_start(step_sequences, num_steps)
+        rates, alphas = plan_schedules(config, num_steps)
+        step_batches = -(-step_sequences // config.micro_batch_sequences)
+        peak = peak_tokens_per_s(self._model, self._length, config.dtype, self._device)
+        with (
+            Metrics(
+                self._folder, step=done, evaluated=not self._progress.evaluation_due
+            ) as metrics,
+            ReadAhead(self._batches(step_sequences), _READ_AHEAD_BATCHES) as ahead,
+            StopRequest() as stop,
+        ):
+            process = _Process(
+                metrics=metrics,
+                stop=stop,
+                saver=Saver(
+                    self._folder,
+                    metrics,
+                    self._model,
+                    self._optimizer,
+                    step=done,
+                    every=config.save_every,
+                ),
+                clock=StepClock(self._device, peak),
+                display=TrainProgress(done, num_steps, peak),
+            )
+            self._after_step(process, save=False)
+            for step in range(done + 1, num_steps + 1):
+                batches = islice(ahead, step_batches)
+                self._train_step(process, step, alphas.at(step - 1), rates.at(step - 1), batches)
+                last = step == num_steps
+                due = config.eval_every is not None and step % config.eval_every == 0
+                self._progress = replace(self._progress, evaluation_due=last or due)
+                self._after_step(process, save=last or process.saver.due(step))
+            self._end_if_asked(process)
+        process.display.clear()
+
+    def _after_step(self, process: _Process, *, save: bool) -> None:
+        """Save a step if that is due, evaluate it, and save it if the evaluation fails."""
+        paused = time.monotonic()
+        if save:
+            process.saver.save(self._progress)
+        with process.saver.kept(lambda: self._progress, (Exception,)):
+            self._evaluate_if_due(process)
+        self._end_if_asked(process)
+        process.display.pause(time.monotonic() - paused)
+
+    def _end_if_asked(self, process: _Process) -> None:
+        """After a signal: StoppedError, with a checkpoint of the step."""
+        received = process.stop.received
+        if received is None:
+            return
+        process.saver.save(self._progress)
+        process.display.clear()
+        raise StoppedError(
+            f"{self._folder.path}: {received.name} after step {self._progress.step}, its"
+            " checkpoint is written; the same command continues",
+            received,
+        )
+
+    def summary(self) -> dict[str, Json]:
+        """What came out, flat: where it lies, its size, figures of the last evaluation, speed.
+
+        The speed is that of all processes that worked on the run.
+        """
+        total, beside = num_parameters(self._model)
+        epochs = [
+            done / split.num_sequences
+            for done, split in zip(self._progress.sequences, self._splits, strict=True)
+        ]
+        evaluation = self._progress.evaluation or {}
+        seconds = sum(line["seconds"] for _, line in read_lines(self._folder.speed))
+        return {
+            "model": str(self._folder.model),
+            "parameters": total,
+            "parameters_beside_embedding": beside,
+            "steps": self._progress.step,
+            "tokens": self._progress.tokens,
+            "epochs": epochs,
+            **{f"{VALIDATION}_{name}": value for name, value in evaluation.items()},
+            "seconds": seconds,
+            "tokens_per_s": self._progress.tokens / max(seconds, 1e-9),
+        }
+
+    def _train_step(
+        self, process: _Process, step: int, alpha: float, rate: float, batches: Iterator[Batch]
+    ) -> None:
+        """One step and its figures. RunError if the loss is not a number any more."""
+        with process.saver.kept(lambda: self._progress):
+            result = self._step(step, alpha, rate, process.clock.waiting(batches))
+        speed = process.clock.step_done(result.num_tokens)
+        figures = {
+            "tokens": self._progress.tokens,
+            "loss": result.loss,
+            "lm": result.lm,
+            "kd": result.kd,
+            "alpha": alpha,
+            "learning_rate": rate,
+            "gradient_norm": result.gradient_norm,
+        }
+        process.display.trained(step, result.num_tokens, figures)
+        process.metrics.write(step, TRAIN, figures)
+        process.metrics.write_speed(step, {"tokens": self._progress.tokens, **speed})
+
+    def _step(self, step: int, alpha: float, rate: float, batches: Iterator[Batch]) -> StepResult:
+        """One step. RunError if the loss is not a number any more."""
+        torch.manual_seed((self._config.seed + step) % (1 << 63))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        result = optimizer_step(
+            self._model,
+            self._optimizer,
+            batches,
+            partial(batch_loss, objective=replace(self._objective, alpha=alpha)),
+            gradient_clip=self._config.gradient_clip,
+            autocast=self._autocast,
+        )
+        if not math.isfinite(result.loss + result.gradient_norm):
+            raise RunError(
+                f"{self._folder.path}: step {step}: loss {result.loss}, gradient norm"
+                f" {result.gradient_norm}; the run diverged, a lower --learning-rate may help"
+            )
+        self._progress = replace(
+            self._progress,
+            step=step,
+            tokens=self._progress.tokens + result.num_tokens,
+            sequences=[
+                sum(counts)
+                for counts in zip(self._progress.sequences, result.num_sequences, strict=True)
+            ],
+        )
+        return result
+
+    def _evaluate_if_due(self, process: _Process) -> None:
+        """Evaluate after the last step, unless that is done or not wanted.
+
+        A signal ends it, and the run that continues makes up for it.
+        """
+        if not self._progress.evaluation_due or self._evaluation_dataset is None:
+            return
+        figures = evaluate(
+            self._model,
+            self._evaluation_dataset.split(VALIDATION),
+            batch_sequences=self._config.micro_batch_sequences,
+            device=self._device,
+            autocast=self._autocast,
+            bytes_of_tokens=self._bytes_of_tokens,
+            asked_to_end=lambda: process.stop.received is not None,
+        )
+        if figures is None:
+            return
+        process.metrics.write(self._progress.step, VALIDATION, figures)
+        self._progress = replace(self._progress, evaluation=figures, evaluation_due=False)
+        process.saver.record(self._progress)
+
+    def _batches(self, step_sequences: int) -> Iterator[Batch]:
+        seed, first_line = self._config.seed, self._progress.step * step_sequences
+        batches = training_batches(
+            [
+                Source.of(split, seed=order_seed(seed, number), start=start)
+                for number, (split, start) in enumerate(
+                    zip(self._splits, self._progress.sequences, strict=True)
+                )
+            ],
+            choices(self._shares, seed=seed, first_line=first_line),
+            step_lines=step_sequences,
+            micro_batch_lines=self._config.micro_batch_sequences,
+            columns=columns_to_read(self._config),
+        )
+        return for_device(batches, self._device)
+
+    def _log_start(self, step_sequences: int, num_steps: int) -> None:
+        total, beside = num_parameters(self._model)
+        logger.info(
+            "%s: %d parameters, %d beside embedding and head; %d steps of %d sequences",
+            self._config.student,
+            total,
+            beside,
+            num_steps,
+            step_sequences,
+        )
+        if len(self._splits) > 1:
+            positions = num_steps * step_sequences * self._length
+            for split, share in zip(self._splits, self._shares, strict=True):
+                epochs = share * positions / split.num_positions
+                logger.info(
+                    "%s: %.1f %% of the lines, %.2f epochs", split.path, 100 * share, epochs
+                )
+        if self._progress.step:
+            logger.info("continuing after step %d", self._progress.step)

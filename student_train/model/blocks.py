@@ -1,0 +1,77 @@
+"""How a student's decoder blocks run: compiled, or with their activations computed twice.
+
+Both stay outside the loss, which has its gradients from its own forward pass and would compile to
+nothing faster. A checkpointed block is compiled inside its checkpoint.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import PreTrainedModel
+
+from shards.errors import InputError
+from student_train.config import TrainConfig
+from student_train.model.model import hidden_states
+
+
+def prepare_blocks(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    *,
+    sequence_length: int,
+    packed: bool,
+    autocast: AbstractContextManager[object],
+) -> None:
+    """Do to the blocks what `--gradient-checkpointing` and `--compile` say.
+
+    Compiled ones are tried on a micro batch of full length, as it is trained on. InputError for a
+    model or a machine that cannot.
+    """
+    name = f"--student {config.student}: {type(model).__name__}"
+    if config.gradient_checkpointing:
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise InputError(f"{name} has no --gradient-checkpointing: {error}") from error
+    if not config.compile:
+        return
+    blocks = decoder_blocks(model)
+    if not blocks:
+        raise InputError(f"{name} does not say what its blocks are, which --compile needs")
+    for block in blocks:
+        block.compile()
+    shape = (config.micro_batch_sequences, sequence_length)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=model.device)
+    # Two sequences a line: a model that meets a joint makes another mask.
+    positions = torch.arange(sequence_length, device=model.device) % -(-sequence_length // 2)
+    try:
+        with autocast:
+            states = hidden_states(model, tokens, positions.expand(shape) if packed else None)
+        states.float().sum().backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # those of torch.compile are among them
+        raise InputError(f"{name} does not run with --compile: {first_line(error)}") from error
+    model.zero_grad(set_to_none=True)
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The outermost modules that transformers never splits over devices: decoder blocks."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found: list[torch.nn.Module] = []
+    waiting: list[torch.nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        if type(module).__name__ in names:
+            found.append(module)
+        else:
+            waiting.extend(module.children())
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, that of the cause where torch.compile has one; its type if nothing."""
+    cause = getattr(error, "inner_exception", error)
+    return str(cause).strip().partition("\n")[0] or type(cause).__name__

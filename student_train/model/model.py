@@ -1,0 +1,245 @@
+"""The student: a preset, a Hugging Face config file, or a model folder to go on training.
+
+The loss works from hidden states and the head's weight, so before anything is trained the model
+must show that its logits are just their product: a model that caps, scales or shifts its logits is
+refused by name instead of being trained towards something else. Code in a folder is never run, and
+nothing is downloaded.
+
+A student fits a dataset by content, not by size: a folder's tokenizer must be the dataset's, while
+a vocabulary that is padded to more rows is fine.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+)
+
+from shards.dataset import Dataset
+from shards.errors import InputError, one_line
+from shards.tokenizer.files import TOKENIZER
+from student_train.model.presets import PRESETS
+from student_train.model.student_tokenizer import check_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# What reading a model folder raises, depending on which part of it is wrong.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+
+# Attributes of a Hugging Face config behind logits that are not the plain product.
+_LOGIT_ATTRIBUTES = (
+    "final_logit_softcapping",
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+    "output_multiplier_scale",
+)
+_PROBE_TOKENS = 8
+_PROBE_LOGIT = 100.0
+
+
+def default_learning_rate(student: str) -> float:
+    """The peak learning rate of a preset. InputError for any other student, which has none."""
+    if student not in PRESETS:
+        raise InputError(f"--learning-rate: needed for {student}, which is not a preset")
+    return PRESETS[student].learning_rate
+
+
+def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
+    """A float32 model that fits the dataset: fresh weights from the seed, or a folder's.
+
+    InputError for what is no student or too small for the dataset, IdentityMismatchError for
+    another tokenizer.
+    """
+    path = Path(student)
+    if student in PRESETS:
+        config = LlamaConfig(**PRESETS[student].config_json(dataset.spec))
+        model = _fresh(student, config, seed)
+    elif path.is_dir():
+        check_tokenizer(path, dataset)
+        model = _load(path)
+    elif path.is_file():
+        model = _fresh(student, _read_config(path), seed)
+    else:
+        names = ", ".join(PRESETS)
+        raise InputError(
+            f"--student {student}: expected a preset ({names}), a config.json or a model folder;"
+            " there is no such file or folder"
+        )
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        # PyTorch's attention, the default, leaves it out, and whoever runs the result does not.
+        model.set_attn_implementation("eager")
+    check_sizes(student, model, dataset)
+    _check_head(student, model)
+    return model
+
+
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """input_ids [B, L] -> what the head sees, [B, L, D].
+
+    position_ids [B, L] begin again with every packed sequence; None: a line is one sequence.
+    """
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    states: Tensor = model.base_model(
+        input_ids=input_ids, use_cache=False, **positions
+    ).last_hidden_state
+    return states
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """The head's weight, [V, D]; the embedding's own where they are tied."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """All parameters, tied ones once, and those beside embedding and head."""
+    shared = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total, total - sum(weight.numel() for weight in shared)
+
+
+def export(model: PreTrainedModel, dataset: Dataset, folder: Path) -> None:
+    """Write a Hugging Face folder: config, float32 safetensors, and the dataset's tokenizer.
+
+    The tokens that begin and end documents are those of the dataset, in every file.
+    """
+    documents = dataset.spec.documents
+    kinds = {"bos_token_id": documents.bos_token_id, "eos_token_id": documents.eos_token_id}
+    with _attributes(model.config, kinds), _attributes(model.generation_config, kinds):
+        model.save_pretrained(folder)
+    shutil.copytree(dataset.path / TOKENIZER, folder, dirs_exist_ok=True)
+
+
+@contextmanager
+def _attributes(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Give an object other values for a while; a None leaves its own, an owner of None is none."""
+    before = {name: getattr(owner, name, None) for name, value in values.items()}
+    changed = {name for name, value in values.items() if owner is not None and value is not None}
+    for name in changed:
+        if before[name] not in (None, values[name]):
+            logger.info("%s %s: the dataset's, %s, is exported", name, before[name], values[name])
+        setattr(owner, name, values[name])
+    try:
+        yield
+    finally:
+        for name in changed:
+            setattr(owner, name, before[name])
+
+
+def _fresh(student: str, config: Any, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+    except _LOAD_ERRORS as error:
+        raise InputError(
+            f"--student {student}: not a causal language model: {_reason(error)}"
+        ) from error
+    return model
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the list of all models that transformers knows."""
+    return one_line(error).partition(" Model type should be one of ")[0]
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise InputError(
+            f"--student {path}: not a Hugging Face config file: {one_line(error)}"
+        ) from error
+
+
+def _load(folder: Path) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except _LOAD_ERRORS as error:
+        raise InputError(f"--student {folder}: cannot be loaded: {_reason(error)}") from error
+    wrong = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
+    if wrong:
+        raise InputError(
+            f"--student {folder}: {len(wrong)} weights are missing or of another shape,"
+            f" such as {wrong[0]}"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def check_sizes(student: str, model: PreTrainedModel, dataset: Dataset) -> None:
+    """InputError unless a model has the vocabulary and the positions that a dataset needs."""
+    if model.get_output_embeddings() is None:
+        raise InputError(f"--student {student}: {type(model).__name__} has no head")
+    num_rows = len(head_weight(model))
+    vocab_size = dataset.spec.tokenizer.vocab_size
+    if num_rows < vocab_size:
+        raise InputError(
+            f"--student {student}: a vocabulary of {num_rows}, {dataset.path} has {vocab_size}"
+        )
+    most = getattr(model.config, "max_position_embeddings", None)
+    length = dataset.spec.sequence_length
+    if most is not None and most < length:
+        raise InputError(
+            f"--student {student}: at most {most} positions, the sequences of {dataset.path} have"
+            f" {length}"
+        )
+
+
+def _check_head(student: str, model: PreTrainedModel) -> None:
+    """InputError unless the logits are hidden states times the head's weight, whatever their size.
+
+    The hidden states are magnified on their way into the head, by a power of two: the logits of
+    fresh weights are so small that a cap on them would not show.
+    """
+    head = model.get_output_embeddings()
+    tokens = torch.arange(_PROBE_TOKENS)[None] % len(head.weight)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        hidden = hidden_states(model, tokens)
+        plain = hidden @ head.weight.T
+        exponent = (_PROBE_LOGIT / plain.abs().max().clamp(min=1e-30)).log2().ceil()
+        factor = torch.exp2(exponent)
+        hook = head.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
+        try:
+            logits = model(input_ids=tokens, use_cache=False).logits.float()
+        finally:
+            hook.remove()
+    model.train(was_training)
+    has_bias = getattr(head, "bias", None) is not None  # zero in a fresh model, and not trained
+    same = torch.allclose(logits, plain * factor, rtol=1e-3, atol=1e-3 * _PROBE_LOGIT)
+    if has_bias or not same:
+        causes = ["a bias of the head"] if has_bias else []
+        for name in _LOGIT_ATTRIBUTES:
+            if getattr(model.config, name, None) is not None:
+                causes.append(f"{name} {getattr(model.config, name)}")
+        raise InputError(
+            f"--student {student}: the logits of {type(model).__name__} are not its hidden states"
+            f" times its head's weight ({' and '.join(causes) or 'unknown cause'}); such a student"
+            " cannot be trained here"
+        )

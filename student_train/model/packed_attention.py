@@ -1,0 +1,124 @@
+"""Attention that stops at the joints of packed sequences, so that each is read as if it were alone.
+
+A model of transformers is told by its position ids, which begin again with every sequence. It then
+attends within a sequence: through a mask of [L, L] on a CPU, by blocks without one on a GPU (flex
+attention). Not every model does: one that keeps a state or convolves over tokens goes on over the
+joints. So a model must show it before anything is trained, twice: exactly on a few tokens, which
+leaves no room for a small leak; then as it is trained, in its dtype, forwards and backwards, with
+the attention and the length of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shards.errors import InputError
+from student_train.model.blocks import first_line
+from student_train.model.model import hidden_states
+
+_ATTENTION = {"cuda": "flex_attention"}  # of other devices the model's own, with a mask
+_PROBE_TOKENS = 16
+_PROBE_STRIDE = 7919  # so that tokens are not all from the first of a vocabulary, which are special
+# Of what the model would be off without any joints. Whoever sees over them is off by about 1.
+_TOLERANCE = 0.05
+
+
+def block_at_joints(
+    student: str,
+    model: PreTrainedModel,
+    dataset: Path,
+    *,
+    length: int,
+    autocast: AbstractContextManager[object],
+) -> None:
+    """Choose the model's attention for packed sequences. InputError if it sees over their joints.
+
+    The model is on the device where it is trained, `length` the positions of a line and `autocast`
+    what surrounds it there; `dataset` is what needs it.
+    """
+    name = type(model).__name__
+    refused = (
+        f"--student {student}: {name} cannot be trained on packed sequences, which the separate"
+        f" documents of {dataset} need"
+    )
+    attention = _ATTENTION.get(model.device.type)
+    # A mask is the same thing at any length, and slow at a large one.
+    length = _PROBE_TOKENS if attention is None else max(length, _PROBE_TOKENS)
+    was_training = model.training
+    try:
+        blocks = _error_of_packing(model, _PROBE_TOKENS, nullcontext(), math.inf) < _TOLERANCE
+        if blocks:
+            blocks = _error_of_packing(model, length, autocast, 2, attention) < _TOLERANCE
+            _go_backwards(model, length, autocast)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ImportError) as cause:  # of torch.compile too
+        raise InputError(f"{refused}: {first_line(cause)}") from cause
+    finally:
+        model.train(was_training)
+    if not blocks:
+        raise InputError(f"{refused}: one changes what it computes for the next")
+
+
+def _error_of_packing(
+    model: PreTrainedModel,
+    length: int,
+    autocast: AbstractContextManager[object],
+    order: float,
+    attention: str | None = None,
+) -> float:
+    """How far packed hidden states are from those of each sequence alone; 1: as if joined.
+
+    In the norm of this order, beyond twice what rounding does to each alone. `attention` is that of
+    the packed ones, and stays the model's.
+    """
+    tokens, restarting, parts = _probe(model, length)
+    running = torch.arange(length, device=model.device)[None]
+
+    def alone() -> Tensor:
+        return torch.cat([hidden_states(model, part) for part in torch.split(tokens, parts, 1)], 1)
+
+    model.eval()
+    with torch.no_grad():
+        exact = alone()
+        with autocast:
+            rounded, joined = alone(), hidden_states(model, tokens, running)
+            if attention is not None:
+                model.set_attn_implementation(attention)
+            packed = hidden_states(model, tokens, restarting)
+    noise, most, off = (
+        torch.linalg.vector_norm((states - exact).double(), order).item()
+        for states in (rounded, joined, packed)
+    )
+    return float(max(0.0, off - 2 * noise) / max(most, 1e-30))
+
+
+def _go_backwards(
+    model: PreTrainedModel, length: int, autocast: AbstractContextManager[object]
+) -> None:
+    """Once through the packed line as in a step. RuntimeError for gradients that are not finite."""
+    tokens, restarting, _ = _probe(model, length)
+    model.train()
+    with autocast:
+        states = hidden_states(model, tokens, restarting)
+    states.float().square().mean().backward()  # type: ignore[no-untyped-call]
+    finite = all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.zero_grad(set_to_none=True)
+    if not finite:
+        raise RuntimeError("its gradients are not finite")
+
+
+def _probe(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor, list[int]]:
+    """A line of three sequences: tokens [1, L], positions [1, L], and their lengths."""
+    parts = [length * 7 // 16, length * 4 // 16]
+    parts.append(length - sum(parts))
+    vocab_size = len(model.get_input_embeddings().weight)
+    tokens = torch.arange(length, device=model.device)[None] * _PROBE_STRIDE % vocab_size
+    restarting = torch.cat([torch.arange(part) for part in parts])[None]
+    return tokens, restarting.to(model.device), parts

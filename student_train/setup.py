@@ -1,0 +1,218 @@
+"""What must fit together before a run begins: options, datasets, and what it is evaluated on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from shards.dataset import Dataset, Split
+from shards.errors import IdentityMismatchError, InputError
+from shards.keep import Keep
+from shards.schema import ENTROPIES
+from shards.spec import TRAIN, VALIDATION
+from student_train.config import TrainConfig
+from student_train.data.batches import TAIL_COLUMNS, TARGET_COLUMNS, TOKEN_COLUMNS
+from student_train.evaluation.evaluate import counted_totals
+from student_train.objective.distillation import Objective
+from student_train.objective.schedules import Alpha, LearningRate, learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+def open_datasets(config: TrainConfig) -> list[Dataset]:
+    """The datasets that are trained on. InputError or IdentityMismatchError if they do not mix."""
+    datasets = [Dataset.open(path) for path in config.shards]
+    first = datasets[0]
+    for number, other in enumerate(datasets[1:], start=1):
+        if any(other.path.samefile(before.path) for before in datasets[:number]):
+            raise InputError(f"--shards {other.path}: given twice; --weights says how much of it")
+        _check_mixes(config, other, first)
+    for dataset in datasets:
+        check_objective(config, dataset)
+    return datasets
+
+
+def _check_mixes(config: TrainConfig, other: Dataset, first: Dataset) -> None:
+    """InputError or IdentityMismatchError for a dataset that cannot be mixed into the first."""
+    _check_tokenizers("--shards", other, first)
+    length, expected = (d.spec.sequence_length for d in (other, first))
+    if length != expected:
+        raise InputError(
+            f"--shards {other.path}: has sequences of {length} tokens, {first.path} of"
+            f" {expected}; expected the same --sequence-length"
+        )
+    keep, expected_keep = other.spec.keep, first.spec.keep
+    if config.alpha and keep.is_sampled != expected_keep.is_sampled:
+        raise InputError(
+            f"--shards {other.path}: its entries (--keep {keep.method}) are used in another way"
+            f" than those of {first.path} (--keep {expected_keep.method}): probabilities and"
+            " sampled weights do not mix"
+        )
+    if reads_entropies(config, first) != reads_entropies(config, other):
+        raise InputError(
+            f"--adaptive-temperature {config.adaptive_temperature}: one of {first.path} and"
+            f" {other.path} has the teacher's entropies and the other has not"
+        )
+    documents = first.spec.documents, other.spec.documents
+    for name in ("bos", "bos_token_id", "eos_token_id"):
+        here, there = (getattr(part, name) for part in documents)
+        if here != there:
+            logger.warning(
+                "%s: %s of its documents is %s, %s in %s, which decides for the student",
+                other.path, name, there, here, first.path,
+            )  # fmt: skip
+
+
+def reads_entropies(config: TrainConfig, dataset: Dataset) -> bool:
+    """Whether training takes the temperature of a position from its stored entropy."""
+    return (
+        config.reads_entries
+        and config.adaptive_temperature == "adakd-h"
+        and ENTROPIES in dataset.spec.columns
+    )
+
+
+def columns_to_read(config: TrainConfig) -> tuple[str, ...]:
+    """The columns of a dataset that the objective needs."""
+    if config.reads_tail:
+        return TAIL_COLUMNS
+    if not config.reads_entries:
+        return TOKEN_COLUMNS
+    if config.adaptive_temperature == "adakd-h":
+        return (*TARGET_COLUMNS, ENTROPIES)
+    return TARGET_COLUMNS
+
+
+def shares(config: TrainConfig, splits: Sequence[Split]) -> list[float]:
+    """The part of a batch's lines that each dataset gives, together 1."""
+    weights = config.weights or [split.num_positions for split in splits]
+    scaled = [weight / max(weights) for weight in weights]
+    return [weight / sum(scaled) for weight in scaled]
+
+
+def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:
+    """Sequences of a step, and the number of steps for at least `config.tokens` positions.
+
+    Every sequence counts as full: the few that are short, or have positions that do not count,
+    must not change the number of steps. InputError if a step would hold no sequence.
+    """
+    length = dataset.spec.sequence_length
+    step_sequences = config.batch_tokens // length
+    if not step_sequences:
+        raise InputError(
+            f"--batch-tokens {config.batch_tokens}: expected at least one sequence of"
+            f" {dataset.path}, {length} labelled positions"
+        )
+    step_tokens = step_sequences * length
+    if step_tokens != config.batch_tokens:
+        logger.info(
+            "--batch-tokens %d: rounded down to %d, %d sequences of %d",
+            config.batch_tokens,
+            step_tokens,
+            step_sequences,
+            length,
+        )
+    return step_sequences, -(-config.tokens // step_tokens)
+
+
+def plan_schedules(config: TrainConfig, num_steps: int) -> tuple[LearningRate, Alpha]:
+    """Learning rate and alpha of every step."""
+    rates = learning_rate(
+        config.lr_schedule,
+        peak=config.learning_rate or 0.0,
+        num_steps=num_steps,
+        warmup_fraction=config.warmup_fraction,
+        decay_fraction=config.decay_fraction,
+        floor=config.min_learning_rate_ratio,
+    )
+    alphas = Alpha(
+        kind=config.alpha_schedule,
+        peak=config.alpha,
+        num_steps=num_steps,
+        warmup_fraction=config.warmup_fraction,
+        decay_fraction=config.decay_fraction,
+    )
+    return rates, alphas
+
+
+def make_objective(config: TrainConfig, split: Split) -> Objective:
+    """What is minimised on a split and those that it mixes with, at the highest alpha."""
+    return Objective(
+        kind=config.loss,
+        alpha=config.alpha,
+        temperature=config.temperature,
+        sampled=split.spec.keep.is_sampled,
+        bucket=config.tail == "bucket",
+        student_temperature=config.student_temperature,
+        adaptive_temperature=config.adaptive_temperature,
+    )
+
+
+def check_objective(config: TrainConfig, dataset: Dataset) -> None:
+    """InputError for what a dataset does not carry: sampled weights are of one temperature."""
+    method: Keep = dataset.spec.keep
+    if config.alpha and not dataset.spec.has_teacher:
+        raise InputError(
+            f"--alpha {config.alpha}: {dataset.path} has tokens and nothing of a teacher; give"
+            " --alpha 0"
+        )
+    if config.alpha and config.adaptive_temperature is not None and not method.is_sampled:
+        stored = reads_entropies(config, dataset)
+        logger.info(
+            "%s: --adaptive-temperature %s uses %s", dataset.path, config.adaptive_temperature,
+            "the teacher's entropies" if stored else "the kept entries of a position",
+        )  # fmt: skip
+    if not (config.alpha and method.is_sampled):
+        return
+    if config.loss == "mse":
+        raise InputError(
+            f"--loss mse: {dataset.path} was sampled (--keep {method.method}); a weight is not the"
+            " probability of its entry"
+        )
+    if config.tail == "bucket":
+        raise InputError(
+            f"--tail bucket: {dataset.path} was sampled (--keep {method.method}), nothing is"
+            " missing in its expectation"
+        )
+    if config.adaptive_temperature is not None:
+        raise InputError(
+            f"--adaptive-temperature {config.adaptive_temperature}: {dataset.path} was sampled at"
+            f" temperature {method.temperature} (--keep {method.method}), and its weights can be"
+            " used at no other"
+        )
+    if config.temperature != method.temperature:
+        raise InputError(
+            f"--temperature {config.temperature}: {dataset.path} was sampled at temperature"
+            f" {method.temperature} (--keep {method.method}), and its weights can be used at no"
+            " other"
+        )
+
+
+def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | None:
+    """The dataset whose validation split is used; None, and said so, if it has none.
+
+    InputError if none of the split's positions counts.
+    """
+    found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
+    _check_tokenizers("--eval-shards", found, dataset)
+    if VALIDATION not in found.split_names:
+        logger.info("%s: no validation split, so nothing is evaluated", found.path)
+        return None
+    counted_totals(found.split(VALIDATION))
+    return found
+
+
+def check_counted(datasets: Sequence[Dataset]) -> None:
+    """InputError for a dataset of whose training split no position counts."""
+    for dataset in datasets:
+        counted_totals(dataset.split(TRAIN))
+
+
+def _check_tokenizers(option: str, found: Dataset, dataset: Dataset) -> None:
+    """IdentityMismatchError unless both have the same tokenizer."""
+    expected, other = dataset.spec.tokenizer.sha256, found.spec.tokenizer.sha256
+    if expected != other:
+        raise IdentityMismatchError(
+            f"{option} {found.path}: has another tokenizer ({other[:12]}) than"
+            f" {dataset.path} ({expected[:12]})"
+        )

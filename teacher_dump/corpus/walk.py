@@ -1,0 +1,216 @@
+"""Folders and patterns -> the files in them. Links are followed; what cannot be read is an error.
+
+A link back to a folder above it ends there, since everything in it is listed already. Hidden and
+temporary names are passed over without a look at what they stand for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from shards.errors import InputError
+from teacher_dump.corpus.kinds import LOOP, OTHER, kind_of, why_skipped
+
+_MAGIC = re.compile(r"[*?\[]")
+
+FolderId = tuple[int, int]
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """The status of what a path stands for; None where there is nothing of that name.
+
+    InputError for a link to nothing and for what may not be looked at.
+    """
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            target = os.readlink(path)
+            raise InputError(f"{path}: a link to {target}, which is not there") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError | ValueError) -> InputError:
+    """The error for a file or folder that cannot be read."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    return InputError(f"{path}: cannot be read ({reason})")
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path has characters of a pattern in it."""
+    return _MAGIC.search(str(path)) is not None
+
+
+class Walk:
+    """Lists files and remembers what it passed over.
+
+    `left_out` has, by reason, the paths that were passed over. No corpus may hold `out` or lie in
+    it: a second run would read the first one's shards.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self.left_out: dict[str, list[Path]] = {}
+        self._out = out
+        self._out_real = None if out is None else Path(os.path.realpath(out))
+        self._out_ids = set() if out is None else _ids_from(Path(os.path.realpath(out)))
+
+    def leave_out(self, reason: str, path: Path) -> None:
+        """Remember a file or folder that is not read."""
+        self.left_out.setdefault(reason, []).append(path)
+
+    def refuse_inside_out(self, path: Path) -> None:
+        """InputError for a corpus file or folder inside `out`."""
+        real = Path(os.path.realpath(path))
+        if self._out_real is not None and real.is_relative_to(self._out_real):
+            raise InputError(f"{path}: lies in --out {self._out}; give a folder outside the corpus")
+
+    def files_below(self, folder: Path, above: tuple[FolderId, ...] = ()) -> Iterator[Path]:
+        """The files in a folder and in the folders below it."""
+        status = status_of(folder)
+        assert status is not None
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            self.leave_out(LOOP, folder)
+            return
+        if not above or folder.is_symlink():
+            self._check_out(folder, identity)
+        for entry in self._entries(folder):
+            found = self._status_of_entry(entry)
+            if found is None:
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                yield from self.files_below(entry, (*above, identity))
+            else:
+                yield entry
+
+    def files_of_pattern(self, pattern: Path) -> list[Path]:
+        """The files that match a pattern, and those in the folders that match it, sorted."""
+        parts = pattern.parts
+        start = next(number for number, part in enumerate(parts) if _MAGIC.search(part))
+        base = Path(*parts[:start])
+        self._check_out_of_pattern(pattern, base, parts[start:])
+        status = status_of(base)
+        files: set[Path] = set()
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            for match in self._matches(base, parts[start:], ()):
+                found = self._status_of_entry(match)
+                if found is not None and stat.S_ISDIR(found.st_mode):
+                    files.update(self.files_below(match))
+                elif found is not None:
+                    files.add(match)
+        if not files:
+            raise InputError(f"{pattern}: no file matches this pattern (* ** ? [...])")
+        return sorted(files)
+
+    def _matches(
+        self, folder: Path, parts: tuple[str, ...], above: tuple[FolderId, ...]
+    ) -> Iterator[Path]:
+        """Paths below a folder that match the parts of a pattern, as a shell expands them."""
+        part, rest = parts[0], parts[1:]
+        if part == "**":
+            yield from self._matches(folder, rest or ("*",), above)
+            yield from self._matches_below(folder, parts, above)
+            return
+        if not _MAGIC.search(part):
+            found = [folder / part] if status_of(folder / part) is not None else []
+        else:
+            names = self._entries(folder, hidden=part.startswith("."))
+            found = [entry for entry in names if fnmatchcase(entry.name, part)]
+        for path in found:
+            if not rest:
+                yield path
+            elif path.is_dir():
+                yield from self._matches(path, rest, ())
+
+    def _matches_below(
+        self, folder: Path, parts: tuple[str, ...], above: tuple[FolderId, ...]
+    ) -> Iterator[Path]:
+        status = folder.stat()
+        above = (*above, (status.st_dev, status.st_ino))
+        for entry in self._entries(folder):
+            found = self._status_of_entry(entry)
+            if found is None or not stat.S_ISDIR(found.st_mode):
+                continue
+            if (found.st_dev, found.st_ino) not in above:
+                yield from self._matches(entry, parts, above)
+
+    def _entries(self, folder: Path, *, hidden: bool = False) -> list[Path]:
+        """What is in a folder, sorted, without hidden and temporary names."""
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(Path(folder, entry.name) for entry in found)
+        except OSError as error:
+            raise unreadable(folder, error) from error
+        kept = []
+        for entry in entries:
+            reason = why_skipped(entry.name)
+            if reason is None or (hidden and entry.name.startswith(".")):
+                kept.append(entry)
+            else:
+                self.leave_out(reason, entry)
+        return kept
+
+    def _status_of_entry(self, entry: Path) -> os.stat_result | None:
+        """Status of a folder or regular file; None for one of another sort, which is not read."""
+        status = status_of(entry)
+        if status is None:
+            raise InputError(f"{entry}: disappeared while the corpus was listed")
+        if stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode):
+            return status
+        if kind_of(entry.name) is not None:
+            raise not_regular(entry)
+        self.leave_out(OTHER, entry)
+        return None
+
+    def _check_out(self, folder: Path, identity: FolderId) -> None:
+        self.refuse_inside_out(folder)
+        if identity in self._out_ids:
+            raise self._out_in(f"the corpus folder {folder}")
+
+    def _check_out_of_pattern(self, pattern: Path, base: Path, parts: Sequence[str]) -> None:
+        real = Path(os.path.realpath(base))
+        if self._out_real is None or not self._out_real.is_relative_to(real):
+            return
+        if _leads_to(self._out_real.relative_to(real).parts, parts):
+            raise self._out_in(f"what the pattern {pattern} matches")
+
+    def _out_in(self, what: str) -> InputError:
+        return InputError(
+            f"--out {self._out}: lies in {what}, where the next run would read it; give a folder"
+            " outside the corpus"
+        )
+
+
+def not_regular(path: Path) -> InputError:
+    """The error for a pipe, a socket or a device."""
+    return InputError(
+        f"{path}: a pipe or device, expected a regular file (a corpus is read more than once)"
+    )
+
+
+def _leads_to(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether a pattern matches a folder above these names, them, or what may be below them."""
+    if not parts or not names:
+        return True
+    if parts[0] == "**":
+        return _leads_to(names, parts[1:]) or _leads_to(names[1:], parts)
+    return fnmatchcase(names[0], parts[0]) and _leads_to(names[1:], parts[1:])
+
+
+def _ids_from(path: Path) -> set[FolderId]:
+    """The folder at a path and those above it, as far as they exist."""
+    ids = set()
+    for folder in (path, *path.parents):
+        try:
+            status = folder.stat()
+        except OSError:
+            continue
+        ids.add((status.st_dev, status.st_ino))
+    return ids

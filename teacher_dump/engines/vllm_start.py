@@ -1,0 +1,100 @@
+"""How both vLLM engines start: environment, version, arguments; what vLLM refuses, as one line.
+
+On a machine without a GPU vLLM runs in this process and eagerly: compiling costs over 100 s of
+start there (measured), which a short run never earns back; `--engine-arg enforce_eager=false` turns
+that round. On a GPU vLLM's own defaults stand. Prefix caching is always off: cached positions would
+have nothing to score.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from shards.errors import InputError
+from teacher_dump.engines.options import EngineOptions
+
+SUPPORTED_VLLM = (0, 32)
+_OWNED = ("model", "runner", "enable_prefix_caching", "skip_tokenizer_init", "dtype",
+          "hf_overrides", "additional_config", "max_model_len", "model_class_overrides",
+          "language_model_only", "trust_remote_code", "max_logprobs", "logprobs_mode",
+          "worker_extension_cls", "enable_batch_sharded_sampling")  # fmt: skip
+
+
+def check_arguments(engine_args: Mapping[str, object]) -> None:
+    """InputError for an `--engine-arg` that is not the user's to set."""
+    for name in engine_args:
+        if name in _OWNED:
+            raise InputError(f"--engine-arg {name}: set by the pass itself")
+
+
+def prepare_environment() -> None:
+    """vLLM reads these when it is imported; what the user has set stands."""
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level.upper())  # which vLLM does when an engine starts
+    # As vLLM does when it is imported: looking for a GPU must not start CUDA here, or no engine
+    # can be forked from this process.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    # vLLM's own choice leaves one core of two unused
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
+
+
+def installed_version(engine: str) -> tuple[str, tuple[int, ...]]:
+    """The installed vLLM's version, as text and its first two numbers; InputError without one."""
+    try:
+        import vllm
+    except ImportError as error:
+        raise InputError(
+            f"--engine {engine}: {error}; run make setup, or use --engine transformers"
+        ) from error
+    found = str(vllm.__version__)
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    return found, numbers
+
+
+def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback: str) -> Any:
+    """An `LLM` of the options and an engine's own arguments; the user's win over vLLM's defaults.
+
+    InputError for a model or arguments that it refuses: one line, naming `fallback`.
+    """
+    import torch
+    from vllm import LLM
+
+    default = {} if torch.cuda.is_available() else {"enforce_eager": True}
+    try:
+        return LLM(
+            **{
+                "model": str(options.teacher_folder),
+                "dtype": options.dtype,
+                "trust_remote_code": options.trust_remote_code,
+                "hf_overrides": {"head_dtype": options.head_dtype},
+                "enable_prefix_caching": False,
+                "skip_tokenizer_init": True,
+                "language_model_only": True,
+                **default,
+                **arguments,
+                **options.engine_args,
+            }
+        )
+    except Exception as error:  # a kernel's missing package, a weight with another name, ...
+        raise InputError(
+            f"vLLM does not start with this teacher ({options.architecture}): {last_line(error)}"
+            f" (--debug shows all; {fallback} is the fallback)"
+        ) from error
+
+
+def last_line(error: Exception) -> str:
+    """What an error says; vLLM puts a traceback before it, pydantic its input and a link behind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("For further information")]
+    last = lines[-1] if lines else type(error).__name__
+    return last.split(" [type=")[0].removeprefix("Value error, ").rstrip(".")

@@ -1,0 +1,52 @@
+"""What a person sees of a running pass: sequences, speed, size and the time left."""
+
+from __future__ import annotations
+
+import time
+
+from shards.process.progress import ProgressLine, count, duration
+
+
+class PassProgress:
+    """Sequences, tokens/s, entries and bytes per token and the time left of a teacher pass."""
+
+    def __init__(self, num_sequences: int, num_positions: int) -> None:
+        self._line = ProgressLine()
+        self._started = time.monotonic()
+        self._of_sequences, self._of_positions = num_sequences, num_positions
+        self.sequences = self.positions = self.entries = 0
+        self.written_bytes = self.written_positions = 0
+
+    def scored(self, positions: int, entries: int) -> None:
+        """Count a scored sequence and show the line when it is time."""
+        self.sequences += 1
+        self.positions += positions
+        self.entries += entries
+        if self._line.due():
+            self._line.show(self._text())
+
+    def wrote(self, positions: int, num_bytes: int) -> None:
+        """Count a published shard."""
+        self.written_positions += positions
+        self.written_bytes += num_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Time since the pass began, the start of the engine not included."""
+        return time.monotonic() - self._started
+
+    def finish(self) -> None:
+        """Take the line away."""
+        self._line.clear()
+
+    def _text(self) -> str:
+        speed = self.positions / self.seconds
+        left = (self._of_positions - self.positions) / speed
+        parts = [
+            f"{self.sequences:,} of {self._of_sequences:,} sequences",
+            f"{count(speed)} tokens/s",
+            f"{self.entries / self.positions:.1f} entries/token",
+        ]
+        if self.written_positions:
+            parts.append(f"{self.written_bytes / self.written_positions:.1f} bytes/token")
+        return ", ".join([*parts, f"{duration(left)} left"])
