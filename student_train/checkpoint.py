@@ -5,7 +5,7 @@
                               progress.json       step, tokens, sequences, last evaluation
 
 Learning rate, random numbers and the datasets of a step are functions of its number, the order of a
-dataset one of the number of its sequences that came before (`schedules.py`, `training.py`,
+dataset one of the number of its sequences that came before (`schedules.py`, `loop.py`,
 `mixture.py`, `order.py`), so nothing of them is stored, nor are AdamW's options, which are those of
 the command and the machine: a run of a GPU can be continued without one. The newest checkpoint is
 complete before an older one is removed, and a kill at any moment leaves one to go on from.

@@ -1,7 +1,7 @@
 """A run of `train-student`: from datasets of shards to a student, its figures and its tasks.
 
 Everything is checked before anything is written. The same command again goes on: with the steps
-that are left (`training.py`), then with the tasks that are left (`tasks.py`).
+that are left (`loop.py`), then with the tasks that are left (`evaluation/tasks.py`).
 """
 
 from __future__ import annotations

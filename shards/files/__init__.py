@@ -1,0 +1,1 @@
+"""Files that appear whole, notice damage, and are read with types."""

@@ -1,0 +1,1 @@
+"""A tokenizer's content and a dataset's copy of it."""

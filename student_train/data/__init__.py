@@ -1,0 +1,1 @@
+"""Shards -> batches, in an order that a number decides."""

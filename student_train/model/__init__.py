@@ -1,0 +1,1 @@
+"""The student: presets, folders, blocks."""

@@ -1,0 +1,1 @@
+"""The loss and its schedules; knows no data and no model."""

@@ -1,0 +1,1 @@
+"""Files and folders -> documents; knows no engine and no token store."""

@@ -1,0 +1,1 @@
+"""What runs the teacher; knows no corpus."""

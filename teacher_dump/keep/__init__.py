@@ -1,0 +1,1 @@
+"""Logits -> what is kept of each position -> rows; the trainer may use it, too."""

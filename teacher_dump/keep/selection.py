@@ -35,7 +35,7 @@ class Selector(Protocol):
     def __call__(
         self, logits: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor
     ) -> torch.Tensor:
-        """logits [T, >= V], labels, keys [T] int64 -> packed [T, 4 + 2 K] int32, see `packing`.
+        """logits [T, >= V], labels, keys [T] int64 -> packed [T, 4 + 2 K] int32, see `packed`.
 
         `keys` are the positions' random keys, see `random_keys`. The logits are left as they are.
         """

@@ -1,0 +1,1 @@
+"""Documents -> flat tokens on disk -> numbered sequences."""

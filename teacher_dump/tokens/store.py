@@ -7,7 +7,7 @@ position at which each document starts. Whole documents are held out, by a hash 
 the seed: no document is in both splits, and the same text always falls on the same side.
 
 A corpus with a label mask has a third file, a byte per token. `store.json`, written last, makes a
-store count; `token_builder` writes it, `open_store` says when.
+store count; `builder` writes it, `open_store` says when.
 """
 
 from __future__ import annotations
