@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError, one_line
-from shards.files import durable
 from shards.tokenizer.content import (
     TOKENIZER_NAME,
     read_tokenizer,
@@ -68,7 +67,7 @@ class TeacherTokenizer:
     settings: Mapping[str, Any] = field(repr=False)
 
     def files(self) -> dict[str, str]:
-        """What `save` writes, file name -> text; InputError if AutoTokenizer reads other ids."""
+        """The dataset's copy, file name -> text; InputError if AutoTokenizer reads other ids."""
         files = self._files(self.json_text, self.settings)
         if self._agrees_with_auto(files):
             return files
@@ -86,13 +85,6 @@ class TeacherTokenizer:
             f"{self.folder / TOKENIZER_NAME}: transformers reads other ids from a copy of it, which"
             " a student would get; load the file with transformers, and save it again"
         )
-
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, each atomically; OSError if it cannot."""
-        files = self.files()
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            durable.replace(folder / name, text)
 
     def _files(self, text: str, settings: Mapping[str, Any]) -> dict[str, str]:
         written = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
