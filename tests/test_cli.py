@@ -176,11 +176,15 @@ TWO_FRAMES = b"".join(
         ("number.jsonl", b'{"text": 3}\n', "number.jsonl:1: 'text' is int"),
         ("half.jsonl", b'{"text": "w1 \\ud83d"}\n', "half.jsonl:1: 'text' is no Unicode text"),
         ("latin.txt", b"caf\xe9", "latin.txt: not UTF-8"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "w1"}\n' * 99)[:-9], "cut.jsonl.gz"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "w1"}\n' * 99, mtime=0)[:-9], "cut.jsonl.gz"),
         ("cut.jsonl.zst", zstandard.compress(b'{"text": "w1"}\n' * 99)[:-4], "cut.jsonl.zst"),
         ("cut-between-lines.jsonl.zst", TWO_FRAMES[: len(TWO_FRAMES) - 9], "Truncated"),
         ("bad.jsonl.zst", TWO_FRAMES[:9] + b"?" + TWO_FRAMES[10:], "bad.jsonl.zst"),
-        ("bad.jsonl.gz", gzip.compress(b'{"text": "w1"}\n' * 99)[:20] + b"????", "bad.jsonl.gz"),
+        (
+            "bad.jsonl.gz",
+            gzip.compress(b'{"text": "w1"}\n' * 99, mtime=0)[:20] + b"????",
+            "bad.jsonl.gz",
+        ),
         ("not.parquet", b"PAR1 nothing PAR1", "not.parquet: not a Parquet file"),
         ("corpus.doc", b"text", "not a kind of corpus file"),
     ],
@@ -234,7 +238,7 @@ def test_every_kind_of_corpus_file_gives_the_same_tokens(
     lines = write_corpus(tmp_path / "a.jsonl", num_documents=30)
     texts = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
     whole = lines.read_bytes().splitlines(keepends=True)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes(), mtime=0))
     pieces = [b"".join(part) for part in (whole[:7], whole[7:], [])]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, pieces)))
     (tmp_path / "b.jsonl.gz").write_bytes(b"".join(map(gzip.compress, pieces)))
