@@ -206,6 +206,7 @@ def test_several_splits_side_by_side_are_an_error_that_names_them(
         ["en/train-0.parquet", "de/train-0.parquet"],
         ["latest.jsonl", "trainer.jsonl", "invalid.jsonl"],
         ["train.jsonl", "more.jsonl"],
+        ["training.md", "evaluation.md", "testing.txt", "format.md"],  # pages of a manual
     ],
 )
 def test_names_that_only_look_like_splits_are_read(names: list[str], tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ _SPLIT_WORDS = {
 _SPLIT_OF_WORD = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
 _WORDS = "|".join(_SPLIT_OF_WORD)
 _NAMED_AFTER = re.compile(rf"({_WORDS})([-_.]?\d+([-_.]of[-_.]\d+)?)?")
+# Documents are called so, too: training.md and evaluation.md of a manual.
+_TITLES = ("training", "testing", "evaluation", "eval")
 _MENTIONED = re.compile(rf"(?<![a-z])({_WORDS})(?![a-z])")
 
 
@@ -71,7 +73,7 @@ def _named(base: Path, path: Path) -> _Named | None:
     name, start = path.name.lower(), 0
     for part in name.split("."):
         whole = _NAMED_AFTER.fullmatch(part)
-        if whole is not None:
+        if whole is not None and not (is_text and Path(name).stem in _TITLES):
             give = f"{path.parent}/{path.name[: start + whole.end(1)]}*"
             return _Named(_SPLIT_OF_WORD[whole[1]], give, is_exact=True)
         start += len(part) + 1
