@@ -9,7 +9,6 @@ is left and nothing twice. A lock keeps two runs out of one folder.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -43,8 +42,6 @@ from teacher_dump.shard_pass import DumpSummary, run_pass
 from teacher_dump.tokens.open_store import open_or_build
 from teacher_dump.tokens.sequences import SplitSequences
 from teacher_dump.tokens.store import TokenStore
-
-logger = logging.getLogger(__name__)
 
 TOKENS = "tokens"
 _UNKNOWN_LAYOUT = Layout(sequences_per_shard=1, sequences_per_row_group=1)
@@ -82,7 +79,8 @@ def run(config: DumpConfig) -> DumpSummary:
             summary = run_pass(config, ready.tokenizer, manifest.spec, plans, splits, engine)
         else:
             summary = DumpSummary.nothing_to_do(config.out)
-        record_completeness(config.out, manifest)
+        if plans or not manifest.complete:
+            record_completeness(config.out, manifest)
         return summary
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from shards.spec import TRAIN
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus.documents import Document, read_sample
 from teacher_dump.corpus.listing import CorpusFile
@@ -42,7 +43,7 @@ class Sample:
         return cut(
             joined=config.joined,
             bos_token_id=bos_token_id,
-            split="train",
+            split=TRAIN,
             tokens=self.tokens,
             document_starts=self.document_starts,
             label_mask=self.label_mask,
