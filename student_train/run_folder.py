@@ -27,6 +27,7 @@ from typing import Any
 from shards.dataset import Dataset
 from shards.errors import InputError
 from shards.files import durable
+from shards.files.checksums import path_sha256
 from shards.files.json_text import Json, json_differences
 from student_train.config import TrainConfig
 from student_train.model.presets import PRESETS
@@ -177,8 +178,7 @@ def _describe_student(student: str) -> str:
     files = [path] if path.is_file() else sorted(filter(_is_of_a_model, path.iterdir()))
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(path_sha256(file)))
     return digest.hexdigest()
 
 

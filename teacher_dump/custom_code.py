@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import InputError
-from teacher_dump.corpus.documents import file_sha256
+from shards.files.checksums import path_sha256
 from teacher_dump.json_object import read_json_object
 
 _NAMING = ("config.json", "tokenizer_config.json")
@@ -40,7 +40,7 @@ def custom_code_sha256(folder: Path, *, trusted: bool) -> str | None:
                     "be identified; copy it into the folder and name it there"
                 )
     lines = [
-        f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n"
+        f"{path.relative_to(folder).as_posix()} {path_sha256(path)}\n"
         for path in sorted(folder.rglob("*.py"))
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

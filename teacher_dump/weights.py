@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shards.errors import InputError, one_line
+from shards.files.checksums import path_sha256
 from shards.files.git_lfs import refuse_lfs_pointer
-from teacher_dump.corpus.documents import file_sha256
 from teacher_dump.json_object import read_json_object
 
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
@@ -162,7 +162,7 @@ class _HashCache:
         key = str(path.resolve())
         known = self._known.get(key)
         if not isinstance(known, list) or known[:2] != [status.st_size, status.st_mtime_ns]:
-            known = [status.st_size, status.st_mtime_ns, file_sha256(path)]
+            known = [status.st_size, status.st_mtime_ns, path_sha256(path)]
             self._known[key] = known
         return str(known[2])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shards.errors import ShardCorruptError, one_line
 from shards.files import durable
+from shards.files.checksums import path_sha256
 from shards.tokenizer.content import TOKENIZER_NAME, tokenizer_sha256
 
 TOKENIZER = "tokenizer"
@@ -48,12 +49,11 @@ def hash_texts(files: Mapping[str, str]) -> dict[str, str]:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in a folder, by name."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not durable.is_temporary(path.name):
-            with path.open("rb") as stream:
-                found[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    return {
+        path.name: path_sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not durable.is_temporary(path.name)
+    }
 
 
 def check_tokenizer(dataset: Path, expected: Mapping[str, str]) -> None:

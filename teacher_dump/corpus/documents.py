@@ -10,7 +10,6 @@ everything after it.
 from __future__ import annotations
 
 import errno
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +27,6 @@ from teacher_dump.corpus.token_files import TokenDocument, read_flat, read_lists
 _WRONG_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 Document = str | TokenDocument
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_documents(file: CorpusFile, rules: TokenisingRules) -> Iterator[Document]:

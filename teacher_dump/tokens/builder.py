@@ -24,10 +24,11 @@ import numpy as np
 
 from shards.errors import InputError, RunError
 from shards.files import durable
+from shards.files.checksums import path_sha256
 from shards.files.sealed import seal, unseal
 from shards.options import OptionError
 from shards.spec import SPLITS, TRAIN, VALIDATION
-from teacher_dump.corpus.documents import Document, file_sha256, read_documents, size_of
+from teacher_dump.corpus.documents import Document, read_documents, size_of
 from teacher_dump.corpus.listing import CorpusFile
 from teacher_dump.corpus.rules import TokenisingRules
 from teacher_dump.tokenizer import TeacherTokenizer
@@ -216,7 +217,7 @@ class TokenBuilder:
         for split in SPLITS:
             for column in self._columns:
                 path = column.path(self._folder, split)
-                digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+                digest.update(f"{path.name} {path_sha256(path)}\n".encode())
         content: dict[str, Any] = {
             "made_from": self._made_from,
             "dtype": self._rules.dtype.name,

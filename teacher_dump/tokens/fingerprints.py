@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import IdentityMismatchError
+from shards.files.checksums import path_sha256
 from shards.files.json_text import json_differences
-from teacher_dump.corpus.documents import file_sha256
 from teacher_dump.corpus.listing import CorpusFile
 from teacher_dump.tokens.store import Report
 
@@ -48,7 +48,7 @@ def take_fingerprints(
                 "inode": status.st_ino,
             }
             sha256 = known.get(_unchanged(part))
-            parts.append({**part, "sha256": sha256 or file_sha256(path)})
+            parts.append({**part, "sha256": sha256 or path_sha256(path)})
             done_bytes += status.st_size
             if sha256 is None:
                 hashed(done_bytes, of_bytes)
