@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +28,10 @@ from shards.arrow import from_table
 from shards.checks import problem_with_values
 from shards.errors import ShardCorruptError, ShardError, one_line
 from shards.files.checksums import chunk_crc32, file_sha256, footer_sha256
-from shards.flat_values import values_in_lists_of
 from shards.footer import Footer
-from shards.row_group import RowGroup, Totals, require
-from shards.rows import Float32Array, Row
-from shards.schema import ALL_COLUMNS, ENTRY_COLUMNS, IDS, LOGPROBS
+from shards.row_group import RowGroup, Totals
+from shards.rows import Row
+from shards.schema import ALL_COLUMNS
 from shards.sidecar import Sidecar, sidecar_path
 from shards.spec import DatasetSpec
 
@@ -50,12 +49,12 @@ class ShardReader:
         self.path = path
         self.sidecar = Sidecar.read(sidecar_path(path))
         self._map = self._open_map()
-        self._buffer: Any = self._map.read_buffer()
-        self._content = memoryview(self._buffer)
+        buffer = self._map.read_buffer()
+        self._content = memoryview(buffer)
         try:
             if footer_sha256(self._content) != self.sidecar.footer_sha256:
                 raise self._corrupt("its footer is not the one in the sidecar")
-            self._parquet = pq.ParquetFile(pa.BufferReader(self._buffer))
+            self._parquet = pq.ParquetFile(pa.BufferReader(buffer))
         except (ValueError, OSError, pa.ArrowException) as error:
             raise self._corrupt(one_line(error)) from error
         footer = Footer.read(path, self._parquet)
@@ -101,15 +100,8 @@ class ShardReader:
         first = self.sidecar.first_sequence
         sequences = np.arange(first + self._row_offsets[i], first + self._row_offsets[i + 1])
         try:
-            logprobs = self._logprobs_beside_ids(i, wanted)
-            decoded = [name for name in wanted if name != LOGPROBS or logprobs is None]
-            table = self._parquet.read_row_group(i, columns=decoded, use_threads=use_threads)
-            group = from_table(table, sequences)
-            if logprobs is None:
-                return group
-            if len(logprobs) != len(require(IDS, group.ids)):
-                raise ValueError(f"{len(logprobs)} values of logprobs, and another number of ids")
-            return replace(group, logprobs=logprobs)
+            table = self._parquet.read_row_group(i, columns=wanted, use_threads=use_threads)
+            return from_table(table, sequences)
         except MemoryError as error:
             raise ShardError(
                 f"{self.path}: no memory for row group {i}: {one_line(error)}"
@@ -157,7 +149,6 @@ class ShardReader:
         """Give the map back. Row groups that were read stay valid."""
         self._parquet.close(force=True)
         self._content.release()
-        self._buffer = None
         self._map.close()
 
     def __enter__(self) -> Self:
@@ -170,14 +161,6 @@ class ShardReader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _logprobs_beside_ids(self, i: int, wanted: Sequence[str]) -> Float32Array | None:
-        """The column without decoding its lists again; None if Arrow is to read it."""
-        if not set(ENTRY_COLUMNS) <= set(wanted):
-            return None
-        row_group = self._parquet.metadata.row_group(i)
-        ids, logprobs = (row_group.column(self._columns.index(name)) for name in ENTRY_COLUMNS)
-        return values_in_lists_of(ids, logprobs, self._buffer)
 
     def _corrupt(self, text: str) -> ShardCorruptError:
         return ShardCorruptError(

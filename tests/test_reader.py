@@ -498,37 +498,3 @@ def test_a_file_that_changes_under_the_map_is_an_error_and_no_signal(happens, pa
         for read in (partial(reader.read_row_group, 0), reader.verify):
             with pytest.raises(ShardCorruptError, match=rf"{path.name}: damaged"):
                 read()
-
-
-def test_arrow_decodes_the_lists_of_one_entry_column_only(path, monkeypatch):
-    with ShardReader(path) as reader:
-        asked = []
-        read_row_group = reader._parquet.read_row_group
-
-        def read(i, columns, **options):
-            asked.append(columns)
-            return read_row_group(i, columns=columns, **options)
-
-        monkeypatch.setattr(reader._parquet, "read_row_group", read)
-        both = reader.read_row_group(0, ["ids", "logprobs"])
-        alone = reader.read_row_group(0, ["logprobs"])
-        assert asked == [["ids"], ["logprobs"]]
-        assert both.logprobs.tobytes() == alone.logprobs.tobytes()
-
-
-def test_values_that_are_not_as_many_as_ids_are_refused(path, monkeypatch):
-    monkeypatch.setattr("shards.reader.values_in_lists_of", lambda *_: np.zeros(1, np.float32))
-    with ShardReader(path) as reader, pytest.raises(ShardCorruptError, match="number of ids"):
-        reader.read_row_group(0)
-
-
-@pytest.mark.parametrize(
-    ("raised", "expected"), [(KeyboardInterrupt, KeyboardInterrupt), (MemoryError, ShardError)]
-)
-def test_what_ends_decoding_is_what_the_caller_sees(path, monkeypatch, raised, expected):
-    def fail(*_):
-        raise raised
-
-    monkeypatch.setattr("shards.flat_values._join", fail)
-    with pytest.raises(expected):
-        verify_shard(path)
