@@ -17,13 +17,14 @@ from logitshards.option_types import path_type
 from logitshards.show_options import InspectOptions, PlanOptions, ReportOptions
 from student_train.config import TrainConfig
 from teacher_dump.config import DumpConfig
+from teacher_dump.ranks import ClusterOptions
 
 _RUNS = click.Argument(["runs"], type=path_type(), nargs=-1, required=True, metavar="RUN...")
 _PATH = click.Argument(["path"], type=path_type(), metavar="PATH")
 
 
-@command("dump-logits", DumpConfig, PlanOptions)
-def dump_logits(config: DumpConfig, plan: PlanOptions) -> None:
+@command("dump-logits", DumpConfig, ClusterOptions, PlanOptions)
+def dump_logits(config: DumpConfig, cluster: ClusterOptions, plan: PlanOptions) -> None:
     """Run a teacher over a corpus and write its compressed next-token distributions.
 
     The same command again continues where it stopped.
@@ -42,16 +43,8 @@ def dump_logits(config: DumpConfig, plan: PlanOptions) -> None:
         return
     from teacher_dump.dump import run
 
-    summary = run(config)
-    if summary.complete_before:
-        click.echo(f"{summary.out}: complete, nothing to do (inspect-shards {summary.out})")
-        return
-    labels = max(1, summary.tokens)  # a mask may have left none
-    click.echo(
-        f"{summary.out}: {summary.tokens:,} tokens in {summary.sequences:,} sequences and "
-        f"{summary.shards:,} shards, {summary.entries / labels:.1f} entries/token, "
-        f"{summary.bytes / labels:.1f} bytes/token, {summary.tokens_per_s:,.0f} tokens/s"
-    )
+    for line in run(config, cluster).lines():
+        click.echo(line)
 
 
 @command("report", ReportOptions, arguments=[_RUNS])

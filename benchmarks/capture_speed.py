@@ -121,7 +121,6 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
         plan = ShardPlan(split="train", shard=0, sequences=range(len(sequences)))
         with ShardCollector(
             out / f"round-{next(rounds)}",
-            [plan],
             spec=example_spec(
                 keep=keep,
                 layout=layout,
@@ -131,6 +130,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
             ),
             on_shard=lambda sidecar: None,
         ) as collector:
+            collector.expect(plan)
             add = frontend.of(collector.add)
             for sequence, selected in engine.score(sequences):
                 add("train", to_row(sequence, selected, keep.logprob_step))

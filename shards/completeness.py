@@ -40,21 +40,26 @@ def missing_shards(path: Path, manifest: Manifest, split: str) -> list[tuple[int
 
 
 def shards_to_write(path: Path, manifest: Manifest, split: str) -> list[tuple[int, range]]:
-    """The missing shards, after those that only lack a sidecar got one.
+    """The missing shards, after those that only lack a sidecar got one. Raises as `is_missing`."""
+    return [
+        (shard, sequences)
+        for shard, sequences in missing_shards(path, manifest, split)
+        if is_missing(path, manifest, split, shard, sequences)
+    ]
+
+
+def is_missing(path: Path, manifest: Manifest, split: str, shard: int, sequences: range) -> bool:
+    """Whether a shard is to be written; one that only lacks a sidecar gets it here.
 
     ShardCorruptError for a Parquet file without a sidecar that is damaged, and for a shard of
     another number of sequences; ShardError for a sidecar without its Parquet file.
     """
-    missing = []
-    for shard, sequences in missing_shards(path, manifest, split):
-        parquet = path / split / shard_name(shard)
-        check_not_alone(parquet)
-        if parquet.exists():
-            footer = Footer(spec=manifest.spec, split=split, shard=shard)
-            adopt(parquet, footer, len(sequences))
-        else:
-            missing.append((shard, sequences))
-    return missing
+    parquet = path / split / shard_name(shard)
+    check_not_alone(parquet)
+    if not parquet.exists():
+        return True
+    adopt(parquet, Footer(spec=manifest.spec, split=split, shard=shard), len(sequences))
+    return False
 
 
 def remove_shard(path: Path, split: str, shard: int) -> None:

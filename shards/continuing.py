@@ -23,7 +23,7 @@ from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
 from shards.spec import SPLITS, DatasetSpec, differences
 
 # What may be in a folder before it has a manifest; `lost+found` is in the root of a file system.
-_MADE_BEFORE = {"tokenizer", "tokens", "lost+found"}
+_MADE_BEFORE = {"tokenizer", "tokens", "lost+found", "preparing.json"}
 
 
 def check_folder(path: Path) -> None:
@@ -44,8 +44,12 @@ def create_or_continue(
     splits: Mapping[str, SplitSize],
     recorded: Mapping[str, Json],
     tokenizer_files: Mapping[str, str],
+    *,
+    replacing: bool = False,
 ) -> Manifest:
     """Make the dataset's manifest, or take the one that is there, extended to larger sizes.
+
+    `replacing`: a manifest that is there gives way, because its dataset has no shard yet.
 
     InputError if the folder holds something else, IdentityMismatchError naming every difference if
     it holds a dataset that was made from something else, RunError if the disk fails.
@@ -61,6 +65,9 @@ def create_or_continue(
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not manifest_path.exists() and _create(manifest_path, asked):
+            return asked
+        if replacing:
+            durable.replace(manifest_path, asked.to_text())
             return asked
         present = load_manifest(path)
         check_spec(path, asked.spec, present.spec)

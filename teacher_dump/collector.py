@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class ShardPlan:
 
 @dataclass
 class _Open:
-    """A shard that has rows: those that wait, and the first sequence of its next row group."""
+    """An expected shard: the rows that wait, and the first sequence of its next row group."""
 
     plan: ShardPlan
     next_sequence: int
@@ -39,7 +39,7 @@ class _Open:
 
 
 class ShardCollector:
-    """Takes rows of the planned shards in any order. A context manager that stops its thread.
+    """Takes rows of expected shards in any order. A context manager that stops its thread.
 
     `on_shard` is called in the writer thread with every published sidecar.
     """
@@ -47,7 +47,6 @@ class ShardCollector:
     def __init__(
         self,
         out: Path,
-        plans: Iterable[ShardPlan],
         *,
         spec: DatasetSpec,
         on_shard: Callable[[Sidecar], None],
@@ -56,16 +55,15 @@ class ShardCollector:
         self._per_group = spec.layout.sequences_per_row_group
         self._writer = _BackgroundWriter(out, spec, on_shard)
         self._open: dict[tuple[str, int], _Open] = {}
-        self._plans = {(plan.split, plan.shard): plan for plan in plans}
+
+    def expect(self, plan: ShardPlan) -> None:
+        """Expect the rows of a shard; to be called before the first of them comes."""
+        self._open[plan.split, plan.shard] = _Open(plan, plan.sequences.start)
 
     def add(self, split: str, row: Row) -> None:
         """Take one row; raises what the writer thread has failed with since the last call."""
         key = (split, row.sequence // self._per_shard)
-        opened = self._open.get(key)
-        if opened is None:
-            plan = self._plans[key]
-            opened = _Open(plan, plan.sequences.start)
-            self._open[key] = opened
+        opened = self._open[key]
         opened.waiting[row.sequence] = row
         self._send_whole_groups(opened)
         if opened.next_sequence == opened.plan.sequences.stop:

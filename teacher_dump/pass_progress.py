@@ -10,12 +10,17 @@ from shards.process.progress import ProgressLine, count, duration
 class PassProgress:
     """Sequences, tokens/s, entries and bytes per token and the time left of a teacher pass."""
 
-    def __init__(self, num_sequences: int, num_positions: int) -> None:
+    def __init__(self) -> None:
         self._line = ProgressLine()
         self._started = time.monotonic()
-        self._of_sequences, self._of_positions = num_sequences, num_positions
+        self._of_sequences = self._of_positions = 0
         self.sequences = self.positions = self.entries = 0
         self.written_bytes = self.written_positions = 0
+
+    def expect(self, num_sequences: int, num_positions: int) -> None:
+        """Count a shard that is to be written."""
+        self._of_sequences += num_sequences
+        self._of_positions += num_positions
 
     def scored(self, positions: int, entries: int) -> None:
         """Count a scored sequence and show the line when it is time."""
@@ -41,7 +46,7 @@ class PassProgress:
 
     def _text(self) -> str:
         speed = self.positions / self.seconds
-        left = (self._of_positions - self.positions) / speed
+        left = max(0, self._of_positions - self.positions) / speed
         parts = [
             f"{self.sequences:,} of {self._of_sequences:,} sequences",
             f"{count(speed)} tokens/s",

@@ -13,6 +13,7 @@ from shards.sidecar import Sidecar
 from shards.spec import DatasetSpec
 from teacher_dump.collector import ShardCollector, ShardPlan
 from teacher_dump.config import DumpConfig
+from teacher_dump.coordinate import Planned
 from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
 from teacher_dump.pass_progress import PassProgress
@@ -28,7 +29,9 @@ _SHOWN_CHARACTERS = 200
 class DumpSummary:
     """What a run did, in the shards that it published.
 
-    Positions are labelled ones, all that the teacher scored; tokens are those that count.
+    Positions are labelled ones, all that the teacher scored; tokens are those that count. `missing`
+    counts the shards that were not there at its end. `prepared`: it wrote none, the counts are of
+    the dataset.
     """
 
     out: Path
@@ -39,51 +42,74 @@ class DumpSummary:
     bytes: int = 0
     shards: int = 0
     seconds: float = 0.0
+    missing: int = 0
     complete_before: bool = False
-
-    @classmethod
-    def nothing_to_do(cls, out: Path) -> DumpSummary:
-        """Of a dataset that was complete before."""
-        return cls(out=out, complete_before=True)
+    prepared: bool = False
 
     @property
     def tokens_per_s(self) -> float:
         """Positions per second, from the engine being ready to the last shard on disk."""
         return self.positions / self.seconds if self.seconds else 0.0
 
+    def lines(self) -> list[str]:
+        """For a person."""
+        if self.prepared:
+            return [
+                f"{self.out}: prepared, {self.positions:,} tokens in {self.sequences:,} sequences;"
+                " the same command without --prepare runs the teacher"
+            ]
+        if self.complete_before:
+            return [f"{self.out}: complete, nothing to do (inspect-shards {self.out})"]
+        labels = max(1, self.tokens)  # a mask may have left none
+        written = (
+            f"{self.out}: {self.tokens:,} tokens in {self.sequences:,} sequences and "
+            f"{self.shards:,} shards, {self.entries / labels:.1f} entries/token, "
+            f"{self.bytes / labels:.1f} bytes/token, {self.tokens_per_s:,.0f} tokens/s"
+        )
+        if not self.missing:
+            return [written]
+        return [written, f"{self.out}: {self.missing:,} shards of other ranks are missing"]
+
 
 def run_pass(
     config: DumpConfig,
     tokenizer: TeacherTokenizer,
-    spec: DatasetSpec,
-    plans: Sequence[ShardPlan],
-    splits: Mapping[str, SplitSequences],
+    own: Sequence[ShardPlan],
+    plans: Iterator[ShardPlan],
+    planned: Planned,
     engine: TeacherEngine | None,
 ) -> DumpSummary:
     """Write the shards of `plans`; without an engine, tokens alone.
 
-    RunError for a disk or an engine that fails; finished shards are kept.
+    `own` are those that are surely among them, for the time left. RunError for a disk or an engine
+    that fails; finished shards are kept.
     """
+    spec, splits = planned.manifest.spec, planned.splits
     published: list[Sidecar] = []
-    numbers = [(splits[plan.split], plan.sequences) for plan in plans]
-    progress = PassProgress(
-        sum(len(plan.sequences) for plan in plans),
-        sum(
-            split.positions_of(part.stop) - split.positions_of(part.start)
-            for split, part in numbers
-        ),
-    )
+    progress = PassProgress()
+    expected = set()
+    for plan in own:
+        expected.add((plan.split, plan.shard))
+        progress.expect(len(plan.sequences), _num_positions(plan, splits))
 
     def on_shard(sidecar: Sidecar) -> None:
         published.append(sidecar)
         progress.wrote(sidecar.tokens, sidecar.bytes)
 
-    sequences = (split[number] for split, part in numbers for number in part)
-    _show(splits[plans[0].split][plans[0].sequences.start], tokenizer)
-    collector = ShardCollector(config.out, plans, spec=spec, on_shard=on_shard)
+    def sequences() -> Iterator[TokenSequence]:
+        for number, plan in enumerate(plans):
+            if number == 0:
+                _show(splits[plan.split][plan.sequences.start], tokenizer)
+            if (plan.split, plan.shard) not in expected:
+                progress.expect(len(plan.sequences), _num_positions(plan, splits))
+            collector.expect(plan)
+            split = splits[plan.split]
+            yield from (split[sequence] for sequence in plan.sequences)
+
+    collector = ShardCollector(config.out, spec=spec, on_shard=on_shard)
     try:
         with collector:
-            for split_name, row in _rows(sequences, engine, spec):
+            for split_name, row in _rows(sequences(), engine, spec):
                 collector.add(split_name, row)
                 entries = 0 if row.ids is None else len(row.ids)
                 progress.scored(len(row.tokens) - 1, entries)
@@ -102,6 +128,11 @@ def run_pass(
         shards=len(published),
         seconds=progress.seconds,
     )
+
+
+def _num_positions(plan: ShardPlan, splits: Mapping[str, SplitSequences]) -> int:
+    split, numbers = splits[plan.split], plan.sequences
+    return split.positions_of(numbers.stop) - split.positions_of(numbers.start)
 
 
 def _rows(

@@ -47,7 +47,7 @@ def test_a_file_system_without_hard_links_is_refused_before_tokenising(
     config: DumpConfig, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "link", failing(number))
-    monkeypatch.setattr(dump, "_tokens", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr(dump, "plan_dataset", lambda *_, **__: pytest.fail("tokenised"))
     with pytest.raises(InputError, match="has no hard links") as error:
         dump.run(config)
     assert "\n" not in str(error.value)
