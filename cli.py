@@ -38,7 +38,7 @@ def dump_logits(config: DumpConfig, cluster: ClusterOptions, plan: PlanOptions) 
         from teacher_dump.plan import make_plan
 
         tokens = None if plan.tokens is None else int(plan.tokens)
-        for line in make_plan(config, tokens).lines():
+        for line in make_plan(config, tokens, cluster.processes).lines():
             click.echo(line)
         return
     from teacher_dump.dump import run

@@ -51,4 +51,4 @@ def _take_gpus(rank: Rank, wanted: int, num_gpus: int) -> None:
         logger.info("%s: GPU %s", rank, os.environ[VISIBLE])
     elif rank.world_size == 1 and num_gpus > wanted:
         workers = num_gpus // wanted
-        logger.info("%d of %d GPUs used (--world-size %d uses all)", wanted, num_gpus, workers)
+        logger.info("%d of %d GPUs used (--workers %d uses all)", wanted, num_gpus, workers)

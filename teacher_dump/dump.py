@@ -10,11 +10,12 @@ and nothing twice.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 
 from shards.continuing import record_completeness
-from teacher_dump.bos import BosProbe, probe, read_probe_sample
+from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import (
     Planned,
@@ -31,8 +32,9 @@ from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.prepare import Prepared, prepare
 from teacher_dump.preparing import sign_of_life, wait_for
 from teacher_dump.ranks import ClusterOptions, Rank, find_rank
-from teacher_dump.shard_pass import DumpSummary, run_pass
+from teacher_dump.shard_pass import DumpSummary, run_pass, start_and_probe
 from teacher_dump.shard_queue import ShardQueue
+from teacher_dump.workers import check_ray, run_workers
 
 
 def run(config: DumpConfig, cluster: ClusterOptions | None = None) -> DumpSummary:
@@ -46,29 +48,48 @@ def run(config: DumpConfig, cluster: ClusterOptions | None = None) -> DumpSummar
     ready = prepare(config)
     if options.prepare:
         return _prepare(config, ready)
-    if ready.teacher is not None:
+    if ready.teacher is not None and options.workers is None:
         take_devices(rank, gpus_per_process=1)
+    if options.workers is not None:
+        check_ray()
+        return _head(config, ready, options.workers)
     if rank.is_coordinator:
         return _coordinate(config, ready, rank)
     asked = asked_spec(config, ready)
     planned = wait_for(config.out, lambda: planned_by_another(config, ready, asked))
-    return _write(config, ready, planned, rank, None)
+    return _write(config, planned, rank, _alone(config, ready, planned, None))
 
 
 def _prepare(config: DumpConfig, ready: Prepared) -> DumpSummary:
     """Plan the dataset, without an engine."""
-    asked = asked_spec(config, ready)
-    with coordinating(config.out), sign_of_life(config.out) as sign:
-        if not compare(config.out, asked):
-            check_disk(config.out)
-        ready.corpus.log()
-        planned = plan_dataset(config, ready, asked, os.sched_getaffinity(0), sign)
+    with coordinating(config.out):
+        planned = _plan_without_engine(config, ready)
     return DumpSummary(
         out=config.out,
         sequences=sum(size.sequences for size in planned.manifest.splits.values()),
         positions=sum(size.positions for size in planned.manifest.splits.values()),
         prepared=True,
     )
+
+
+def _head(config: DumpConfig, ready: Prepared, num_workers: int) -> DumpSummary:
+    """Plan the dataset, and let Ray's workers write it."""
+    with coordinating(config.out):
+        planned = _plan_without_engine(config, ready)
+
+        def write(queue: ShardQueue, plans: Iterator[ShardPlan]) -> DumpSummary:
+            return run_workers(config, queue, plans, planned, num_workers, gpus_per_worker=1)
+
+        return _write(config, planned, Rank(), write)
+
+
+def _plan_without_engine(config: DumpConfig, ready: Prepared) -> Planned:
+    asked = asked_spec(config, ready)
+    with sign_of_life(config.out) as sign:
+        if not compare(config.out, asked):
+            check_disk(config.out)
+        ready.corpus.log()
+        return plan_dataset(config, ready, asked, os.sched_getaffinity(0), sign)
 
 
 def _coordinate(config: DumpConfig, ready: Prepared, rank: Rank) -> DumpSummary:
@@ -84,16 +105,34 @@ def _coordinate(config: DumpConfig, ready: Prepared, rank: Rank) -> DumpSummary:
                 check_disk(config.out)
                 ready.check_engine(config)
                 sign.text = "starting the engine"
-                engine, probed = _start_and_probe(config, ready)
+                engine, probed = start_and_probe(config, ready)
                 record = {} if probed is None else {"bos_probe": probed.to_json()}
             planned = plan_dataset(config, ready, asked, cores, sign, **record)
-        return _write(config, ready, planned, rank, engine)
+        return _write(config, planned, rank, _alone(config, ready, planned, engine))
 
 
-def _write(
-    config: DumpConfig, ready: Prepared, planned: Planned, rank: Rank, engine: TeacherEngine | None
-) -> DumpSummary:
-    """Write the missing shards that this rank takes; start an engine only if there are any."""
+Write = Callable[[ShardQueue, Iterator[ShardPlan]], DumpSummary]
+
+
+def _alone(
+    config: DumpConfig, ready: Prepared, planned: Planned, engine: TeacherEngine | None
+) -> Write:
+    """Write by an engine in this process, started now unless it is there."""
+
+    def write(queue: ShardQueue, plans: Iterator[ShardPlan]) -> DumpSummary:
+        started = engine
+        if started is None and ready.teacher is not None:
+            if has_shards(config.out):
+                started = ready.start_engine(config)
+            else:
+                started, _ = start_and_probe(config, ready)
+        return run_pass(config, ready.tokenizer, queue.own, plans, planned, started)
+
+    return write
+
+
+def _write(config: DumpConfig, planned: Planned, rank: Rank, write: Write) -> DumpSummary:
+    """Write the missing shards that this rank takes, if there are any."""
     manifest = planned.manifest
     queue = ShardQueue(config.out, manifest, rank)
     plans = iter(queue)
@@ -103,24 +142,7 @@ def _write(
     else:
         if rank.is_coordinator and manifest.complete:
             manifest = record_completeness(config.out, manifest)
-        if engine is None and ready.teacher is not None:
-            if has_shards(config.out):
-                engine = ready.start_engine(config)
-            else:
-                engine, _ = _start_and_probe(config, ready)
-        all_plans = chain([first], plans)
-        summary = run_pass(config, ready.tokenizer, queue.own, all_plans, planned, engine)
+        summary = write(queue, chain([first], plans))
     if rank.is_coordinator and not (summary.complete_before and manifest.complete):
         record_completeness(config.out, manifest)
     return replace(summary, missing=queue.num_missing())
-
-
-def _start_and_probe(
-    config: DumpConfig, ready: Prepared
-) -> tuple[TeacherEngine | None, BosProbe | None]:
-    """The engine, and where the BOS token goes; neither without a teacher."""
-    if ready.teacher is None:
-        return None, None
-    sample = read_probe_sample(ready)
-    engine = ready.start_engine(config)
-    return engine, probe(config, ready, sample, engine)

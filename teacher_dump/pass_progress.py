@@ -27,7 +27,11 @@ class PassProgress:
         self.sequences += 1
         self.positions += positions
         self.entries += entries
-        if self._line.due():
+        self.show_when_due()
+
+    def show_when_due(self) -> None:
+        """Show the line if enough time has passed."""
+        if self._line.due() and self.positions:
             self._line.show(self._text())
 
     def wrote(self, positions: int, num_bytes: int) -> None:
@@ -54,4 +58,8 @@ class PassProgress:
         ]
         if self.written_positions:
             parts.append(f"{self.written_bytes / self.written_positions:.1f} bytes/token")
-        return ", ".join([*parts, f"{duration(left)} left"])
+        return ", ".join([*parts, *self._more(), f"{duration(left)} left"])
+
+    def _more(self) -> list[str]:
+        """What a subclass adds to the line."""
+        return []

@@ -23,6 +23,7 @@ from shards.writer import ShardWriter
 from teacher_dump.bos import BosProbe, probe, read_probe_sample
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus.summary import CorpusSummary
+from teacher_dump.devices import count_gpus
 from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
 from teacher_dump.prepare import Prepared, prepare
@@ -52,6 +53,8 @@ class Plan:
     bytes_per_token: float
     positions_per_s: float
     start_seconds: float
+    engines: int = 1
+    gpus_per_engine: int = 0
     probe: BosProbe | None = None
 
     @property
@@ -64,12 +67,22 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self.start_seconds + self.positions / self.positions_per_s
+        return self.start_seconds + self.positions / (self.positions_per_s * self.engines)
+
+    @property
+    def days_per_billion(self) -> float:
+        """Days of one engine per billion positions."""
+        return 1e9 / self.positions_per_s / 86400
 
     def lines(self) -> list[str]:
         """For a person."""
         days = self.seconds / 86400
         long = f", {days:,.1f} days" if days > 2 else ""
+        together = "" if self.engines == 1 else f" with {self.engines:,} engines"
+        per_engine = -(-self.shards // self.engines)
+        cost, unit = self.days_per_billion, "engine"
+        if self.gpus_per_engine:
+            cost, unit = cost * self.gpus_per_engine, "GPU"
         of = "" if self.tokens == self.positions else f", labels of {count(self.positions)}"
         return [
             *self.corpus.lines(),
@@ -80,13 +93,17 @@ class Plan:
             f"size           {_size(self.bytes)} in {self.shards:,}"
             f" shard{'' if self.shards == 1 else 's'}",
             f"speed          {self.positions_per_s:,.0f} tokens/s with this engine on this machine",
-            f"time           {duration(self.seconds)}{long}",
+            f"cost           {cost:.3g} {unit}-days per billion tokens",
+            f"time           {duration(self.seconds)}{long}{together}",
+            *([] if self.engines == 1 else [f"shards/engine  {per_engine:,}"]),
             *([] if self.probe is None else [self.probe.text()]),
         ]
 
 
-def make_plan(config: DumpConfig, tokens: int | None) -> Plan:
-    """Plan the dump of `config`; `tokens` stands for a corpus that is not all here.
+def make_plan(config: DumpConfig, tokens: int | None, engines: int = 1) -> Plan:
+    """Plan the dump of `config` by `engines` engines at once; it measures one.
+
+    `tokens` stands for a corpus that is not all here.
 
     Raises InputError for what the dump would refuse, and for text too short to measure anything.
     """
@@ -123,6 +140,8 @@ def make_plan(config: DumpConfig, tokens: int | None) -> Plan:
         bytes_per_token=measured.bytes / measured.tokens,
         positions_per_s=num_positions / seconds,
         start_seconds=start_seconds,
+        engines=engines,
+        gpus_per_engine=min(1, count_gpus()) if ready.teacher is not None else 0,
         probe=probed,
     )
 

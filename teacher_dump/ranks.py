@@ -32,6 +32,11 @@ class ClusterOptions:
         default=None,
         shown_default="from torchrun or Slurm, else 1",
     )
+    workers: int | None = option(
+        "Run this many engines through Ray, on this machine or on the cluster of RAY_ADDRESS.",
+        default=None,
+        shown_default="no Ray, one engine in this process",
+    )
     prepare: bool = option(
         "Write tokens and manifest, and stop before the teacher runs. Needs no GPU.",
         default=False,
@@ -47,6 +52,16 @@ class ClusterOptions:
             check(0 <= self.rank < self.world_size, "rank", self.rank, expected)
             if self.prepare and self.world_size > 1:
                 raise OptionError("prepare", ": one process prepares; not with --world-size")
+        if self.workers is not None:
+            check(self.workers >= 1, "workers", self.workers, "at least 1")
+            if self.rank is not None or self.prepare:
+                other = "--prepare" if self.prepare else "--rank"
+                raise OptionError("workers", f" {self.workers}: contradicts {other}")
+
+    @property
+    def processes(self) -> int:
+        """Engines that write the dataset together."""
+        return self.workers or self.world_size or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +92,15 @@ def find_rank(options: ClusterOptions, environ: Mapping[str, str] = os.environ) 
     InputError for variables of a launcher that contradict each other.
     """
     if options.prepare:
+        return Rank()
+    if options.workers is not None:
+        launcher = _of_torchrun(environ) or _of_slurm(environ)
+        if launcher is not None and launcher.world_size > 1:
+            raise OptionError(
+                "workers",
+                f" {options.workers}: this process is {launcher} already (from {launcher.source});"
+                " start it once, or without --workers",
+            )
         return Rank()
     found = _given(options, environ) or _of_torchrun(environ) or _of_slurm(environ) or Rank()
     if not 0 <= found.rank < found.world_size:

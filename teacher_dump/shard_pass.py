@@ -11,12 +11,14 @@ from shards.errors import RunError
 from shards.rows import Row
 from shards.sidecar import Sidecar
 from shards.spec import DatasetSpec
+from teacher_dump.bos import BosProbe, probe, read_probe_sample
 from teacher_dump.collector import ShardCollector, ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import Planned
 from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
 from teacher_dump.pass_progress import PassProgress
+from teacher_dump.prepare import Prepared
 from teacher_dump.tokenizer import TeacherTokenizer
 from teacher_dump.tokens.sequences import SplitSequences
 
@@ -71,6 +73,17 @@ class DumpSummary:
         return [written, f"{self.out}: {self.missing:,} shards of other ranks are missing"]
 
 
+def start_and_probe(
+    config: DumpConfig, ready: Prepared
+) -> tuple[TeacherEngine | None, BosProbe | None]:
+    """The engine, and where the BOS token goes; neither without a teacher."""
+    if ready.teacher is None:
+        return None, None
+    sample = read_probe_sample(ready)
+    engine = ready.start_engine(config)
+    return engine, probe(config, ready, sample, engine)
+
+
 def run_pass(
     config: DumpConfig,
     tokenizer: TeacherTokenizer,
@@ -78,6 +91,7 @@ def run_pass(
     plans: Iterator[ShardPlan],
     planned: Planned,
     engine: TeacherEngine | None,
+    progress: PassProgress | None = None,
 ) -> DumpSummary:
     """Write the shards of `plans`; without an engine, tokens alone.
 
@@ -86,11 +100,11 @@ def run_pass(
     """
     spec, splits = planned.manifest.spec, planned.splits
     published: list[Sidecar] = []
-    progress = PassProgress()
+    progress = progress or PassProgress()
     expected = set()
     for plan in own:
         expected.add((plan.split, plan.shard))
-        progress.expect(len(plan.sequences), _num_positions(plan, splits))
+        progress.expect(len(plan.sequences), num_positions(plan, splits))
 
     def on_shard(sidecar: Sidecar) -> None:
         published.append(sidecar)
@@ -101,7 +115,7 @@ def run_pass(
             if number == 0:
                 _show(splits[plan.split][plan.sequences.start], tokenizer)
             if (plan.split, plan.shard) not in expected:
-                progress.expect(len(plan.sequences), _num_positions(plan, splits))
+                progress.expect(len(plan.sequences), num_positions(plan, splits))
             collector.expect(plan)
             split = splits[plan.split]
             yield from (split[sequence] for sequence in plan.sequences)
@@ -130,7 +144,8 @@ def run_pass(
     )
 
 
-def _num_positions(plan: ShardPlan, splits: Mapping[str, SplitSequences]) -> int:
+def num_positions(plan: ShardPlan, splits: Mapping[str, SplitSequences]) -> int:
+    """Labelled positions of a shard."""
     split, numbers = splits[plan.split], plan.sequences
     return split.positions_of(numbers.stop) - split.positions_of(numbers.start)
 

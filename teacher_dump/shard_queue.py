@@ -54,18 +54,19 @@ class ShardQueue:
         """
         taken: set[tuple[str, int]] = set()
         for plan in self.own:
-            if self._is_missing(plan):
+            if self.is_missing(plan):
                 taken.add((plan.split, plan.shard))
                 yield plan
         while (other := self._other(taken)) is not None:
             taken.add((other.split, other.shard))
-            if self._is_missing(other):
+            if self.is_missing(other):
                 yield other
 
     def _owns(self, number: int) -> bool:
         return number % self.rank.world_size == self.rank.rank
 
-    def _is_missing(self, plan: ShardPlan) -> bool:
+    def is_missing(self, plan: ShardPlan) -> bool:
+        """Whether a shard is to be written; one that only lacks a sidecar gets it here."""
         return is_missing(self.out, self.manifest, plan.split, plan.shard, plan.sequences)
 
     def _missing(self) -> Iterator[tuple[int, ShardPlan]]:

@@ -205,7 +205,7 @@ def test_ranks_in_any_interleaving_take_every_missing_shard(
         def _missing(self):  # type: ignore[no-untyped-def]
             return ((n, p) for n, p in super()._missing() if (p.split, p.shard) not in state)
 
-        def _is_missing(self, plan):  # type: ignore[no-untyped-def]
+        def is_missing(self, plan):  # type: ignore[no-untyped-def]
             return (plan.split, plan.shard) not in state
 
     plain = ShardQueue(config.out, manifest, Rank())
