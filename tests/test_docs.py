@@ -10,10 +10,12 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from shards.keep import KEEP_METHODS
 from shards.schema import ALL_COLUMNS
 from shards.spec import BOS_MODES, DatasetSpec, Documents, Tokenizer, TrainingRun
+from tests.command_runs import COMMANDS
 from tests.strategies import example_row, make_spec, write_dataset
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -178,3 +180,26 @@ def test_every_bos_mode_is_in_the_docs():
 def test_the_table_of_costs_has_every_column_of_the_demo():
     encoding = (DOCS / "format.md").read_text().split("### What it costs")[1].split("\n## ")[0]
     assert set(keys_of_table(encoding)) == set(make_spec().columns)
+
+
+def test_the_session_of_the_readme_shows_the_table_that_inspect_shards_prints(folder):
+    page = (DOCS.parent / "README.md").read_text()
+    shown = page.split("$ inspect-shards dataset\n")[1].split("    ...\n")[0]
+    printed = CliRunner().invoke(COMMANDS["inspect-shards"], ["dataset"]).output
+    table = printed.split("\n\n")[0]
+    assert titles(shown) == titles(table)
+    assert len(titles(table)) > 5
+
+
+def titles(table):
+    """What the lines of a table are about, without the line of splits."""
+    return [re.split(" {2,}", line.strip())[0] for line in table.splitlines()[1:]]
+
+
+def test_the_commands_of_the_readme_have_only_options_that_exist():
+    page = (DOCS.parent / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    \$ ([\w-]+) (.*)$", page, re.MULTILINE)
+    assert {name for name, _ in commands} == {"dump-logits", "train-student", "inspect-shards"}
+    for name, words in commands:
+        known = {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
+        assert set(re.findall(r"(?<!\S)--[\w-]+", words)) <= known
