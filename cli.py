@@ -27,7 +27,7 @@ _PATH = click.Argument(["path"], type=path_type(), metavar="PATH")
 def dump_logits(config: DumpConfig, cluster: ClusterOptions, plan: PlanOptions) -> None:
     """Run a teacher over a corpus and write its compressed next-token distributions.
 
-    The same command again continues where it stopped.
+    Run the same command again to continue where it stopped.
     """
     from shards.process.allocator import keep_freed_tensors
 
@@ -51,7 +51,7 @@ def dump_logits(config: DumpConfig, cluster: ClusterOptions, plan: PlanOptions) 
 def report(options: ReportOptions, runs: tuple[Path, ...]) -> None:
     """Show how runs went, finished or not, on one page.
 
-    RUN is the folder that a train-student --out made.
+    RUN is the --out folder of a train-student command.
     """
     from student_train.report.page import write_report
 
@@ -61,9 +61,9 @@ def report(options: ReportOptions, runs: tuple[Path, ...]) -> None:
 
 @command("train-student", TrainConfig, others=[report])
 def train_student(config: TrainConfig) -> None:
-    """Train a student against a dataset of shards.
+    """Train a student on the teacher's distributions in one or several datasets.
 
-    The same command again continues from the last checkpoint.
+    Run the same command again to continue from the last checkpoint.
     """
     from shards.process.allocator import choose_arrow_pool
 
@@ -81,7 +81,10 @@ def train_student(config: TrainConfig) -> None:
 
 @command("inspect-shards", InspectOptions, arguments=[_PATH])
 def inspect_shards(options: InspectOptions, path: Path) -> None:
-    """Show what a dataset, or one shard of it, holds."""
+    """Show what a dataset holds, or check it.
+
+    PATH is the folder of a dataset, or one shard file.
+    """
     from shards import inspect
 
     if options.row is not None:

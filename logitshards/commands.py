@@ -194,7 +194,7 @@ def _common_options() -> list[click.Option]:
             expose_value=False,
             callback=_take_config,
             metavar="FILE",
-            help="YAML file of options by their names; the command line overrides it.",
+            help="YAML file with options by name; the command line overrides it.",
         ),
         click.Option(
             ["--debug"], is_flag=True, expose_value=False, help="Show a traceback with an error."

@@ -14,11 +14,12 @@ class PlanOptions:
     """Options of `dump-logits --plan`."""
 
     plan: bool = option(
-        "Measure briefly, print what the dump would cost, write nothing.", default=False
+        "Measure briefly and print what the dump would cost, without writing anything.",
+        default=False,
     )
     tokens: float | None = option(
-        "With --plan: tokens of the whole corpus, such as 1e12, if --corpus is only a sample of "
-        "it.",
+        "With --plan: number of tokens of the whole corpus, such as 1e12, if --corpus is only a "
+        "sample of it.",
         default=None,
         metavar="TOKENS",
         shown_default="those of --corpus",
@@ -39,10 +40,10 @@ class InspectOptions:
         "Show this sequence, position by position.", default=None, metavar="NUMBER"
     )
     split: str | None = option(
-        "The split that --row is in.", default=None, choices=SPLITS, shown_default=SPLITS[0]
+        "Split of --row.", default=None, choices=SPLITS, shown_default=SPLITS[0]
     )
     verify: bool = option(
-        "Read and check everything; exit code 1 if a problem is found.", default=False
+        "Read and check everything; the exit code is 1 if there is a problem.", default=False
     )
     json: bool = option("Print one JSON object.", default=False)
 
@@ -59,7 +60,7 @@ class ReportOptions:
     """Options of `train-student report`."""
 
     out: Path = option(
-        "The page, a single file; an existing one is replaced.",
+        "Output file, one HTML page. An existing file is overwritten.",
         default=Path("report.html"),
         metavar="FILE",
     )

@@ -71,14 +71,16 @@ class Keep(ABC):
 
 def _logprob_step() -> float:
     step: float = option(
-        "Grid that log-probabilities are rounded to, nats.", default=1 / 16, metavar="NATS"
+        "Round stored log-probabilities to multiples of this many nats.",
+        default=1 / 16,
+        metavar="NATS",
     )
     return step
 
 
 def _temperature() -> float:
     temperature: float = option(
-        "Temperature of the distribution that is sampled. train-student has to use the same one.",
+        "Temperature of the distribution to sample from. train-student must use the same one.",
         default=1.0,
     )
     return temperature
@@ -101,9 +103,10 @@ class TopPK(Keep):
     needs_distribution: ClassVar[bool] = False
 
     top_p: float = option(
-        "Keep the smallest set of entries with this mass, --top-k of them at most.", default=0.95
+        "Keep the smallest set of entries that has this mass, at most --top-k of them.",
+        default=0.95,
     )
-    top_k: int = option("Keep at most this many entries of a position.", default=100)
+    top_k: int = option("Keep at most this many entries per position.", default=100)
     logprob_step: float = _logprob_step()
 
     def __post_init__(self) -> None:
@@ -151,8 +154,8 @@ class Threshold(Keep):
     is_sampled: ClassVar[bool] = True
 
     threshold: float = option(
-        "Keep every entry of at least this probability, sample the others. It is rounded so that "
-        "its logarithm is a multiple of --logprob-step.",
+        "Keep every entry with at least this probability, and sample the others. The command "
+        "rounds the value so that its logarithm is a multiple of --logprob-step.",
         default=0.05,
     )
     temperature: float = _temperature()

@@ -33,18 +33,18 @@ class TrainConfig:
         "Folder of a dataset that dump-logits made. Repeatable.", metavar="FOLDER"
     )
     weights: Sequence[float] = option(
-        "Share of the batch lines that each dataset gives, such as 0.7,0.3. One per --shards, in "
-        "the same order.",
+        "Share of each dataset in the training data, such as 0.7,0.3. One per --shards, in the "
+        "same order.",
         default=(),
         metavar="LIST",
         shown_default="in proportion to the sizes",
     )
     student: str = option(
-        f"Preset ({', '.join(PRESETS)}), Hugging Face config.json, or model folder to continue "
-        "training.",
+        f"Preset ({', '.join(PRESETS)}), Hugging Face config.json, or folder of a model to "
+        "train further.",
         metavar="MODEL",
     )
-    out: Path = option("Folder of the run.", metavar="FOLDER")
+    out: Path = option("Output folder of the run.", metavar="FOLDER")
     tokens: int = option(
         "Labelled positions to train on; larger values repeat the dataset.", metavar="TOKENS"
     )
@@ -54,13 +54,14 @@ class TrainConfig:
         choices=("kld", "nll", "mse"),
     )
     tail: str = option(
-        "What to do with the mass that was not kept. renormalize: leave it out. bucket: make it "
-        "one more class.",
+        "What to do with the mass that was not kept. renormalize: ignore it. bucket: make it one "
+        "more class.",
         default="renormalize",
         choices=("renormalize", "bucket"),
     )
     alpha: float = option(
-        "Weight of distillation; plain language modelling has 1 - alpha.", default=0.9
+        "Weight of the distillation loss; the language modelling loss has weight 1 - alpha.",
+        default=0.9,
     )
     alpha_schedule: str = option(
         "How alpha changes over the run; --alpha sets the maximum.",
@@ -69,37 +70,38 @@ class TrainConfig:
     )
     temperature: float = option("Temperature of the teacher's targets.", default=1.0)
     student_temperature: float = option(
-        "Temperature of the student's softmax in distillation. The distillation loss is "
-        "multiplied by its square.",
+        "Temperature of the student's softmax in the distillation loss, which is then multiplied "
+        "by the square of this value.",
         default=1.0,
     )
     adaptive_temperature: str | None = option(
-        "How --temperature, or the weight of distillation, follows the position "
-        "(docs/training.md).",
+        "Strategy that sets the teacher's temperature, or the weight of distillation, for each "
+        "position (docs/training.md).",
         default=None,
         choices=("normkd", "wttm", "adakd-sd", "adakd-h"),
         shown_default="the same everywhere",
     )
     batch_tokens: int = option(
-        "Labelled positions of one optimizer step.", default=1 << 19, metavar="TOKENS"
+        "Labelled positions per optimizer step.", default=1 << 19, metavar="TOKENS"
     )
     micro_batch_sequences: int = option("Sequences on the device at once.", default=8)
     learning_rate: float | None = option(
-        "Highest learning rate of the run.", default=None, shown_default="the preset's own"
+        "Maximum learning rate of the run.", default=None, shown_default="the preset's own"
     )
     lr_schedule: str = option(
         "How the learning rate changes over the run.", default="wsd", choices=LR_SCHEDULES
     )
     warmup_fraction: float = option(
-        "Part of the run in which the learning rate rises; alpha too with --alpha-schedule wsd.",
+        "Fraction of the run in which the learning rate rises; alpha too, with --alpha-schedule "
+        "wsd.",
         default=0.02,
         metavar="FRACTION",
     )
     decay_fraction: float = option(
-        "Part of the run in which the wsd schedules fall.", default=0.2, metavar="FRACTION"
+        "Fraction of the run in which the wsd schedules fall.", default=0.2, metavar="FRACTION"
     )
     min_learning_rate_ratio: float = option(
-        "Learning rate at the end of the run, as a fraction of the highest.",
+        "Learning rate at the end of the run, as a fraction of the maximum.",
         default=0.1,
         metavar="FRACTION",
     )
@@ -107,7 +109,7 @@ class TrainConfig:
     beta2: float = option("AdamW beta2.", default=0.95)
     weight_decay: float = option("Weight decay, matrices only.", default=0.1)
     gradient_clip: float = option(
-        "Largest norm of the gradient; 0 does not clip.", default=1.0, metavar="NORM"
+        "Maximum norm of the gradient; 0 turns clipping off.", default=1.0, metavar="NORM"
     )
     save_every: int | None = option(
         "Steps between checkpoints.",
@@ -122,29 +124,29 @@ class TrainConfig:
         shown_default="only at the end",
     )
     eval_shards: Path | None = option(
-        "Dataset whose validation split is used.",
+        "Dataset whose validation split the student is evaluated on.",
         default=None,
         metavar="FOLDER",
         shown_default="the first --shards",
     )
     eval_tasks: Sequence[str] = option(
-        "Tasks of lm-evaluation-harness to run on the result: names or YAML files, with commas "
-        "between them.",
+        "Comma-separated tasks of lm-evaluation-harness to run on the finished student: names or "
+        "YAML files.",
         default=(),
         metavar="LIST",
         shown_default="none",
     )
     seed: int = option(
-        "Seed of the student's first weights and of the order of sequences.", default=0
+        "Seed of the student's initial weights and of the order of sequences.", default=0
     )
     dtype: str = option(
-        "Dtype that the student runs in; its weights stay in float32.",
+        "Dtype in which the student runs; its weights stay in float32.",
         default="bfloat16",
         choices=("bfloat16", "float32"),
     )
     compile: bool = option("Compile the student's blocks with torch.compile.", default=False)
     gradient_checkpointing: bool = option(
-        "Compute the activations of the blocks twice instead of keeping them.", default=False
+        "Recompute the activations of the blocks instead of keeping them.", default=False
     )
 
     def __post_init__(self) -> None:

@@ -27,11 +27,11 @@ class DumpConfig:
     """Options of `dump-logits`, one field each; OptionError for values that cannot be meant."""
 
     teacher: str | None = option(
-        "Model folder, or a name on the Hugging Face hub.", default=None, metavar="MODEL"
+        "Model folder, or name of a model on the Hugging Face hub.", default=None, metavar="MODEL"
     )
     teacher_revision: str | None = option("Revision of a hub model.", default=None)
     tokenizer: str | None = option(
-        "Folder or hub name of a tokenizer, for --keep tokens, which needs no --teacher.",
+        "Folder or hub name of a tokenizer. Only for --keep tokens, which needs no --teacher.",
         default=None,
         metavar="FOLDER",
     )
@@ -39,38 +39,41 @@ class DumpConfig:
         "Run the Python code that comes with the teacher.", default=False
     )
     corpus: Sequence[Path] = option(
-        "File, folder or pattern. Text: JSON lines (.gz, .zst, .bz2, .xz), .parquet, .arrow, .txt, "
-        ".md. Tokens: .npy, .bin (flat or Megatron-LM's), .parquet, .arrow. Repeatable.",
+        "File, folder or pattern to read. Text: JSON lines (.gz, .zst, .bz2, .xz), .parquet, "
+        ".arrow, .txt, .md. Tokens: .npy, .bin (flat or Megatron-LM's), .parquet, .arrow. "
+        "Repeatable.",
         metavar="PATH",
     )
     weights: Sequence[float] = option(
-        "How often to take the documents of each --corpus, such as 2,0.5: twice, and about half of "
-        "them. One per --corpus, in the same order.",
+        "How often to take the documents of each --corpus. For example, 2,0.5 takes those of the "
+        "first twice, and about half of the second. One per --corpus, in the same order.",
         default=(),
         shown_default="1 for each",
     )
-    out: Path = option("Folder of the dataset.", metavar="FOLDER")
+    out: Path = option("Output folder of the dataset.", metavar="FOLDER")
     sequence_length: int = option(
-        "Tokens that the teacher reads at once.", default=2048, metavar="TOKENS"
+        "Length of a sequence: how many tokens the teacher reads at once.",
+        default=2048,
+        metavar="TOKENS",
     )
     keep: Keep = option(
         "What to keep of the teacher's distribution at each position (docs/keep-methods.md). "
-        "tokens: nothing, the dataset has no teacher.",
+        "tokens keeps nothing and needs no teacher.",
         default=TopPK(),
     )
     held_out: float = option(
         "Fraction of documents for the validation split.", default=0.01, metavar="FRACTION"
     )
     engine: str = option(
-        "What runs the teacher (docs/engines.md).", default="vllm", choices=tuple(ENGINES)
+        "Engine that runs the teacher (docs/engines.md).", default="vllm", choices=tuple(ENGINES)
     )
     engine_arg: Mapping[str, object] = option(
-        "Argument of vLLM, such as max_num_batched_tokens=8192. Repeatable.",
+        "Argument for vLLM, such as max_num_batched_tokens=8192. Repeatable.",
         default_factory=dict,
         metavar="KEY=VALUE",
     )
     dtype: str = option(
-        "Dtype that the teacher runs in; auto is bfloat16, whatever its files hold.",
+        "Dtype in which the teacher runs. auto: bfloat16, whatever dtype its files have.",
         default="auto",
         choices=("auto", "bfloat16", "float32"),
     )
@@ -78,50 +81,52 @@ class DumpConfig:
         "Key or column of the text in JSON lines, Parquet and Arrow.", default="text"
     )
     token_key: str | None = option(
-        "Column of token lists in Parquet and Arrow, instead of text.", default=None
+        "Column of token id lists in Parquet and Arrow, to read instead of text.", default=None
     )
     mask_key: str | None = option(
         "Column that says which tokens count as labels: lists of booleans, or of 0 and 1.",
         default=None,
     )
     token_dtype: str | None = option(
-        "Type of the tokens in a flat .bin.",
+        "Integer type of the token ids in a flat .bin file.",
         default=None,
         choices=("uint16", "uint32", "int32", "int64"),
         shown_default="the narrowest that fits the vocabulary",
     )
     documents: str = option(
-        "joined: sequences go on over the ends of documents. separate: each document has its own.",
+        "joined: sequences continue across the ends of documents. separate: each sequence comes "
+        "from one document.",
         default="joined",
         choices=("joined", "separate"),
     )
     bos: str = option(
-        "Where to put the beginning-of-sequence token. auto: before each sequence and each "
+        "Where to insert the beginning-of-sequence token. auto: before each sequence and each "
         "document if the tokenizer adds it by itself, else nowhere.",
         default=BOS_AUTO,
         choices=(BOS_AUTO, *BOS_MODES),
     )
     eos: bool = option(
-        "Close each document with the end-of-document token, unless it ends with it already.",
+        "End each document with the end-of-document token, unless it already has it.",
         default=True,
     )
     eos_token: str | None = option(
-        "The token that closes documents, such as <|endoftext|>.",
+        "Token that ends each document, such as <|endoftext|>.",
         default=None,
         metavar="TOKEN",
         shown_default="the tokenizer's own",
     )
     sequences_per_shard: int | None = option(
-        "Sequences of a shard; a kill loses at most the shards that are being written.",
+        "Sequences per shard. A kill loses at most the shards that are being written.",
         default=None,
         shown_default="about 2 million tokens",
     )
     max_tokens: int | None = option(
-        "Labelled positions of both splits together; a larger value extends a dataset.",
+        "Maximum number of labelled positions in both splits together. A larger value extends an "
+        "existing dataset.",
         default=None,
         shown_default="the whole corpus",
     )
-    seed: int = option("Seed of the held-out documents and of sampling.", default=0)
+    seed: int = option("Seed for choosing held-out documents and for sampling.", default=0)
 
     def __post_init__(self) -> None:
         check_choices(self)
