@@ -1,51 +1,86 @@
 """Which shards of a dataset are there, from names alone.
 
-One listing of a split's folder answers for any number of shards: a shard counts if its sidecar is
-there. Only a split's last shard can be there and be too short, and only its sidecar is read:
-extending a dataset removes a short shard that stops being the last (`continuing.py`).
+One listing of a split's folder answers for any number of shards (`listing.py`): a shard counts if
+its sidecar is there. Only a split's last shard can be there and be too short, and only its sidecar
+is read: extending a dataset removes a short shard that stops being the last (`continuing.py`).
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from shards.files.durable import sync_folder
 from shards.footer import Footer
+from shards.layout import Layout
+from shards.listing import list_shards
 from shards.manifest import Manifest
 from shards.publication import adopt, check_not_alone
+from shards.row_group import Int64Array
 from shards.sidecar import Sidecar, sidecar_path
 from shards.writer import shard_name
 
 
-def missing_shards(path: Path, manifest: Manifest, split: str) -> list[tuple[int, range]]:
-    """The shards of a split that do not count yet, ascending: number and sequences of each.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SomeShards:
+    """Some shards of a split that has `num_sequences`: the number and the sequences of each.
+
+    Memory holds only `numbers` [S] int64; iteration makes one range after another.
+    """
+
+    numbers: Int64Array
+    layout: Layout
+    num_sequences: int
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[tuple[int, range]]:
+        for shard in map(int, self.numbers):
+            yield shard, self.layout.shard_range(shard, self.num_sequences)
+
+    def without(self, shards: Collection[int]) -> SomeShards:
+        """All but these."""
+        return replace(self, numbers=np.setdiff1d(self.numbers, list(shards)))
+
+    def owned_by(self, rank: int, world_size: int, first: int) -> SomeShards:
+        """Those whose number, counted from `first`, is `rank` modulo `world_size`."""
+        return replace(self, numbers=self.numbers[(self.numbers + first) % world_size == rank])
+
+    def runs(self) -> Iterator[range]:
+        """The sequences of all these shards, one range for shards that follow each other."""
+        ends = np.flatnonzero(np.diff(self.numbers, append=-1) != 1)
+        start = 0
+        for end in map(int, ends):
+            first, last = (
+                self.layout.shard_range(int(self.numbers[i]), self.num_sequences)
+                for i in (start, end)
+            )
+            yield range(first.start, last.stop)
+            start = end + 1
+
+
+def missing_shards(path: Path, manifest: Manifest, split: str) -> SomeShards:
+    """The shards of a split that do not count yet, ascending.
 
     ShardCorruptError if the last shard's sidecar is damaged.
     """
-    layout = manifest.spec.layout
-    num_sequences = manifest.splits[split].sequences
-    folder = path / split
-    names = set(os.listdir(folder)) if folder.is_dir() else set()
-    missing = []
-    for shard in range(layout.num_shards(num_sequences)):
-        sequences = layout.shard_range(shard, num_sequences)
-        parquet = folder / shard_name(shard)
-        there = {parquet.name, sidecar_path(parquet).name} <= names
-        if there and sequences.stop == num_sequences:
-            there = Sidecar.read(sidecar_path(parquet)).sequences == len(sequences)
-        if not there:
-            missing.append((shard, sequences))
+    missing, _ = _find_missing(path, manifest, split)
     return missing
 
 
-def shards_to_write(path: Path, manifest: Manifest, split: str) -> list[tuple[int, range]]:
+def shards_to_write(path: Path, manifest: Manifest, split: str) -> SomeShards:
     """The missing shards, after those that only lack a sidecar got one. Raises as `is_missing`."""
-    return [
-        (shard, sequences)
-        for shard, sequences in missing_shards(path, manifest, split)
-        if is_missing(path, manifest, split, shard, sequences)
+    missing, begun = _find_missing(path, manifest, split)
+    adopted = [
+        shard
+        for shard, sequences in begun
+        if not is_missing(path, manifest, split, shard, sequences)
     ]
+    return missing.without(adopted)
 
 
 def is_missing(path: Path, manifest: Manifest, split: str, shard: int, sequences: range) -> bool:
@@ -60,6 +95,24 @@ def is_missing(path: Path, manifest: Manifest, split: str, shard: int, sequences
         return True
     adopt(parquet, Footer(spec=manifest.spec, split=split, shard=shard), len(sequences))
     return False
+
+
+def _find_missing(path: Path, manifest: Manifest, split: str) -> tuple[SomeShards, SomeShards]:
+    """The shards that do not count, and those among them that have a file."""
+    layout, num_sequences = manifest.spec.layout, manifest.splits[split].sequences
+    num_shards = layout.num_shards(num_sequences)
+    parquet, sidecars = list_shards(path / split, num_shards)
+    counts = parquet & sidecars
+    if counts[-1:].any():
+        last = num_shards - 1
+        sidecar = Sidecar.read(sidecar_path(path / split / shard_name(last)))
+        counts[last] = sidecar.sequences == len(layout.shard_range(last, num_sequences))
+    begun = ~counts & (parquet | sidecars)
+    missing, with_file = (
+        SomeShards(numbers=np.flatnonzero(some), layout=layout, num_sequences=num_sequences)
+        for some in (~counts, begun)
+    )
+    return missing, with_file
 
 
 def remove_shard(path: Path, split: str, shard: int) -> None:

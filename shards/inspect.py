@@ -7,9 +7,13 @@ that is not complete yet can be looked at. Means are exact, sums over sums.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from shards.completeness import missing_shards
 from shards.dataset import Dataset, Split
@@ -41,17 +45,12 @@ def describe(path: Path) -> dict[str, Any]:
         with ShardReader(path) as reader:
             place = {"split": reader.sidecar.split, "shard": reader.sidecar.shard}
             spec = reader.spec
-        return {**_figures([path]), **place, "missing_shards": 0, "spec": spec.to_json()}
+        return {**_Sums.of_shard(path).figures(), **place, "spec": spec.to_json()}
     manifest = load_manifest(path)
-    missing = {name: _missing(path, manifest, name) for name in manifest.splits}
-    shards = {name: _present(path, manifest, name, missing[name]) for name in manifest.splits}
+    sums = {name: _Sums.of_split(path, manifest, name) for name in manifest.splits}
     return {
-        **_figures(shard for paths in shards.values() for shard in paths),
-        "missing_shards": sum(len(numbers) for numbers in missing.values()),
-        "splits": {
-            name: {**_figures(paths), "missing_shards": len(missing[name])}
-            for name, paths in shards.items()
-        },
+        **sum(sums.values(), _Sums()).figures(),
+        "splits": {name: one.figures() for name, one in sums.items()},
         "spec": manifest.spec.to_json(),
         "recorded": list(manifest.recorded),
     }
@@ -70,15 +69,14 @@ def verify(path: Path) -> list[str]:
         lambda folder: check_content(folder, manifest.spec.tokenizer.sha256), path
     )
     for name, size in manifest.splits.items():
-        try:
-            numbers = _missing(path, manifest, name)
-        except ShardError:  # of a shard that is there: it is found again with the others
-            numbers = set()
-        if numbers:
-            problems.append(f"{path}: {len(numbers)} shards of split {name} are missing")
-        num_shards = manifest.spec.layout.num_shards(size.sequences)
+        shards: Iterable[int] = range(manifest.spec.layout.num_shards(size.sequences))
+        # ShardError: the last shard is damaged, and is found again with the others.
+        with suppress(ShardError):
+            shards, missing = _present(path, manifest, name)
+            if missing:
+                problems.append(f"{path}: {missing} shards of split {name} are missing")
         with Split(path / name, size, manifest.spec) as split:
-            for shard in sorted(set(range(num_shards)) - numbers):
+            for shard in shards:
                 problems += _problem(split.verify_shard, shard)
     return problems
 
@@ -115,38 +113,62 @@ def _problem(check: Callable[[_Checked], None], what: _Checked) -> list[str]:
     return []
 
 
-def _missing(path: Path, manifest: Manifest, split: str) -> set[int]:
-    return {shard for shard, _ in missing_shards(path, manifest, split)}
+def _present(path: Path, manifest: Manifest, split: str) -> tuple[Iterator[int], int]:
+    """The shards of a split that count, ascending, and how many do not."""
+    missing = missing_shards(path, manifest, split)
+    is_present = np.ones(manifest.spec.layout.num_shards(missing.num_sequences), np.bool_)
+    is_present[missing.numbers] = False
+    return map(int, np.flatnonzero(is_present)), len(missing)
 
 
-def _present(path: Path, manifest: Manifest, split: str, missing: set[int]) -> list[Path]:
-    num_shards = manifest.spec.layout.num_shards(manifest.splits[split].sequences)
-    return [path / split / shard_name(i) for i in range(num_shards) if i not in missing]
+@dataclass(frozen=True)
+class _Sums:
+    """What can be added up over shards: `bytes` of files, `columns` of them in pages."""
 
+    totals: Totals = field(default_factory=Totals)
+    bytes: int = 0
+    columns: Counter[str] = field(default_factory=Counter)
+    missing_shards: int = 0
 
-def _figures(shards: Iterable[Path]) -> dict[str, Any]:
-    """Counts over these shards and means per labelled position (None if there is none)."""
-    totals = Totals()
-    num_bytes = 0
-    columns: Counter[str] = Counter()
-    for path in shards:
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.totals + other.totals,
+            self.bytes + other.bytes,
+            self.columns + other.columns,
+            self.missing_shards + other.missing_shards,
+        )
+
+    @classmethod
+    def of_shard(cls, path: Path) -> _Sums:
+        """Of one file."""
         with ShardReader(path) as reader:
-            totals += reader.sidecar.totals
-            num_bytes += reader.sidecar.bytes
-            columns.update(reader.column_bytes())
+            sidecar = reader.sidecar
+            return cls(sidecar.totals, sidecar.bytes, Counter(reader.column_bytes()))
 
-    def per_token(amount: float | None) -> float | None:
-        return None if amount is None or not totals.tokens else amount / totals.tokens
+    @classmethod
+    def of_split(cls, path: Path, manifest: Manifest, split: str) -> _Sums:
+        """Of the shards that a split has."""
+        present, missing = _present(path, manifest, split)
+        shards = (cls.of_shard(path / split / shard_name(shard)) for shard in present)
+        return sum(shards, cls(missing_shards=missing))
 
-    return {
-        "sequences": totals.sequences,
-        "tokens": totals.tokens,
-        "entries": totals.entries,
-        "bytes": num_bytes,
-        "teacher_cross_entropy": per_token(totals.teacher_nll),
-        "teacher_entropy": per_token(totals.teacher_entropy),
-        "entries_per_token": per_token(totals.entries),
-        "kept_mass": per_token(totals.kept_mass),
-        "bytes_per_token": per_token(num_bytes),
-        "columns": {name: per_token(size) for name, size in columns.items()},
-    }
+    def figures(self) -> dict[str, Any]:
+        """Counts, and means per labelled position (None if there is none)."""
+        totals = self.totals
+
+        def per_token(amount: float | None) -> float | None:
+            return None if amount is None or not totals.tokens else amount / totals.tokens
+
+        return {
+            "sequences": totals.sequences,
+            "tokens": totals.tokens,
+            "entries": totals.entries,
+            "bytes": self.bytes,
+            "teacher_cross_entropy": per_token(totals.teacher_nll),
+            "teacher_entropy": per_token(totals.teacher_entropy),
+            "entries_per_token": per_token(totals.entries),
+            "kept_mass": per_token(totals.kept_mass),
+            "bytes_per_token": per_token(self.bytes),
+            "columns": {name: per_token(size) for name, size in self.columns.items()},
+            "missing_shards": self.missing_shards,
+        }

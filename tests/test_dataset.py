@@ -81,8 +81,8 @@ def test_a_new_folder_gets_a_manifest_and_lacks_every_shard(tmp_path):
     assert manifest.splits == sizes(train=10, validation=0)
     assert manifest.recorded == ({"engine": "a"},)
     expected = [(0, range(4)), (1, range(4, 8)), (2, range(8, 10))]
-    assert missing_shards(tmp_path / "a" / "b", manifest, "train") == expected
-    assert missing_shards(tmp_path / "a" / "b", manifest, "validation") == []
+    assert list(missing_shards(tmp_path / "a" / "b", manifest, "train")) == expected
+    assert list(missing_shards(tmp_path / "a" / "b", manifest, "validation")) == []
 
 
 def test_what_was_written_is_what_a_dataset_gives_back(path):
@@ -224,7 +224,7 @@ def test_a_shard_without_a_sidecar_gets_one_and_is_not_written_again(path):
     before, inode = sidecar.read_bytes(), parquet.stat().st_ino
     sidecar.unlink()
     assert missing(path) == [1]
-    assert shards_to_write(path, load_manifest(path), "train") == []
+    assert list(shards_to_write(path, load_manifest(path), "train")) == []
     assert sidecar.read_bytes() == before
     assert parquet.stat().st_ino == inode
     with Dataset.open(path).split("train") as split:
