@@ -71,7 +71,7 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
     from benchmarks.teacher_inputs import engine_options
     from shards.keep import KEEP_METHODS
     from shards.layout import Layout
-    from teacher_dump.collector import ShardCollector, ShardPlan
+    from teacher_dump.collector import ShardCollector
     from teacher_dump.config import DumpConfig
     from teacher_dump.engines import vllm_logprobs_engine
     from teacher_dump.engines.head import block_rows
@@ -118,9 +118,9 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
             sequences_per_shard=len(sequences),
             sequences_per_row_group=max(1, len(sequences) // 8),
         )
-        plan = ShardPlan(split="train", shard=0, sequences=range(len(sequences)))
         with ShardCollector(
             out / f"round-{next(rounds)}",
+            {"train": len(sequences)},
             spec=example_spec(
                 keep=keep,
                 layout=layout,
@@ -130,7 +130,6 @@ def _pass(mode: str, teacher: Path, length: int, out: Path) -> Callable[[list[An
             ),
             on_shard=lambda sidecar: None,
         ) as collector:
-            collector.expect(plan)
             add = frontend.of(collector.add)
             for sequence, selected in engine.score(sequences):
                 add("train", to_row(sequence, selected, keep.logprob_step))

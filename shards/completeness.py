@@ -40,7 +40,11 @@ class SomeShards:
 
     def __iter__(self) -> Iterator[tuple[int, range]]:
         for shard in map(int, self.numbers):
-            yield shard, self.layout.shard_range(shard, self.num_sequences)
+            yield shard, self.sequences_of(shard)
+
+    def sequences_of(self, shard: int) -> range:
+        """The sequences of a shard."""
+        return self.layout.shard_range(shard, self.num_sequences)
 
     def without(self, shards: Collection[int]) -> SomeShards:
         """All but these."""

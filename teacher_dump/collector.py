@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class ShardPlan:
 
 @dataclass
 class _Open:
-    """An expected shard: the rows that wait, and the first sequence of its next row group."""
+    """A shard that has rows: those that wait, and the first sequence of its next row group."""
 
     plan: ShardPlan
     next_sequence: int
@@ -39,31 +39,35 @@ class _Open:
 
 
 class ShardCollector:
-    """Takes rows of expected shards in any order. A context manager that stops its thread.
+    """Takes the rows of whole shards in any order. A context manager that stops its thread.
 
-    `on_shard` is called in the writer thread with every published sidecar.
+    `num_sequences` is the size of each complete split. `on_shard` is called in the writer thread
+    with every published sidecar.
     """
 
     def __init__(
         self,
         out: Path,
+        num_sequences: Mapping[str, int],
         *,
         spec: DatasetSpec,
         on_shard: Callable[[Sidecar], None],
     ) -> None:
-        self._per_shard = spec.layout.sequences_per_shard
+        self._layout, self._num_sequences = spec.layout, num_sequences
         self._per_group = spec.layout.sequences_per_row_group
         self._writer = _BackgroundWriter(out, spec, on_shard)
         self._open: dict[tuple[str, int], _Open] = {}
 
-    def expect(self, plan: ShardPlan) -> None:
-        """Expect the rows of a shard; to be called before the first of them comes."""
-        self._open[plan.split, plan.shard] = _Open(plan, plan.sequences.start)
-
     def add(self, split: str, row: Row) -> None:
         """Take one row; raises what the writer thread has failed with since the last call."""
-        key = (split, row.sequence // self._per_shard)
-        opened = self._open[key]
+        shard, _, _ = self._layout.locate(row.sequence)
+        key = (split, shard)
+        opened = self._open.get(key)
+        if opened is None:
+            sequences = self._layout.shard_range(shard, self._num_sequences[split])
+            plan = ShardPlan(split=split, shard=shard, sequences=sequences)
+            opened = _Open(plan, sequences.start)
+            self._open[key] = opened
         opened.waiting[row.sequence] = row
         self._send_whole_groups(opened)
         if opened.next_sequence == opened.plan.sequences.stop:

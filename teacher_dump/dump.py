@@ -29,10 +29,17 @@ from teacher_dump.coordinate import (
 )
 from teacher_dump.devices import take_devices
 from teacher_dump.engines.interface import TeacherEngine
+from teacher_dump.pass_progress import PassProgress
 from teacher_dump.prepare import Prepared, prepare
 from teacher_dump.preparing import sign_of_life, wait_for
 from teacher_dump.ranks import ClusterOptions, Rank, find_rank
-from teacher_dump.shard_pass import DumpSummary, run_pass, start_and_probe
+from teacher_dump.shard_pass import (
+    DumpSummary,
+    expect_own,
+    expect_shards,
+    run_pass,
+    start_and_probe,
+)
 from teacher_dump.shard_queue import ShardQueue
 from teacher_dump.workers import check_ray, run_workers
 
@@ -126,9 +133,22 @@ def _alone(
                 started = ready.start_engine(config)
             else:
                 started, _ = start_and_probe(config, ready)
-        return run_pass(config, ready.tokenizer, queue.own, plans, planned, started)
+        progress = PassProgress()
+        expect_own(progress, queue, planned)
+        counted = _count_others(progress, queue, planned, plans)
+        return run_pass(config, ready.tokenizer, counted, planned, started, progress)
 
     return write
+
+
+def _count_others(
+    progress: PassProgress, queue: ShardQueue, planned: Planned, plans: Iterator[ShardPlan]
+) -> Iterator[ShardPlan]:
+    """The same plans; shards of other ranks are counted as they are taken."""
+    for plan in plans:
+        if not queue.owns(plan):
+            expect_shards(progress, planned, plan.split, plan.sequences)
+        yield plan
 
 
 def _write(config: DumpConfig, planned: Planned, rank: Rank, write: Write) -> DumpSummary:

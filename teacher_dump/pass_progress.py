@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from shards.process.progress import ProgressLine, count, duration
+from shards.row_group import Totals
 
 
 class PassProgress:
@@ -15,7 +16,8 @@ class PassProgress:
         self._started = time.monotonic()
         self._of_sequences = self._of_positions = 0
         self.sequences = self.positions = self.entries = 0
-        self.written_bytes = self.written_positions = 0
+        self.written = Totals()
+        self.written_bytes = self.written_shards = 0
 
     def expect(self, num_sequences: int, num_positions: int) -> None:
         """Count a shard that is to be written."""
@@ -34,10 +36,11 @@ class PassProgress:
         if self._line.due() and self.positions:
             self._line.show(self._text())
 
-    def wrote(self, positions: int, num_bytes: int) -> None:
-        """Count a published shard."""
-        self.written_positions += positions
+    def wrote(self, totals: Totals, num_bytes: int, num_shards: int = 1) -> None:
+        """Count published shards."""
+        self.written += totals
         self.written_bytes += num_bytes
+        self.written_shards += num_shards
 
     @property
     def seconds(self) -> float:
@@ -56,8 +59,8 @@ class PassProgress:
             f"{count(speed)} tokens/s",
             f"{self.entries / self.positions:.1f} entries/token",
         ]
-        if self.written_positions:
-            parts.append(f"{self.written_bytes / self.written_positions:.1f} bytes/token")
+        if self.written.tokens:
+            parts.append(f"{self.written_bytes / self.written.tokens:.1f} bytes/token")
         return ", ".join([*parts, *self._more(), f"{duration(left)} left"])
 
     def _more(self) -> list[str]:

@@ -74,9 +74,8 @@ class RayWorker:
         progress = _Reported(self._board)
         try:
             return run_pass(
-                self._config, self._tokenizer, [plan], iter([plan]), self._planned, self._engine,
-                progress,
-            )  # fmt: skip
+                self._config, self._tokenizer, [plan], self._planned, self._engine, progress
+            )
         except LogitshardsError as error:
             return Failure(text=_as_line(error), exit_code=error.exit_code)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
 from teacher_dump.pass_progress import PassProgress
 from teacher_dump.prepare import Prepared
+from teacher_dump.shard_queue import ShardQueue
 from teacher_dump.tokenizer import TeacherTokenizer
-from teacher_dump.tokens.sequences import SplitSequences
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,20 @@ class DumpSummary:
     missing: int = 0
     complete_before: bool = False
     prepared: bool = False
+
+    @classmethod
+    def of(cls, out: Path, progress: PassProgress) -> DumpSummary:
+        """The summary of a pass that has ended."""
+        return cls(
+            out=out,
+            sequences=progress.sequences,
+            positions=progress.positions,
+            tokens=progress.written.tokens,
+            entries=progress.written.entries,
+            bytes=progress.written_bytes,
+            shards=progress.written_shards,
+            seconds=progress.seconds,
+        )
 
     @property
     def tokens_per_s(self) -> float:
@@ -84,43 +98,45 @@ def start_and_probe(
     return engine, probe(config, ready, sample, engine)
 
 
+def expect_own(progress: PassProgress, queue: ShardQueue, planned: Planned) -> None:
+    """Count the shards that a rank owns, for the time left."""
+    for split, shards in queue.own.items():
+        for run in shards.runs():
+            expect_shards(progress, planned, split, run)
+
+
+def expect_shards(progress: PassProgress, planned: Planned, split: str, sequences: range) -> None:
+    """Count the sequences of neighbouring shards, for the time left."""
+    positions_of = planned.splits[split].positions_of
+    progress.expect(len(sequences), positions_of(sequences.stop) - positions_of(sequences.start))
+
+
 def run_pass(
     config: DumpConfig,
     tokenizer: TeacherTokenizer,
-    own: Sequence[ShardPlan],
-    plans: Iterator[ShardPlan],
+    plans: Iterable[ShardPlan],
     planned: Planned,
     engine: TeacherEngine | None,
-    progress: PassProgress | None = None,
+    progress: PassProgress,
 ) -> DumpSummary:
     """Write the shards of `plans`; without an engine, tokens alone.
 
-    `own` are those that are surely among them, for the time left. RunError for a disk or an engine
-    that fails; finished shards are kept.
+    RunError for a disk or an engine that fails; finished shards are kept.
     """
     spec, splits = planned.manifest.spec, planned.splits
-    published: list[Sidecar] = []
-    progress = progress or PassProgress()
-    expected = set()
-    for plan in own:
-        expected.add((plan.split, plan.shard))
-        progress.expect(len(plan.sequences), num_positions(plan, splits))
 
     def on_shard(sidecar: Sidecar) -> None:
-        published.append(sidecar)
-        progress.wrote(sidecar.tokens, sidecar.bytes)
+        progress.wrote(sidecar.totals, sidecar.bytes)
 
     def sequences() -> Iterator[TokenSequence]:
         for number, plan in enumerate(plans):
-            if number == 0:
-                _show(splits[plan.split][plan.sequences.start], tokenizer)
-            if (plan.split, plan.shard) not in expected:
-                progress.expect(len(plan.sequences), num_positions(plan, splits))
-            collector.expect(plan)
             split = splits[plan.split]
+            if number == 0:
+                _show(split[plan.sequences.start], tokenizer)
             yield from (split[sequence] for sequence in plan.sequences)
 
-    collector = ShardCollector(config.out, spec=spec, on_shard=on_shard)
+    sizes = {name: size.sequences for name, size in planned.manifest.splits.items()}
+    collector = ShardCollector(config.out, sizes, spec=spec, on_shard=on_shard)
     try:
         with collector:
             for split_name, row in _rows(sequences(), engine, spec):
@@ -132,22 +148,7 @@ def run_pass(
         raise RunError(f"{type(error).__name__}: {error}; finished shards are kept") from error
     finally:
         progress.finish()
-    return DumpSummary(
-        out=config.out,
-        sequences=progress.sequences,
-        positions=progress.positions,
-        tokens=sum(sidecar.tokens for sidecar in published),
-        entries=sum(sidecar.entries for sidecar in published),
-        bytes=sum(sidecar.bytes for sidecar in published),
-        shards=len(published),
-        seconds=progress.seconds,
-    )
-
-
-def num_positions(plan: ShardPlan, splits: Mapping[str, SplitSequences]) -> int:
-    """Labelled positions of a shard."""
-    split, numbers = splits[plan.split], plan.sequences
-    return split.positions_of(numbers.stop) - split.positions_of(numbers.start)
+    return DumpSummary.of(config.out, progress)
 
 
 def _rows(

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from shards.completeness import is_missing, missing_shards
+from shards.completeness import SomeShards, is_missing, missing_shards
 from shards.files.durable import is_temporary
 from shards.manifest import Manifest
-from shards.writer import shard_name
 from teacher_dump.collector import ShardPlan
 from teacher_dump.ranks import Rank
 
 # A writer adds a row group to its temporary file at least this often, unless it was killed.
 _WRITTEN_WITHIN_S = 900.0
+_TEMPORARY_SHARD = re.compile(r"\.shard-(\d+)\.parquet\.")
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,27 @@ class ShardQueue:
     rank: Rank
 
     @cached_property
-    def own(self) -> list[ShardPlan]:
-        """Before the first was taken: the missing shards that this rank owns, from the front."""
-        return [plan for number, plan in self._missing() if self._owns(number)]
+    def own(self) -> Mapping[str, SomeShards]:
+        """Before the first was taken: the missing shards that this rank owns, by split."""
+        return {
+            split: missing.owned_by(self.rank.rank, self.rank.world_size, first)
+            for split, missing, first in self._missing()
+        }
+
+    def owns(self, plan: ShardPlan) -> bool:
+        """Whether a shard is one of this rank's."""
+        first = self._first_numbers[plan.split]
+        return (first + plan.shard) % self.rank.world_size == self.rank.rank
 
     def num_missing(self) -> int:
         """Missing shards of other ranks; a rank alone leaves none."""
         if self.rank.world_size == 1:
             return 0
-        return sum(1 for _ in self._missing())
+        return sum(len(missing) for _, missing, _ in self._missing())
+
+    def is_missing(self, plan: ShardPlan) -> bool:
+        """Whether a shard is to be written; one that only lacks a sidecar gets it here."""
+        return is_missing(self.out, self.manifest, plan.split, plan.shard, plan.sequences)
 
     def __iter__(self) -> Iterator[ShardPlan]:
         """Every shard is missing at the moment in which it is taken.
@@ -53,53 +66,67 @@ class ShardQueue:
         sidecar without its Parquet file.
         """
         taken: set[tuple[str, int]] = set()
-        for plan in self.own:
-            if self.is_missing(plan):
-                taken.add((plan.split, plan.shard))
-                yield plan
+        for split, shards in self.own.items():
+            for shard, sequences in shards:
+                plan = ShardPlan(split=split, shard=shard, sequences=sequences)
+                if self.is_missing(plan):
+                    taken.add((split, shard))
+                    yield plan
         while (other := self._other(taken)) is not None:
             taken.add((other.split, other.shard))
             if self.is_missing(other):
                 yield other
 
-    def _owns(self, number: int) -> bool:
-        return number % self.rank.world_size == self.rank.rank
-
-    def is_missing(self, plan: ShardPlan) -> bool:
-        """Whether a shard is to be written; one that only lacks a sidecar gets it here."""
-        return is_missing(self.out, self.manifest, plan.split, plan.shard, plan.sequences)
-
-    def _missing(self) -> Iterator[tuple[int, ShardPlan]]:
-        """Missing shards, numbered over all splits."""
-        first = 0
+    @cached_property
+    def _first_numbers(self) -> Mapping[str, int]:
+        """The number of each split's first shard, counted over all splits."""
+        first, numbers = 0, {}
         for split, size in self.manifest.splits.items():
-            for shard, sequences in missing_shards(self.out, self.manifest, split):
-                yield first + shard, ShardPlan(split=split, shard=shard, sequences=sequences)
+            numbers[split] = first
             first += self.manifest.spec.layout.num_shards(size.sequences)
+        return numbers
+
+    def _missing(self) -> Iterator[tuple[str, SomeShards, int]]:
+        """Missing shards by split, and the number of the split's first shard."""
+        for split, first in self._first_numbers.items():
+            yield split, missing_shards(self.out, self.manifest, split), first
 
     def _other(self, taken: set[tuple[str, int]]) -> ShardPlan | None:
         """A missing shard to help with, None if there is none."""
         if self.rank.world_size == 1:
             return None
-        missing = [plan for _, plan in self._missing() if (plan.split, plan.shard) not in taken]
-        if not missing:
-            return None
         written = _being_written(self.out, list(self.manifest.splits))
-        free = [p for p in missing if (p.split, shard_name(p.shard)) not in written] or missing
+        missing = {
+            split: shards.without([shard for name, shard in taken if name == split])
+            for split, shards, _ in self._missing()
+        }
+        free = {
+            split: shards.without([shard for name, shard in written if name == split])
+            for split, shards in missing.items()
+        }
+        numbers = [
+            (split, int(shard))
+            for split, shards in (free if any(map(len, free.values())) else missing).items()
+            for shard in shards.numbers[-self.rank.world_size :]
+        ]
+        if not numbers:
+            return None
         # From the end, and not all helpers the same one.
-        return free[-1 - self.rank.rank % len(free)]
+        split, shard = numbers[-1 - self.rank.rank % len(numbers)]
+        return ShardPlan(split=split, shard=shard, sequences=missing[split].sequences_of(shard))
 
 
-def _being_written(out: Path, splits: list[str]) -> set[tuple[str, str]]:
-    """(split, name) of the shards of which a fresh temporary file is there."""
+def _being_written(out: Path, splits: list[str]) -> set[tuple[str, int]]:
+    """(split, number) of the shards of which a fresh temporary file is there."""
     now = time.time()
     found = set()
     for split in splits:
         with contextlib.suppress(FileNotFoundError), os.scandir(out / split) as entries:
             for entry in entries:
-                if not is_temporary(entry.name):
+                shard = _TEMPORARY_SHARD.match(entry.name)
+                if shard is None or not is_temporary(entry.name):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     if now - entry.stat().st_mtime < _WRITTEN_WITHIN_S:
-                        found.add((split, entry.name[1:].rsplit(".", 2)[0]))
+                        found.add((split, int(shard[1])))
     return found

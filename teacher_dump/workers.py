@@ -19,13 +19,14 @@ from typing import Any
 
 from shards.errors import InputError, RunError, one_line
 from shards.options import OptionError
+from shards.row_group import Totals
 from shards.writer import shard_name
 from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import Planned
 from teacher_dump.pass_progress import PassProgress
 from teacher_dump.ray_worker import Board, Failure, RayWorker
-from teacher_dump.shard_pass import DumpSummary, num_positions
+from teacher_dump.shard_pass import DumpSummary, expect_own
 from teacher_dump.shard_queue import ShardQueue
 
 logger = logging.getLogger(__name__)
@@ -130,16 +131,16 @@ class _Head:
         self._plans = plans
         self._again: deque[ShardPlan] = deque()
         self._exhausted = False
-        self._num_workers = min(num_workers, max(1, len(queue.own)))
+        self._done: list[tuple[int, int, int]] = []
+        num_shards = sum(map(len, queue.own.values()))
+        self._num_workers = max(1, min(num_workers, num_shards))
         self._cores_of = self._num_workers if is_local and not gpus else None
         self._actor = ray.remote(num_cpus=1, num_gpus=gpus)(RayWorker)
         self._board = ray.remote(num_cpus=0)(Board).remote()
         self._jobs: dict[Any, _Job] = {}
         self._losses: Counter[tuple[str, int] | None] = Counter()
-        self._summaries: list[DumpSummary] = []
         self._progress = _ClusterProgress(self._num_workers)
-        for plan in queue.own:
-            self._progress.expect(len(plan.sequences), num_positions(plan, planned.splits))
+        expect_own(self._progress, queue, planned)
 
     def run(self) -> DumpSummary:
         try:
@@ -154,17 +155,9 @@ class _Head:
             self._progress.finish()
             for job in self._jobs.values():
                 self._ray.kill(job.worker)
-        parts = self._summaries
-        return DumpSummary(
-            out=self._config.out,
-            sequences=sum(part.sequences for part in parts),
-            positions=sum(part.positions for part in parts),
-            tokens=sum(part.tokens for part in parts),
-            entries=sum(part.entries for part in parts),
-            bytes=sum(part.bytes for part in parts),
-            shards=sum(part.shards for part in parts),
-            seconds=self._progress.seconds,
-        )
+        # What lost workers scored and did not publish is not in the summary.
+        self._progress.set(*(sum(numbers) for numbers in zip(*self._done, strict=True)))
+        return DumpSummary.of(self._config.out, self._progress)
 
     def _is_done(self) -> bool:
         """Whether nothing is left to hand out and nothing is being written."""
@@ -189,8 +182,9 @@ class _Head:
         if found is None:
             self._progress.started()
         else:
-            self._summaries.append(found)
-            self._progress.wrote(found.tokens, found.bytes)
+            totals = Totals(tokens=found.tokens, entries=found.entries)
+            self._progress.wrote(totals, found.bytes, found.shards)
+            self._done.append((found.sequences, found.positions, found.entries))
         plan = self._next()
         if plan is None:
             self._ray.kill(job.worker)
