@@ -11,11 +11,11 @@ import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self, overload
+from typing import overload
 
 from logitshards.row import Row
 from shards import dataset as stored
+from shards.closing import Closing
 from shards.manifest import SplitSize
 from shards.row_group import RowGroup
 from shards.spec import DatasetSpec
@@ -62,7 +62,7 @@ class Rows(Sequence[Row]):
         return f"<Rows: {len(self):,} sequences of {self._split!r}>"
 
 
-class Split(Sequence[Row]):
+class Split(Sequence[Row], Closing):
     """The sequences of one split; a context manager that closes.
 
     `split[i]` is a `Row`, also for a negative i; `split[a:b:c]` is a view that reads nothing yet.
@@ -117,17 +117,6 @@ class Split(Sequence[Row]):
         self._last = None
         self._split.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _row_group(self, g: int) -> RowGroup:
         """Row group g of the split, from memory if it was the last one read."""
         if self._last is None or self._last[0] != g:
@@ -136,7 +125,7 @@ class Split(Sequence[Row]):
         return self._last[1]
 
 
-class Dataset(Mapping[str, Split]):
+class Dataset(Mapping[str, Split], Closing):
     """A complete dataset: a mapping of the names of its splits to their sequences.
 
     `dataset["train"]` is the same `Split` each time; KeyError for a name that is not there. A
@@ -192,14 +181,3 @@ class Dataset(Mapping[str, Split]):
         """Close the files of all splits. Rows that were read stay valid."""
         for split in self._open.values():
             split.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

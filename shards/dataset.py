@@ -12,9 +12,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from shards.closing import Closing
 from shards.completeness import missing_shards
 from shards.errors import IdentityMismatchError, ShardCorruptError, ShardError
 from shards.manifest import Manifest, SplitSize, load_manifest
@@ -73,7 +72,7 @@ class Dataset:
         return Split(self.path / name, self.manifest.splits[name], self.spec)
 
 
-class Split:
+class Split(Closing):
     """The sequences of one split, 0 to num_sequences - 1; a context manager that closes.
 
     Not for use by several threads at once: give each a split of its own.
@@ -154,17 +153,6 @@ class Split:
         """Close all readers; the next read opens them again."""
         while self._readers:
             self._readers.popitem()[1].close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _reader(self, shard: int) -> ShardReader:
         """The shard's reader, kept open until it is the least recently used of too many."""

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +24,7 @@ import pyarrow.parquet as pq
 
 from shards.arrow import from_table
 from shards.checks import problem_with_values
+from shards.closing import Closing
 from shards.errors import ShardCorruptError, ShardError, one_line
 from shards.files.checksums import chunk_crc32, file_sha256, footer_sha256
 from shards.footer import Footer
@@ -38,7 +37,7 @@ from shards.spec import DatasetSpec
 __all__ = ["RowGroup", "ShardReader", "verify_shard"]
 
 
-class ShardReader:
+class ShardReader(Closing):
     """Reads one shard, which must have its sidecar; a context manager that closes.
 
     ShardError without a sidecar, ShardCorruptError if the files are damaged or do not belong
@@ -150,17 +149,6 @@ class ShardReader:
         self._parquet.close(force=True)
         self._content.release()
         self._map.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _corrupt(self, text: str) -> ShardCorruptError:
         return ShardCorruptError(

@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
@@ -59,12 +58,7 @@ class Metrics:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._files.close()
 
     def _write(self, file: TextIO, step: int, kind: str, figures: Mapping[str, float]) -> None:

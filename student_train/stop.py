@@ -7,7 +7,7 @@ A second signal of the same kind acts as it would without this, at once
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 from shards.process.stop_signals import STOP_SIGNALS
@@ -36,12 +36,7 @@ class StopRequest:
                 break
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number in list(self._before):
             self._restore(number)
 

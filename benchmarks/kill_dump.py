@@ -1,0 +1,345 @@
+"""Kills dump-logits at chosen moments, continues it, and compares the dataset with one left alone.
+
+A history is one dataset: made, killed some times, continued by the same command, extended, killed
+again, and finished. Processes are started alone, as two ranks, or as two Ray workers; what dies is
+one process, a worker, the whole group, or (by SIGTERM) the process that was started. The moment is
+read off the folder, polled without a pause:
+
+    tokenising   there is a token folder without its store
+    row group    a shard has a temporary file
+    two names    a Parquet file has its name, its sidecar does not
+    extension    the short last shard was removed and is not written again
+    retry        a shard that an earlier kill interrupted is being written again
+
+After every kill no shard that was published may be gone or changed (but the short last one of an
+extension). At the end of a history the same command says "complete", every check passes, and the
+shards are those of the dataset left alone: byte for byte, or, for an engine whose floats depend on
+the batch, row by row within its noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+TOKENISING, ROW_GROUP, TWO_NAMES, EXTENSION, RETRY = STATES = (
+    "tokenising",
+    "row group",
+    "two names",
+    "extension",
+    "retry",
+)
+# A kill that finds no such moment within this time takes the next one that comes.
+PATIENCE_S = 60.0
+
+
+class Killer:
+    """The datasets of one benchmark, and what was killed when."""
+
+    def __init__(self, folder: Path, engine: str, launches: list[str], seed: int) -> None:
+        self.folder = folder
+        self._engine = engine
+        self._launches = launches
+        self._random = random.Random(seed)
+        self.hits: Counter[str] = Counter()
+        self.victims: Counter[str] = Counter()
+        self.histories = 0
+        teacher, corpus = make_inputs(folder, engine)
+        keep = ["--keep", "tokens", "--tokenizer"] if engine == "tokens" else ["--teacher"]
+        engine_options = [] if engine == "tokens" else ["--engine", engine, "--top-k", "8"]
+        self._command = [
+            sys.executable, str(ROOT / "cli.py"), "dump-logits", *keep, str(teacher),
+            "--corpus", str(corpus), "--sequence-length", "64", "--sequences-per-shard", "16",
+            "--held-out", "0.1", *engine_options,
+        ]  # fmt: skip
+        self._sizes = (9_000, 20_000)  # the last shards of both are short
+        self._finish(self.folder / "alone", self._sizes[1])
+        self._alone = files_of(self.folder / "alone")
+
+    def history(self, kills: int) -> None:
+        """One dataset with about this many kills. ClickException if anything is wrong with it."""
+        out = self.folder / f"history-{self.histories}"
+        published: dict[str, bytes] = {}
+        interrupted: set[str] = set()
+        for max_tokens in self._sizes:
+            outgrown = _short_shards(out)
+            for _ in range(kills // 2):
+                wanted = self._wanted(out, outgrown, interrupted)
+                before = published if not outgrown else {
+                    name: content for name, content in published.items() if name not in outgrown
+                }  # fmt: skip
+                if not self._run_and_kill(out, max_tokens, wanted, outgrown, interrupted):
+                    break
+                published = files_of(out)
+                lost = {name for name in before if published.get(name) != before[name]}
+                if lost:
+                    raise click.ClickException(f"{out}: a kill lost or changed {sorted(lost)}")
+                interrupted |= _temporary_shards(out)
+            self._finish(out, max_tokens)
+        self._compare(out)
+        self.histories += 1
+
+    def _wanted(self, out: Path, outgrown: set[str], interrupted: set[str]) -> str:
+        """The moment that was hit least, of those that the next run can have."""
+        can_have = {
+            TOKENISING: not (out / "tokens" / "store.json").exists(),
+            EXTENSION: bool(outgrown),
+            RETRY: bool(interrupted - files_of(out).keys()),
+        }
+        states = [state for state in STATES if can_have.get(state, True)]
+        return min(states, key=lambda state: (self.hits[state], self._random.random()))
+
+    def _run_and_kill(
+        self,
+        out: Path,
+        max_tokens: int,
+        wanted: str,
+        outgrown: set[str],
+        interrupted: set[str],
+    ) -> bool:
+        """Run the command until the wanted moment, and kill something. False: it ended before."""
+        launch = self._random.choice(self._launches)
+        processes = self._start(out, max_tokens, launch)
+        deadline = time.monotonic() + PATIENCE_S
+        state = None
+        old = _temporaries(out)
+        try:
+            while all(process.poll() is None for process in processes):
+                state = _state(out, outgrown, interrupted, old)
+                if state == wanted or (state is not None and time.monotonic() > deadline):
+                    break
+            else:
+                return False
+            if state not in (TWO_NAMES, None):
+                time.sleep(self._random.random() * 0.003)
+            self._kill(processes, launch)
+        finally:
+            _end(processes)
+        assert state is not None
+        self.hits[state] += 1
+        return True
+
+    def _kill(self, processes: list[subprocess.Popen[bytes]], launch: str) -> None:
+        victim = self._random.choice(processes)
+        ways = ["process", "group", "SIGTERM"]
+        workers = _children_named(victim.pid, "RayWorker") if launch == "workers" else []
+        if workers:
+            ways.append("worker")
+        way = self._random.choice(ways)
+        self.victims[f"{launch}: {way}"] += 1
+        if way == "group":
+            for process in processes:
+                os.killpg(process.pid, signal.SIGKILL)
+        elif way == "worker":
+            os.kill(self._random.choice(workers), signal.SIGKILL)
+            time.sleep(self._random.random())  # it is replaced, or not yet
+        elif way == "process":
+            victim.kill()
+        else:
+            victim.terminate()
+            time.sleep(self._random.random() * 0.2)
+
+    def _start(self, out: Path, max_tokens: int, launch: str) -> list[subprocess.Popen[bytes]]:
+        command = [*self._command, "--out", str(out), "--max-tokens", str(max_tokens)]
+        starts: dict[str, list[list[str]]] = {
+            "alone": [[]],
+            "ranks": [["--rank", "0", "--world-size", "2"], ["--rank", "1", "--world-size", "2"]],
+            "workers": [["--workers", "2"]],
+        }
+        return [
+            subprocess.Popen([*command, *more], cwd=ROOT, start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for more in starts[launch]
+        ]  # fmt: skip
+
+    def _finish(self, out: Path, max_tokens: int) -> None:
+        """Run to the end, and once more."""
+        command = [*self._command, "--out", str(out), "--max-tokens", str(max_tokens)]
+        for expected in ("", "complete, nothing to do"):
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if result.returncode or expected not in result.stdout:
+                raise click.ClickException(f"{out}: {result.stdout}{result.stderr[-2000:]}")
+
+    def _compare(self, out: Path) -> None:
+        from shards import inspect
+
+        problems = inspect.verify(out)
+        if problems:
+            raise click.ClickException(f"{out}: {problems}")
+        files = files_of(out)
+        if files.keys() != self._alone.keys():
+            raise click.ClickException(f"{out}: other shards: {files.keys() ^ self._alone.keys()}")
+        if files != self._alone and self._engine == "tokens":
+            raise click.ClickException(f"{out}: other bytes than the dataset left alone")
+        if self._engine != "tokens":
+            _compare_rows(self.folder / "alone", out)
+
+
+def make_inputs(folder: Path, engine: str) -> tuple[Path, Path]:
+    """A tiny teacher, or a tokenizer alone, and text that takes seconds to tokenise."""
+    tiny = import_module("tests.tiny_teacher")
+    teacher = folder / "teacher"
+    if engine == "tokens":
+        tiny.make_tokenizer(teacher)
+    else:
+        tiny.make_tiny_teacher(teacher)
+    corpus: Path = tiny.write_corpus(folder / "corpus.jsonl", num_documents=60_000)
+    return teacher, corpus
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """The Parquet files of whole shards."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.glob("*/*.parquet")
+        if path.with_suffix(".json").exists()
+    }
+
+
+def _compare_rows(alone: Path, out: Path) -> None:
+    all_rows = import_module("tests.tiny_teacher").all_rows
+    rows, others = all_rows(alone), all_rows(out)
+    for key, row in rows.items():
+        other = others[key]
+        if not (row.tokens == other.tokens).all():
+            raise click.ClickException(f"{out}: {key}: other tokens")
+        difference = np.abs(row.label_logprobs - other.label_logprobs)
+        if (difference > 0.2).any() or difference.mean() > 0.02:  # bfloat16 in another batch
+            raise click.ClickException(f"{out}: {key}: labels differ by {difference.max()}")
+
+
+def _names(out: Path) -> Iterator[tuple[str, str]]:
+    for split in ("train", "validation"):
+        with contextlib.suppress(FileNotFoundError):
+            yield from ((split, name) for name in os.listdir(out / split))
+
+
+def _state(out: Path, outgrown: set[str], interrupted: set[str], old: set[str]) -> str | None:
+    """What the folder says that is going on; `old` are temporary files of earlier runs."""
+    tokens = out / "tokens"
+    if not (tokens / "store.json").exists():
+        return TOKENISING if tokens.exists() and any(tokens.iterdir()) else None
+    names = {f"{split}/{name}" for split, name in _names(out)}
+    if any(n.endswith(".parquet") and n[:-8] + ".json" not in names for n in names):
+        return TWO_NAMES
+    if outgrown - names:
+        return EXTENSION
+    shards = _temporary_shards(out, ignored=old)
+    if shards & interrupted:
+        return RETRY
+    return ROW_GROUP if shards else None
+
+
+def _temporaries(out: Path) -> set[str]:
+    return {f"{split}/{name}" for split, name in _names(out) if name.endswith(".tmp")}
+
+
+def _temporary_shards(out: Path, ignored: set[str] | None = None) -> set[str]:
+    """The names of shards that have a temporary Parquet file."""
+    found = set()
+    for path in _temporaries(out) - (ignored or set()):
+        split, _, name = path.partition("/")
+        if ".parquet." in name:
+            found.add(f"{split}/{name[1:].partition('.parquet.')[0]}.parquet")
+    return found
+
+
+def _short_shards(out: Path) -> set[str]:
+    """The last shard of each split, which an extension writes again if it is short."""
+    from shards.manifest import load_manifest
+    from shards.writer import shard_name
+
+    if not (out / "manifest.json").exists():
+        return set()
+    manifest = load_manifest(out)
+    per_shard = manifest.spec.layout.sequences_per_shard
+    return {
+        f"{split}/{shard_name(size.sequences // per_shard)}"
+        for split, size in manifest.splits.items()
+        if size.sequences % per_shard
+    }
+
+
+def _children_named(session: int, name: str) -> list[int]:
+    """Processes of a session with this word in their title."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                title = (entry / "cmdline").read_bytes().decode(errors="replace")
+                of_session = int((entry / "stat").read_text().rpartition(")")[2].split()[3])
+            except OSError:
+                continue
+            if name in title and of_session == session:
+                found.append(int(entry.name))
+    return found
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End what is left; a session may outlive the process that led it."""
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@click.command()
+@click.option("--hits", default=10, help="Kills in each of the five moments.")
+@click.option("--kills", default=12, help="Kills of one history.")
+@click.option("--engine", default="tokens", help="tokens (no engine), vllm or transformers.")
+@click.option("--launch", "launches", multiple=True, default=("alone", "ranks"),
+              help="alone, ranks or workers; repeatable.")  # fmt: skip
+@click.option("--seconds", default=3000.0, help="Stop after this time.")
+@click.option("--seed", default=0)
+@click.option("--json", "json_file", type=click.Path(path_type=Path))
+def main(
+    hits: int, kills: int, engine: str, launches: tuple[str, ...], seconds: float, seed: int,
+    json_file: Path | None,
+) -> None:  # fmt: skip
+    """Kill until every moment was hit often enough."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        killer = Killer(Path(folder), engine, list(launches), seed)
+        while min(killer.hits[state] for state in STATES) < hits:
+            if time.monotonic() - started > seconds:
+                click.echo("the time is over")
+                break
+            killer.history(kills)
+            click.echo(f"{killer.histories} histories: {dict(killer.hits)}")
+    found: dict[str, Any] = {
+        "engine": engine,
+        "hits": {state: killer.hits[state] for state in STATES},
+        "victims": dict(killer.victims),
+        "histories": killer.histories,
+        "seconds": round(time.monotonic() - started),
+    }
+    for state in STATES:
+        click.echo(f"{state:<12}{killer.hits[state]:>5}")
+    for victim, number in sorted(killer.victims.items()):
+        click.echo(f"{victim:<22}{number:>5}")
+    click.echo(f"{killer.histories} datasets, each equal to the one left alone")
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
