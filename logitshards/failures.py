@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import click
 
-from shards.errors import LogitshardsError
+from shards.errors import LogitshardsError, first_line
 from shards.options import OptionError
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -50,12 +50,12 @@ def describe(error: BaseException) -> tuple[str, int]:
         return _usage(error), 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command continues", 130
-    text = _first_line(error)
+    kind = type(error).__name__
+    text = first_line(error).removeprefix(kind)  # which it is where there is no reason
     if _is_out_of_memory(error, text):
         return f"out of memory{f' ({text})' if text else ''}", 1
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 1
-    kind = type(error).__name__
     return f"internal error: {kind}{': ' if text else ''}{text} (--debug shows all)", 1
 
 
@@ -85,14 +85,6 @@ def _named(parameter: click.Parameter) -> str:
     if isinstance(parameter, click.Option):
         return parameter.opts[0]
     return parameter.human_readable_name.removesuffix("...")
-
-
-def _first_line(error: BaseException) -> str:
-    try:
-        lines = str(error).split("\n")
-    except Exception:  # a broken __str__ must not hide the error
-        return ""
-    return next((line.strip() for line in lines if line.strip()), "")
 
 
 def _is_out_of_memory(error: BaseException, text: str) -> bool:

@@ -50,3 +50,15 @@ class IdentityMismatchError(ShardError):
 def one_line(error: BaseException) -> str:
     """The whole reason of a foreign exception on one line; its class where it gives no reason."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign exception's reason; its class where it gives no reason.
+
+    Of an error in compiled code, that of its cause (torch's `inner_exception`).
+    """
+    try:
+        lines = str(getattr(error, "inner_exception", error)).splitlines()
+    except Exception:  # a broken __str__ must not hide the error
+        lines = []
+    return next((line.strip() for line in lines if line.strip()), type(error).__name__)

@@ -24,9 +24,8 @@ from safetensors.torch import load_model, save_model
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from shards.errors import RunError
+from shards.errors import RunError, first_line
 from shards.files import durable
-from student_train.model.blocks import first_line
 from student_train.run_folder import publish_folder, remove_folder, remove_unpublished
 
 _KEPT = 2

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from shards.dataset import Dataset
-from shards.errors import RunError
+from shards.errors import RunError, first_line
 from shards.files.json_text import Json
 from shards.process.folder_lock import folder_lock
 from shards.spec import TRAIN
@@ -31,7 +31,7 @@ from student_train.evaluation.tasks import (
     task_figures,
 )
 from student_train.loop import Training
-from student_train.model.blocks import first_line, prepare_blocks
+from student_train.model.blocks import prepare_blocks
 from student_train.model.model import check_sizes, default_learning_rate, export, make_student
 from student_train.model.packed_attention import block_at_joints
 from student_train.run_folder import RunFolder, describe_run, publish_folder

@@ -17,10 +17,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
-from shards.errors import RunError
+from shards.errors import RunError, first_line
 from student_train.config import TrainConfig
 from student_train.data.batches import Batch
-from student_train.model.blocks import first_line
 from student_train.model.model import head_weight, hidden_states
 from student_train.objective.distillation import Objective, Targets
 from student_train.objective.loss import Loss, distillation_loss

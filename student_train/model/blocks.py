@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 from transformers import PreTrainedModel
 
-from shards.errors import InputError
+from shards.errors import InputError, first_line
 from student_train.config import TrainConfig
 from student_train.model.model import hidden_states
 
@@ -69,9 +69,3 @@ def decoder_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
         else:
             waiting.extend(module.children())
     return found
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, that of the cause where torch.compile has one; its type if nothing."""
-    cause = getattr(error, "inner_exception", error)
-    return str(cause).strip().partition("\n")[0] or type(cause).__name__

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shards.errors import InputError
-from student_train.model.blocks import first_line
+from shards.errors import InputError, first_line
 from student_train.model.model import hidden_states
 
 _ATTENTION = {"cuda": "flex_attention"}  # of other devices the model's own, with a mask
