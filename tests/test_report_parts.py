@@ -1,55 +1,40 @@
-"""What a report is made of: series that are thinned, ticks of axes, and numbers as text."""
+"""What a report thins: series of any length become few points that keep their extremes."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_train.report.axes import count, decimals_of, nice_ticks, scientific
-from student_train.report.series import Series
+from student_train.report.page import thin
 
 
-@given(st.lists(st.floats(-1e6, 1e6), max_size=200), st.integers(2, 30))
-def test_a_series_keeps_its_extremes_its_mean_and_its_order(values: list[float], most: int) -> None:
-    series = Series(most)
-    for step, value in enumerate(values):
-        series.add(step, value)
-    assert len(series.buckets) <= most
-    assert series.num == len(values)
-    if not values:
-        return
-    assert series.high == max(values)
-    assert min(bucket.low for bucket in series.buckets) == min(values)
-    assert series.last == values[-1]
-    assert series.mean == pytest.approx(sum(values) / len(values), abs=1e-6)
-    tokens = [bucket.tokens for bucket in series.buckets]
-    assert tokens == sorted(tokens)
-    sizes = {bucket.num for bucket in series.buckets[:-1]}
-    assert len(sizes) <= 1
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.integers(2, 30))
+def test_a_thinned_series_keeps_its_extremes_its_mean_and_its_order(
+    values: list[float], most: int
+) -> None:
+    steps = np.arange(1, len(values) + 1)
+    points = thin(np.column_stack([steps, values]), most)
+    assert points.shape[1] == 4
+    assert len(points) <= most
+    assert (np.diff(points[:, 0]) > 0).all()
+    assert points[:, 2].min() == pytest.approx(min(values), rel=1e-5)
+    assert points[:, 3].max() == pytest.approx(max(values), rel=1e-5)
+    assert (points[:, 2] <= points[:, 3]).all()
     if len(values) <= most:
-        assert [bucket.mean for bucket in series.buckets] == values
+        assert points[:, 0].tolist() == steps.tolist()
+        for column in (1, 2, 3):
+            assert points[:, column] == pytest.approx(values, rel=1e-5)
     else:
-        assert len(series.buckets) > most // 2
+        width = -(-len(values) // most)
+        assert len(points) == -(-len(values) // width)
+        for point, start in zip(points, range(0, len(values), width), strict=True):
+            part = values[start : start + width]
+            expected = (np.mean(steps[start : start + width]), np.mean(part), min(part), max(part))
+            assert point == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
-@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.integers(3, 8))
-def test_ticks_are_round_few_and_inside(low: float, span: float, most: int) -> None:
-    high = low + span
-    if high - low < 1e-6 * max(abs(low), abs(high)):
-        return  # no range that floats can divide
-    ticks = nice_ticks(low, high, most)
-    assert 1 <= len(ticks) <= most
-    assert all(low - 1e-6 * span <= tick <= high + 1e-6 * span for tick in ticks)
-    if len(ticks) > 1:
-        step = ticks[1] - ticks[0]
-        digits = f"{step:.6e}".split("e")[0].rstrip("0")
-        assert digits in ("1.", "2.", "2.5", "5.")
-
-
-def test_numbers_are_written_short() -> None:
-    assert [count(value) for value in (0, 950, 1000, 12_500, 999_960, 2.25e9, 1e12)] == [
-        "0", "950", "1k", "12.5k", "1M", "2.25B", "1T",
-    ]  # fmt: skip
-    assert [scientific(value) for value in (0, 3e-4, 1.25e-3, 2)] == ["0", "3e-4", "1.25e-3", "2"]
-    assert [decimals_of(step) for step in (20, 1, 0.5, 0.25, 0.02, 2.5)] == [0, 0, 1, 2, 2, 1]
+def test_the_last_point_may_have_fewer_steps() -> None:
+    series = np.array([[10.0, 1], [20, 3], [30, 5], [40, -1], [50, 7]])
+    assert thin(series, 3).tolist() == [[15, 2, 1, 3], [35, 2, -1, 5], [50, 7, 7, 7]]

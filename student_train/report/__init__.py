@@ -1,1 +1,1 @@
-"""Runs side by side on one page."""
+"""`train-student report`: one page that shows how runs went, side by side."""
