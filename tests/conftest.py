@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_teacher import make_tiny_teacher
-
 ROOT = Path(__file__).parent.parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Torch reads it at import, here and in the processes that tests start. Tests run in one process per
+# core; with more threads than cores, threads mostly spin while they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # GiB of an engine's key-value cache, which is filled when it starts; dozens of engines start here.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
@@ -33,4 +34,6 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama whose model vocabulary is wider than its tokenizer's."""
+    from tests.tiny_teacher import make_tiny_teacher
+
     return make_tiny_teacher(tmp_path_factory.mktemp("teacher"))
