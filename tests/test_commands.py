@@ -10,6 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests.command_runs import refused
+from tests.command_runs import run as run_here
 from tests.tiny_teacher import ROOT, write_corpus
 
 # Several commands in one process, one after the other: torch is imported once.
@@ -95,25 +97,17 @@ def test_a_dump_trains_a_student_and_is_sound(folder: Path, method: str) -> None
 
 
 def test_a_dataset_of_an_unknown_method_is_refused_by_its_name(folder: Path) -> None:
-    for command in (
+    for name, *words in (
         ["inspect-shards", str(folder / "odd-top")],
         ["train-student", "--shards", str(folder / "odd-top"), "--student", "demo", "--out",
          str(folder / "other"), "--tokens", "512"],
     ):  # fmt: skip
-        result = subprocess.run(
-            [sys.executable, "cli.py", *command], cwd=ROOT, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert result.returncode == 2
-        assert len(result.stderr.splitlines()) == 1
-        assert "unknown method 'odd-top', this release knows top-p-k, draws" in result.stderr
+        line = refused(run_here(name, *words))
+        assert "unknown method 'odd-top', this release knows top-p-k, draws" in line
 
 
 def test_targets_are_not_taken_from_a_dataset_without_a_teacher(folder: Path) -> None:
-    command = ["train-student", "--shards", str(folder / "tokens"), "--student", "demo", "--out",
-               str(folder / "other"), "--tokens", "512"]  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, "cli.py", *command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert "has tokens and nothing of a teacher; give --alpha 0" in result.stderr
+    words = ["--shards", str(folder / "tokens"), "--student", "demo", "--out",
+             str(folder / "other"), "--tokens", "512"]  # fmt: skip
+    line = refused(run_here("train-student", *words))
+    assert "has tokens and nothing of a teacher; give --alpha 0" in line

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import cli
 from shards.errors import InputError
 from teacher_dump.custom_code import custom_code_sha256
+from tests.command_runs import refused, run
 from tests.tiny_teacher import (
     BOUND,
     MODEL_VOCABULARY,
@@ -38,7 +39,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .activation import squash
 
-Path(os.environ["CODE_RAN"]).touch()
+Path(os.environ["CODE_RAN"]).touch()  # fails where the test did not ask for it
 
 
 class BigramConfig(PreTrainedConfig):
@@ -101,15 +102,14 @@ def test_trusted_code_runs_and_identifies_the_teacher(bigram: Path, tmp_path: Pa
     variables = {**os.environ, "CODE_RAN": str(ran), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = dump_command(bigram, corpus, out, "--engine", "transformers", "--dtype", "float32")
 
-    result = run_dump(command, env=variables)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
+    line = refused(run("dump-logits", *command[3:]))
     assert str(bigram) in line
     assert "--trust-remote-code" in line
     assert not out.exists()
-    assert not ran.exists()
 
-    result = run_dump([*command, "--trust-remote-code"], env=variables)
+    # Another process: what Python has imported once does not change any more.
+    command.append("--trust-remote-code")
+    result = run_dump(command, env=variables)
     assert result.returncode == 0, result.stderr
     assert ran.exists()
     rows = all_rows(out)
@@ -121,9 +121,7 @@ def test_trusted_code_runs_and_identifies_the_teacher(bigram: Path, tmp_path: Pa
     assert manifest["recorded"][0]["trust_remote_code"] is True
 
     (bigram / "activation.py").write_text(ACTIVATION.replace("tanh", "sin"), encoding="utf-8")
-    result = run_dump([*command, "--trust-remote-code"], env=variables)
-    assert result.returncode == 2
-    assert "teacher.code_sha256" in result.stderr
+    assert "teacher.code_sha256" in refused(run("dump-logits", *command[3:]))
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
