@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# Two processes on two cores: most tests wait for a process that they started. The tests of a file stay
-# together, since they share its fixtures.
-PARALLEL := --numprocesses 2 --dist loadfile
+# A process per core of two. The tests of a file stay together, since they share its fixtures, and
+# files keep the order of tests/conftest.py: xdist would put those of few tests, which take long, last.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-all lint
 

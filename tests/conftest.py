@@ -18,6 +18,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # GiB of an engine's key-value cache, which is filled when it starts; dozens of engines start here.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+# Files that take longest, first: whoever got one of them last would run it alone.
+LONGEST_FIRST = (
+    "test_engines",
+    "test_model_families",
+    "test_train",
+    "test_train_kill",
+    "test_engine_limits",
+    "test_dump",
+    "test_publication",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, the others in their order."""
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:

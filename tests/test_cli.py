@@ -17,7 +17,7 @@ import zstandard
 from click.testing import CliRunner
 
 import cli
-from tests.tiny_teacher import dump_command, run_dump, write_corpus
+from tests.tiny_teacher import dump_command, write_corpus
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -261,10 +261,8 @@ def test_every_kind_of_corpus_file_gives_the_same_tokens(
 def test_inspect_shows_figures_rows_and_a_sound_dataset(tiny_teacher: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=30)
     out = tmp_path / "out"
-    assert (
-        run_dump(dump_command(tiny_teacher, corpus, out, "--engine", "transformers")).returncode
-        == 0
-    )
+    code, output = _dump(*_options(tiny_teacher, corpus, out))
+    assert code == 0, output
     run = CliRunner().invoke
     figures = json.loads(run(cli.inspect_shards, [str(out), "--json"]).output)
     assert {"sequences", "tokens", "entries", "bytes", "teacher_cross_entropy"} <= figures.keys()

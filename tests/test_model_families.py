@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from shards import inspect
+from tests.command_runs import run
 from tests.tiny_families import FAMILIES, make_family, quantise
 from tests.tiny_teacher import (
     BOUND,
@@ -21,10 +22,10 @@ from tests.tiny_teacher import (
     dump_command,
     largest_error,
     run_all,
-    run_dump,
     write_corpus,
 )
 
+QUANTISED = "Qwen3ForCausalLM"
 FAST = (
     "Qwen3ForCausalLM",
     "Gemma2ForCausalLM",
@@ -43,14 +44,24 @@ def _slow_unless(fast: tuple[str, ...], names: Iterable[str]) -> list[Any]:
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+GPTQ = "gptq"
+
+
 def _dump_all(engine: str, teachers: dict[str, Path], folder: Path) -> dict[str, Path]:
-    """Dump every teacher in float32; name -> folder of the dataset."""
+    """Dump every teacher, in float32 but for GPTQ; name -> folder of the dataset."""
     corpus = write_corpus(folder / "corpus.jsonl", num_documents=20)
     outs = {name: folder / name for name in teachers}
-    more = ("--engine", engine, "--dtype", "float32")
-    commands = [dump_command(teachers[name], corpus, outs[name], *more) for name in teachers]
-    codes, says = run_all(commands)
-    assert codes == ["0"] * len(teachers), says
+    commands = []
+    for name, teacher in teachers.items():
+        dtype = () if name == GPTQ else ("--dtype", "float32")
+        commands.append(dump_command(teacher, corpus, outs[name], "--engine", engine, *dtype))
+    if engine == "transformers":
+        for command in commands:
+            result = run("dump-logits", *command[3:])
+            assert result.exit_code == 0, result.output
+    else:
+        codes, says = run_all(commands)
+        assert codes == ["0"] * len(teachers), says
     return outs
 
 
@@ -58,6 +69,14 @@ def _dump_all(engine: str, teachers: dict[str, Path], folder: Path) -> dict[str,
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("families")
     return {name: make_family(name, folder / name) for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def quantised(teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a GPTQ teacher, and beside it `unpacked`, of plain floats."""
+    folder = tmp_path_factory.mktemp("gptq")
+    quantise(teachers[QUANTISED], folder / GPTQ, folder / "unpacked")
+    return folder / GPTQ
 
 
 def _asked_for(request: pytest.FixtureRequest, test: str) -> list[str]:
@@ -73,22 +92,26 @@ def _asked_for(request: pytest.FixtureRequest, test: str) -> list[str]:
 def on_vllm(
     request: pytest.FixtureRequest,
     teachers: dict[str, Path],
+    quantised: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     names = _asked_for(request, "test_rows_of_vllm_are_the_distributions_of_transformers")
     folder = tmp_path_factory.mktemp("vllm")
-    return _dump_all("vllm", {name: teachers[name] for name in names}, folder)
+    asked = {name: teachers[name] for name in names}
+    return _dump_all("vllm", {**asked, GPTQ: quantised}, folder)
 
 
 @pytest.fixture(scope="module")
 def on_vllm_logprobs(
     request: pytest.FixtureRequest,
     teachers: dict[str, Path],
+    quantised: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     names = _asked_for(request, "test_rows_of_vllm_logprobs_are_those_of_transformers_too")
     folder = tmp_path_factory.mktemp("vllm-logprobs")
-    return _dump_all("vllm-logprobs", {name: teachers[name] for name in names}, folder)
+    asked = {name: teachers[name] for name in names}
+    return _dump_all("vllm-logprobs", {**asked, GPTQ: quantised}, folder)
 
 
 @pytest.fixture(scope="module")
@@ -162,18 +185,13 @@ def test_the_bound_would_notice_an_engine_that_leaves_something_out(
 
 @pytest.mark.parametrize("engine", ["vllm", pytest.param("vllm-logprobs", marks=pytest.mark.slow)])
 def test_a_quantised_teacher_is_that_of_its_unpacked_weights(
-    engine: str, teachers: dict[str, Path], tmp_path: Path
+    engine: str, teachers: dict[str, Path], quantised: Path, request: pytest.FixtureRequest
 ) -> None:
-    source = teachers["Qwen3ForCausalLM"]
-    quantised, unpacked = tmp_path / "gptq", tmp_path / "unpacked"
-    quantise(source, quantised, unpacked)
-    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=20)
-    out = tmp_path / "out"
-    result = run_dump(dump_command(quantised, corpus, out, "--engine", engine))
-    assert result.returncode == 0, result.stderr
+    out = request.getfixturevalue(f"on_{engine.replace('-', '_')}")[GPTQ]
     assert inspect.verify(out) == []
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["spec"]["teacher"]["head_dtype"] == "model"
+    unpacked, source = quantised.with_name("unpacked"), teachers[QUANTISED]
     mean = {}
     for folder in (unpacked, source):
         errors = []

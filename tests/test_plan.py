@@ -19,18 +19,19 @@ from teacher_dump.config import DumpConfig
 from teacher_dump.plan import make_plan
 from teacher_dump.prepare import prepare
 from teacher_dump.sample import Sample, read_corpus_sample
-from tests.tiny_teacher import dump_command, run_dump, write_corpus
+from tests.command_runs import run
+from tests.tiny_teacher import dump_command, write_corpus
 
 
 def test_a_plan_agrees_with_the_dump_that_follows(tiny_teacher: Path, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=60)
     out = tmp_path / "out"
-    command = dump_command(tiny_teacher, corpus, out, "--engine", "transformers")
-    result = run_dump([*command, "--plan"])
-    assert result.returncode == 0, result.stderr
+    words = dump_command(tiny_teacher, corpus, out, "--engine", "transformers")[3:]
+    result = run("dump-logits", *words, "--plan")
+    assert result.exit_code == 0, result.output
     assert not out.exists()
     said = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    assert run_dump(command).returncode == 0
+    assert run("dump-logits", *words).exit_code == 0
     found = inspect.describe(out)
     assert said["tokens"] == f"{found['tokens'] + 1:,} counted"  # the splits' joint is lost
     assert float(said["entries/token"].split()[0]) == pytest.approx(
@@ -119,10 +120,3 @@ def test_a_small_corpus_is_counted(tiny_teacher: Path, tmp_path: Path) -> None:
     sample = sampled(tiny_teacher, corpus)
     assert sample.share == 1
     assert sample.num_tokens == len(sample.tokens) == num_tokens(corpus)
-
-
-def test_tokens_without_a_plan_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=3)
-    result = run_dump(dump_command(tiny_teacher, corpus, tmp_path / "out", "--tokens", "1e12"))
-    assert result.returncode == 2
-    assert "--tokens 1e+12: needs --plan" in result.stderr

