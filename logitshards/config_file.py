@@ -33,7 +33,7 @@ def read_config(path: Path, options: Mapping[str, OptionField]) -> dict[str, Any
         if name not in options:
             raise InputError(f"{path}: unknown option {shown(key)}")
         if name in values:
-            raise InputError(f"{path}: {shown(key)}: there twice")
+            raise InputError(f"{path}: {shown(key)}: appears twice")
         try:
             values[name] = read_value(options[name], value)
         except ValueError as error:
@@ -63,7 +63,7 @@ def _load(path: Path) -> Mapping[object, object]:
     except TwiceError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # PyYAML lets a few of other kinds through
-        raise InputError(f"{path}: not YAML that can be read ({error})") from error
+        raise InputError(f"{path}: not valid YAML ({error})") from error
     if content is None:
         return {}
     if not isinstance(content, Mapping):

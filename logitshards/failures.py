@@ -49,14 +49,14 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, click.ClickException):
         return _usage(error), 2
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command continues", 130
+        return "interrupted; run the same command again to continue", 130
     kind = type(error).__name__
     text = first_line(error).removeprefix(kind)  # which it is where there is no reason
     if _is_out_of_memory(error, text):
         return f"out of memory{f' ({text})' if text else ''}", 1
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 1
-    return f"internal error: {kind}{': ' if text else ''}{text} (--debug shows all)", 1
+    return f"internal error: {kind}{': ' if text else ''}{text} (--debug shows the traceback)", 1
 
 
 def one_line(text: str) -> str:

@@ -58,13 +58,13 @@ def build_keep(option: OptionField, given: Mapping[str, Any]) -> Keep:
         return dataclasses.replace(option.default, **values)
     for name, part in own.items():
         if part.required and name not in values:
-            raise OptionError(name, f": needed for --keep {kind.method}")
+            raise OptionError(name, f": missing; --keep {kind.method} needs it")
     return kind(**values)
 
 
 def _reason(name: str, kind: type[Keep]) -> str:
     if name == "temperature" and kind.has_tail:
-        return ", whose probabilities are stored at 1: train-student applies a temperature"
+        return ", which stores probabilities at temperature 1; train-student has a --temperature"
     return ""
 
 

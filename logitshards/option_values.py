@@ -22,7 +22,7 @@ from logitshards.yaml_text import TwiceError, load_yaml
 from shards.options import listed
 
 _SHOWN_CHARACTERS = 60
-_NOT_JSON = "no value that JSON has"
+_NOT_JSON = "not a JSON value"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def read_mapping(value: object) -> dict[str, object]:
     arguments = {}
     for key, part in value.items():
         if not isinstance(key, str) or not key:
-            raise ValueError(f"expected names, found {found(key)}")
+            raise ValueError(f"expected a name as the key, found {found(key)}")
         try:
             arguments[key.replace("-", "_")] = _json(part)
         except ValueError as error:
@@ -185,7 +185,7 @@ def _text(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("not Unicode text") from None
     if not text or "\0" in text:
-        raise ValueError("expected some text")
+        raise ValueError("expected text that is not empty")
     return text
 
 

@@ -50,7 +50,7 @@ class InspectOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         if self.row is not None and (self.verify or self.json):
-            raise OptionError("row", f" {self.row}: shows text; not with --verify or --json")
+            raise OptionError("row", f" {self.row}: does not go with --verify or --json")
         if self.row is None and self.split is not None:
             raise OptionError("split", f" {self.split}: needs --row")
 

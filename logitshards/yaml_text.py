@@ -25,7 +25,7 @@ def load_yaml(text: str) -> object:
                 value = key.value if is_merge else self.construct_object(key)
                 if value in seen:
                     line = key.start_mark.line + 1
-                    raise TwiceError(f"{key.value}: there twice, the second time in line {line}")
+                    raise TwiceError(f"{key.value}: appears twice, again in line {line}")
                 seen.add(value)
             return node
 

@@ -29,12 +29,12 @@ _MADE_BEFORE = {"tokenizer", "tokens", "lost+found", "preparing.json"}
 def check_folder(path: Path) -> None:
     """InputError unless a dataset can be made in `path` or is there already."""
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path}: a file, where a folder for the dataset is expected")
+        raise InputError(f"{path}: expected a folder for the dataset, found a file")
     names = set(os.listdir(path)) if path.exists() else set()
     others = sorted(name for name in names - _MADE_BEFORE if not durable.is_temporary(name))
     if others and MANIFEST_NAME not in names:
         raise InputError(
-            f"{path}: holds something else ({others[0]}), no dataset; give an empty or a new folder"
+            f"{path}: contains {others[0]} but no dataset; give an empty or a new folder"
         )
 
 
@@ -122,7 +122,7 @@ def check_spec(path: Path, asked: DatasetSpec, present: DatasetSpec) -> None:
     found = differences(asked, present)
     if found:
         raise IdentityMismatchError(
-            f"{path}: holds a dataset that was made from something else: {'; '.join(found)}"
+            f"{path}: holds another dataset: {'; '.join(found)}"
             " (here: this command, there: the folder); give another folder"
         )
 

@@ -66,7 +66,7 @@ class Footer:
         names = parquet.schema_arrow.names
         if not parquet.schema_arrow.equals(schema(spec.columns), check_metadata=False):
             raise ShardFormatError(
-                f"{path}: its columns {', '.join(names)} are not those that its footer describes:"
+                f"{path}: has the columns {', '.join(names)}, but its footer describes"
                 f" {', '.join(spec.columns)}"
             )
         return cls(spec=spec, split=found.split, shard=found.shard)

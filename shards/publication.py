@@ -105,8 +105,8 @@ def check_not_alone(path: Path) -> None:
     # In this order: the Parquet file is named first.
     if sidecar_path(path).exists() and not path.exists():
         raise ShardError(
-            f"{sidecar_path(path)}: describes a shard that is not there; delete it, and the same"
-            " dump-logits command writes the shard again"
+            f"{sidecar_path(path)}: describes a shard that is missing; delete this file, and the"
+            " same dump-logits command writes the shard again"
         )
 
 
@@ -191,7 +191,7 @@ def _totals(path: Path, buffer: pa.Buffer, footer: Footer) -> Totals:
                 writer.write_table(table, row_group_size=group.num_rows)
                 totals += group.totals()
         if not again.is_whole:
-            raise ValueError("it is damaged: its rows, written again, are other bytes")
+            raise ValueError("it is damaged: encoding its rows again gives other bytes")
     return totals
 
 

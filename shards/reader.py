@@ -52,7 +52,7 @@ class ShardReader(Closing):
         self._content = memoryview(buffer)
         try:
             if footer_sha256(self._content) != self.sidecar.footer_sha256:
-                raise self._corrupt("its footer is not the one in the sidecar")
+                raise self._corrupt("its footer does not match the sidecar")
             self._parquet = pq.ParquetFile(pa.BufferReader(buffer))
         except (ValueError, OSError, pa.ArrowException) as error:
             raise self._corrupt(one_line(error)) from error
@@ -64,7 +64,9 @@ class ShardReader(Closing):
         rows = [self._parquet.metadata.row_group(i).num_rows for i in range(self.num_row_groups)]
         self._row_offsets = np.concatenate([[0], np.cumsum(rows)])
         if self.num_rows != self.sidecar.sequences:
-            raise self._corrupt(f"{self.num_rows} rows, {self.sidecar.sequences} in the sidecar")
+            raise self._corrupt(
+                f"it has {self.num_rows} rows, but the sidecar says {self.sidecar.sequences}"
+            )
 
     @property
     def num_row_groups(self) -> int:
@@ -95,7 +97,9 @@ class ShardReader(Closing):
             column = self._columns.index(name)
             found = chunk_crc32(self._content, self._parquet.metadata, i, column)
             if found != self.sidecar.chunks_crc32[i][column]:
-                raise self._corrupt(f"checksum of column {name} in row group {i} differs")
+                raise self._corrupt(
+                    f"the checksum of column {name} in row group {i} does not match"
+                )
         first = self.sidecar.first_sequence
         sequences = np.arange(first + self._row_offsets[i], first + self._row_offsets[i + 1])
         try:
@@ -103,7 +107,7 @@ class ShardReader(Closing):
             return from_table(table, sequences)
         except MemoryError as error:
             raise ShardError(
-                f"{self.path}: no memory for row group {i}: {one_line(error)}"
+                f"{self.path}: not enough memory for row group {i}: {one_line(error)}"
             ) from error
         except (ValueError, OSError, pa.ArrowException) as error:
             raise self._corrupt(f"row group {i}: {one_line(error)}") from error
@@ -130,7 +134,7 @@ class ShardReader(Closing):
         """Check the hash of the whole file, every value, and the sums in the sidecar."""
         self._check_size()
         if file_sha256(self._content) != self.sidecar.sha256:
-            raise self._corrupt("the hash of the file is not the one in the sidecar")
+            raise self._corrupt("the hash of the file does not match the sidecar")
         totals = Totals()
         for i in range(self.num_row_groups):
             group = self.read_row_group(i)
@@ -142,7 +146,7 @@ class ShardReader(Closing):
         for name, value in asdict(totals).items():
             # Sums of exponentials may differ in the last bits from machine to machine.
             if not _is_close(value, expected[name]):
-                raise self._corrupt(f"{name} is {value}, {expected[name]} in the sidecar")
+                raise self._corrupt(f"{name} is {value}, but the sidecar says {expected[name]}")
 
     def close(self) -> None:
         """Give the map back. Row groups that were read stay valid."""
@@ -171,14 +175,16 @@ class ShardReader(Closing):
         with self._reading():
             file = pa.memory_map(str(self.path))
         if file.size() != self.sidecar.bytes:
-            raise self._corrupt(f"{file.size()} bytes, {self.sidecar.bytes} in the sidecar")
+            raise self._corrupt(
+                f"it has {file.size()} bytes, but the sidecar says {self.sidecar.bytes}"
+            )
         return file
 
     def _check_size(self) -> None:
         with self._reading():
             size = self.path.stat().st_size
         if size != self.sidecar.bytes:
-            raise self._corrupt(f"{size} bytes, {self.sidecar.bytes} in the sidecar")
+            raise self._corrupt(f"it has {size} bytes, but the sidecar says {self.sidecar.bytes}")
 
 
 def _is_close(value: float | None, expected: float | None) -> bool:

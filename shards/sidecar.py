@@ -65,8 +65,8 @@ class Sidecar:
             content = unseal(path)
         except FileNotFoundError as error:
             raise ShardError(
-                f"{path}: not there, so the shard beside it was never finished;"
-                " the dump-logits command that made it completes it"
+                f"{path}: missing, so the shard beside it is not finished; the dump-logits command"
+                " that made it completes it"
             ) from error
         except ShardCorruptError as error:
             raise ShardCorruptError(

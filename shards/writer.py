@@ -70,7 +70,7 @@ class ShardWriter:
         self._check_columns(group)
         problem = problem_with_values(group, self._footer.spec.tokenizer.vocab_size)
         if problem is not None:
-            raise RunError(f"{self.path}: the teacher gave what cannot be written: {problem}")
+            raise RunError(f"{self.path}: the teacher returned invalid values: {problem}")
         with _run_errors(self.path):
             if self._parquet is None:
                 self._open()
@@ -169,8 +169,8 @@ def _run_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"{path}: cannot be written: {error.strerror or error}; finished shards are kept,"
-            " and the same command continues after them"
+            f"{path}: cannot be written: {error.strerror or error}; finished shards are kept; run"
+            " the same command again to continue"
         ) from error
 
 

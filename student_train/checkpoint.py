@@ -65,8 +65,8 @@ def save(folder: Path, model: PreTrainedModel, optimizer: Optimizer, progress: P
             remove_folder(old)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RunError(
-            f"{folder}: the checkpoint of step {progress.step} cannot be written: {error};"
-            " the one before it is kept, and the same command continues from there"
+            f"{folder}: cannot write the checkpoint of step {progress.step}: {error};"
+            " the one before is kept; run the same command again to continue from there"
         ) from error
 
 
@@ -95,8 +95,8 @@ def load_newest(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> P
         raise
     except _DAMAGED as error:
         raise RunError(
-            f"{path}: the checkpoint cannot be read ({first_line(error)}); without this folder the"
-            " same command continues from the checkpoint before it"
+            f"{path}: the checkpoint cannot be read ({first_line(error)}); delete this folder, and"
+            " the same command continues from the checkpoint before"
         ) from error
     except OSError as error:
         raise RunError(f"{path}: the checkpoint cannot be read ({error})") from error

@@ -178,10 +178,17 @@ class TrainConfig:
             check(0.01 <= value <= 100, name, value, "a value in [0.01, 100]")
         if self.learning_rate is not None:
             holds = 0 < self.learning_rate < _FLOAT32
-            check(holds, "learning_rate", self.learning_rate, "a value above 0 that float32 has")
+            check(
+                holds,
+                "learning_rate",
+                self.learning_rate,
+                "a value above 0 in the range of float32",
+            )
         for name in ("weight_decay", "gradient_clip"):
             value = getattr(self, name)
-            check(0 <= value < _FLOAT32, name, value, "0 or more, and a value that float32 has")
+            check(
+                0 <= value < _FLOAT32, name, value, "a value of at least 0 in the range of float32"
+            )
         for name in ("tokens", "batch_tokens", "micro_batch_sequences", "save_every", "eval_every"):
             value = getattr(self, name)
             if value is not None:
@@ -194,7 +201,7 @@ class TrainConfig:
         if self.weights and len(self.weights) != len(self.shards):
             raise OptionError(
                 "weights",
-                f": {len(self.weights)} of them for {len(self.shards)} --shards; expected one for"
+                f": {len(self.weights)} values for {len(self.shards)} --shards; expected one for"
                 " each, in the same order, or none",
             )
         for weight in self.weights:
@@ -226,7 +233,7 @@ def _check_bucket(config: TrainConfig) -> None:
     if config.tail != "bucket":
         return
     if config.loss == "mse":
-        raise OptionError("tail", " bucket: --loss mse compares the kept entries alone")
+        raise OptionError("tail", " bucket: --loss mse compares only the kept entries")
     other = None
     if config.temperature != 1:
         other = f"{config.temperature}"
@@ -236,7 +243,8 @@ def _check_bucket(config: TrainConfig) -> None:
         other = f"those of --adaptive-temperature {config.adaptive_temperature}"
     if other is not None:
         raise OptionError(
-            "tail", f" bucket: what was not kept is known at temperature 1, not at {other}"
+            "tail",
+            f" bucket: the mass that was not kept is known only at temperature 1, not {other}",
         )
 
 
@@ -246,21 +254,21 @@ def _check_temperatures(config: TrainConfig) -> None:
     if config.loss == "mse" and student != 1:
         raise OptionError(
             "student_temperature",
-            f" {student}: --loss mse compares logits, where that is the same as --temperature"
-            f" {config.temperature / student:g}",
+            f" {student}: --loss mse compares logits; --temperature"
+            f" {config.temperature / student:g} has the same effect",
         )
     if config.loss == "mse" and strategy is not None:
         raise OptionError(
             "adaptive_temperature",
-            f" {strategy}: is of a softmax, and --loss mse compares logits",
+            f" {strategy}: needs a softmax, but --loss mse compares logits",
         )
     if strategy == "wttm" and config.temperature <= 1:
         raise OptionError(
             "adaptive_temperature",
-            f" wttm: its weights need a --temperature above 1, not {config.temperature}",
+            f" wttm: needs a --temperature above 1, not {config.temperature}",
         )
     if strategy == "wttm" and student != 1:
         raise OptionError(
             "adaptive_temperature",
-            f" wttm: its student is at temperature 1, not at --student-temperature {student}",
+            f" wttm: needs the student at temperature 1, not --student-temperature {student}",
         )

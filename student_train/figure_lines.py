@@ -52,6 +52,6 @@ def _parse(text: bytes, place: str) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise InputError(
-        f"{place}: not a line of figures (step, kind, tokens); delete it, and the run continues and"
-        " is shown without them"
+        f"{place}: not a line of figures (step, kind, tokens); delete the line, and the run and its"
+        " report do without it"
     )

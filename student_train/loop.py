@@ -151,8 +151,8 @@ class Training:
         process.saver.save(self._progress)
         process.display.clear()
         raise StoppedError(
-            f"{self._folder.path}: {received.name} after step {self._progress.step}, its"
-            " checkpoint is written; the same command continues",
+            f"{self._folder.path}: stopped by {received.name} after step {self._progress.step}; run"
+            " the same command again to continue from its checkpoint",
             received,
         )
 
@@ -216,7 +216,7 @@ class Training:
         if not math.isfinite(result.loss + result.gradient_norm):
             raise RunError(
                 f"{self._folder.path}: step {step}: loss {result.loss}, gradient norm"
-                f" {result.gradient_norm}; the run diverged, a lower --learning-rate may help"
+                f" {result.gradient_norm}; the run diverged, try a lower --learning-rate"
             )
         self._progress = replace(
             self._progress,
@@ -270,7 +270,7 @@ class Training:
     def _log_start(self, step_sequences: int, num_steps: int) -> None:
         total, beside = num_parameters(self._model)
         logger.info(
-            "%s: %d parameters, %d beside embedding and head; %d steps of %d sequences",
+            "%s: %d parameters, %d without embedding and head; %d steps of %d sequences",
             self._config.student,
             total,
             beside,

@@ -68,7 +68,7 @@ def _run(config: TrainConfig) -> dict[str, Json]:
     if summary is None:
         summary = _train(config, datasets, evaluation_dataset, folder, description, device)
     elif not tasks:
-        logger.info("%s: finished before, nothing to do", config.out)
+        logger.info("%s: already finished, nothing to do", config.out)
     if tasks:
         with folder_lock(folder.path, "train-student"):
             run_tasks(
@@ -98,7 +98,7 @@ def _failures_named(out: Path) -> Iterator[None]:
         path = getattr(error, "filename", None) or out
         reason = getattr(error, "strerror", None) or first_line(error)
         raise RunError(
-            f"{path}: {reason}; what was saved is kept, and the same command continues"
+            f"{path}: {reason}; saved steps are kept; run the same command again to continue"
         ) from error
 
 

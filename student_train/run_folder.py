@@ -56,7 +56,7 @@ class RunFolder:
     def check(self, description: Mapping[str, Json]) -> None:
         """InputError if the folder holds something else or a run of other settings, naming them."""
         if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path}: a file, where a folder for the run is expected")
+            raise InputError(f"{self.path}: expected a folder for the run, found a file")
         file = self.path / _RUN
         if file.is_file():
             self._check_same(description, _read_settings(file))
@@ -65,8 +65,7 @@ class RunFolder:
         others = [name for name in names if not durable.is_temporary(name)]
         if others:
             raise InputError(
-                f"{self.path}: holds something else ({others[0]}), no run; give an empty or a new"
-                " folder"
+                f"{self.path}: contains {others[0]} but no run; give an empty or a new folder"
             )
 
     def start(self, description: Mapping[str, Json]) -> None:
@@ -81,8 +80,8 @@ class RunFolder:
         file = self.path / _RUN
         if not file.is_file():
             raise InputError(
-                f"{self.path}: not the folder of a run, it has no {_RUN}; expected one that"
-                " train-student --out made"
+                f"{self.path}: not the folder of a run, it has no {_RUN}; give the --out folder of"
+                " a train-student command"
             )
         return _read_settings(file)
 
@@ -101,9 +100,9 @@ class RunFolder:
             return
         reason = ""
         if any(line.startswith("config.tokens:") for line in found):
-            reason = "; another number of tokens is another learning rate at every step"
+            reason = "; another --tokens changes the learning rate of every step"
         raise InputError(
-            f"{self.path}: holds a run of other settings: {'; '.join(found)} (here: this command,"
+            f"{self.path}: holds a run with other settings: {'; '.join(found)} (here: this command,"
             f" there: the folder){reason}; repeat its command to continue it, or give another --out"
         )
 
@@ -199,7 +198,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     for key in ("config", "dataset"):
         if not isinstance(content.get(key), dict):
             raise InputError(
-                f"{file}: not the settings of a run: no object {key!r}; give another folder"
+                f"{file}: not the settings of a run, it has no object {key!r}; give another folder"
             )
     return content
 

@@ -25,7 +25,7 @@ def open_datasets(config: TrainConfig) -> list[Dataset]:
     first = datasets[0]
     for number, other in enumerate(datasets[1:], start=1):
         if any(other.path.samefile(before.path) for before in datasets[:number]):
-            raise InputError(f"--shards {other.path}: given twice; --weights says how much of it")
+            raise InputError(f"--shards {other.path}: given twice; --weights sets its share")
         _check_mixes(config, other, first)
     for dataset in datasets:
         check_objective(config, dataset)
@@ -38,28 +38,28 @@ def _check_mixes(config: TrainConfig, other: Dataset, first: Dataset) -> None:
     length, expected = (d.spec.sequence_length for d in (other, first))
     if length != expected:
         raise InputError(
-            f"--shards {other.path}: has sequences of {length} tokens, {first.path} of"
+            f"--shards {other.path}: has sequences of {length} tokens, but {first.path} has"
             f" {expected}; expected the same --sequence-length"
         )
     keep, expected_keep = other.spec.keep, first.spec.keep
     if config.alpha and keep.is_sampled != expected_keep.is_sampled:
         raise InputError(
-            f"--shards {other.path}: its entries (--keep {keep.method}) are used in another way"
-            f" than those of {first.path} (--keep {expected_keep.method}): probabilities and"
-            " sampled weights do not mix"
+            f"--shards {other.path}: cannot mix its entries (--keep {keep.method}) with those of"
+            f" {first.path} (--keep {expected_keep.method}): one stores probabilities, the other"
+            " sampled weights"
         )
     if reads_entropies(config, first) != reads_entropies(config, other):
         raise InputError(
-            f"--adaptive-temperature {config.adaptive_temperature}: one of {first.path} and"
-            f" {other.path} has the teacher's entropies and the other has not"
+            f"--adaptive-temperature {config.adaptive_temperature}: only one of {first.path} and"
+            f" {other.path} stores the teacher's entropies"
         )
     documents = first.spec.documents, other.spec.documents
     for name in ("bos", "bos_token_id", "eos_token_id"):
         here, there = (getattr(part, name) for part in documents)
         if here != there:
             logger.warning(
-                "%s: %s of its documents is %s, %s in %s, which decides for the student",
-                other.path, name, there, here, first.path,
+                "warning: %s: its %s is %s, but the student gets that of %s, %s",
+                other.path, name, there, first.path, here,
             )  # fmt: skip
 
 
@@ -153,8 +153,7 @@ def check_objective(config: TrainConfig, dataset: Dataset) -> None:
     method: Keep = dataset.spec.keep
     if config.alpha and not dataset.spec.has_teacher:
         raise InputError(
-            f"--alpha {config.alpha}: {dataset.path} has tokens and nothing of a teacher; give"
-            " --alpha 0"
+            f"--alpha {config.alpha}: {dataset.path} holds tokens without a teacher; give --alpha 0"
         )
     if config.alpha and config.adaptive_temperature is not None and not method.is_sampled:
         stored = reads_entropies(config, dataset)
@@ -171,20 +170,19 @@ def check_objective(config: TrainConfig, dataset: Dataset) -> None:
         )
     if config.tail == "bucket":
         raise InputError(
-            f"--tail bucket: {dataset.path} was sampled (--keep {method.method}), nothing is"
-            " missing in its expectation"
+            f"--tail bucket: {dataset.path} was sampled (--keep {method.method}); its"
+            " weights have no missing mass"
         )
     if config.adaptive_temperature is not None:
         raise InputError(
             f"--adaptive-temperature {config.adaptive_temperature}: {dataset.path} was sampled at"
-            f" temperature {method.temperature} (--keep {method.method}), and its weights can be"
-            " used at no other"
+            f" temperature {method.temperature} (--keep {method.method}), and its weights hold only"
+            " there"
         )
     if config.temperature != method.temperature:
         raise InputError(
             f"--temperature {config.temperature}: {dataset.path} was sampled at temperature"
-            f" {method.temperature} (--keep {method.method}), and its weights can be used at no"
-            " other"
+            f" {method.temperature} (--keep {method.method}), and its weights hold only there"
         )
 
 
@@ -196,7 +194,7 @@ def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | 
     found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
     _check_tokenizers("--eval-shards", found, dataset)
     if VALIDATION not in found.split_names:
-        logger.info("%s: no validation split, so nothing is evaluated", found.path)
+        logger.info("%s: has no validation split, so the run evaluates nothing", found.path)
         return None
     counted_totals(found.split(VALIDATION))
     return found

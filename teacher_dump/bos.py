@@ -104,21 +104,21 @@ def probe(
             return None
         if not math.isfinite(nll):
             raise RunError(
-                f"{config.teacher}: the teacher gives {nll} for log-probabilities of the corpus;"
-                " are its weights sound, and does --dtype suit them?"
+                f"{config.teacher}: the teacher's negative log-likelihood of the corpus is {nll};"
+                " check its weights and --dtype"
             )
         found[mode] = nll / positions[mode]
     result = BosProbe(chosen=chosen, cross_entropies=found, positions=positions)
     logger.info("%s", result.text())
     if result.is_worse:
         text = (
-            f" {chosen}: the teacher has a cross-entropy of {found[chosen]:.2f} nats per token on a"
-            f" sample, and {found[result.best]:.2f} with --bos {result.best}"
+            f" {chosen}: the teacher's cross-entropy on a sample is {found[chosen]:.2f} nats per"
+            f" token, but {found[result.best]:.2f} with --bos {result.best}"
         )
         few = min(positions.values()) < TRUSTED_POSITIONS
         if config.bos == BOS_AUTO and not few:
             raise OptionError("bos", f"{text}; give --bos {result.best}")
-        logger.warning("warning: --bos%s%s", text, ", of few tokens" if few else "")
+        logger.warning("warning: --bos%s%s", text, " (measured on few tokens)" if few else "")
     return result
 
 

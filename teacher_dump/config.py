@@ -144,16 +144,14 @@ class DumpConfig:
     def _check_teacher(self) -> None:
         if not isinstance(self.keep, Tokens):
             if self.teacher is None:
-                raise OptionError("teacher", ": needed, unless --keep tokens stores tokens alone")
+                raise OptionError("teacher", ": missing; only --keep tokens needs no teacher")
             if self.tokenizer is not None:
-                raise OptionError("tokenizer", f" {self.tokenizer}: is for --keep tokens alone")
+                raise OptionError("tokenizer", f" {self.tokenizer}: works only with --keep tokens")
             return
         if self.tokenizer is None:
-            raise OptionError("tokenizer", ": needed for --keep tokens")
+            raise OptionError("tokenizer", ": missing; --keep tokens needs one")
         if self.teacher is not None:
-            raise OptionError(
-                "teacher", f" {self.teacher}: --keep tokens stores nothing of a teacher"
-            )
+            raise OptionError("teacher", f" {self.teacher}: --keep tokens uses no teacher")
 
     def _check_corpus(self) -> None:
         if self.weights and len(self.weights) != len(self.corpus):
@@ -163,7 +161,9 @@ class DumpConfig:
         for weight in self.weights:
             check(0 < weight <= 1000, "weights", weight, "a value in (0, 1000]")
         if self.mask_key is not None and self.token_key is None:
-            raise OptionError("mask_key", ": needs --token-key, whose tokens it is about")
+            raise OptionError(
+                "mask_key", ": needs --token-key, the column of the tokens that it masks"
+            )
         if self.eos_token is not None and not self.eos:
             raise OptionError("eos_token", f" {self.eos_token}: contradicts --no-eos")
 
@@ -176,8 +176,8 @@ class DumpConfig:
             ]
             raise OptionError(
                 "engine",
-                f" {self.engine}: sees the largest entries alone, and --keep {self.keep.method}"
-                f" needs the whole distribution: use {' or '.join(others)}, or --keep top-p-k",
+                f" {self.engine}: sees only the largest entries, but --keep {self.keep.method}"
+                f" needs the whole distribution; use {' or '.join(others)}, or --keep top-p-k",
             )
 
     @property

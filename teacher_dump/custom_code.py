@@ -29,15 +29,15 @@ def custom_code_sha256(folder: Path, *, trusted: bool) -> str | None:
         return None
     if not trusted:
         raise InputError(
-            f"{folder}: has Python code of its own (auto_map in {' and '.join(maps)}); "
+            f"{folder}: contains Python code (auto_map in {' and '.join(maps)}); "
             "read it, and give --trust-remote-code to run it"
         )
     for name, found in maps.items():
         for reference in _references(found):
             if "--" in reference:
                 raise InputError(
-                    f"{folder / name}: {reference} is code of another repository, which would not "
-                    "be identified; copy it into the folder and name it there"
+                    f"{folder / name}: {reference} is code of another repository, so the dataset"
+                    " cannot identify it; copy the code into the folder and name it there"
                 )
     lines = [
         f"{path.relative_to(folder).as_posix()} {path_sha256(path)}\n"

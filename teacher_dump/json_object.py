@@ -21,7 +21,7 @@ def read_json_object(path: Path, *, optional: bool = False) -> dict[str, Any]:
     except FileNotFoundError as error:
         if optional and not path.is_symlink():
             return {}
-        raise InputError(f"{path}: not there") from error
+        raise InputError(f"{path}: missing") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:

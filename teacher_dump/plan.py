@@ -111,7 +111,7 @@ def make_plan(config: DumpConfig, tokens: int | None, engines: int = 1) -> Plan:
     sample = read_corpus_sample(ready)
     split = sample.sequences(config, ready.bos_before_sequences)
     if not len(split):
-        raise InputError("--plan: the corpus has no two tokens to measure with")
+        raise InputError("--plan: the sample of the corpus has no two tokens to measure with")
     probe_sample = read_probe_sample(ready)
     started = time.monotonic()
     engine = None if ready.teacher is None else ready.start_engine(config)
@@ -125,7 +125,7 @@ def make_plan(config: DumpConfig, tokens: int | None, engines: int = 1) -> Plan:
     seconds = time.monotonic() - started
     measured = _write(ready, config, sorted(rows, key=lambda row: row.sequence))
     if not measured.tokens:
-        raise InputError("--plan: no label counts in what was read of the corpus")
+        raise InputError("--plan: the sample of the corpus has no label that counts")
     num_positions = sum(len(row.tokens) - 1 for row in rows)
     total, source = _total(config, tokens, sample.num_positions(split), sample.share)
     layout = config.layout(split.mean_positions)

@@ -92,7 +92,8 @@ def prepare(config: DumpConfig) -> Prepared:
     if config.token_key is not None and not any(file.kind in TABLES for file in corpus.files):
         raise OptionError(
             "token_key",
-            f" {config.token_key}: a column of .parquet and .arrow files, and the corpus has none",
+            f" {config.token_key}: names a column of .parquet and .arrow files, but the corpus has"
+            " none",
         )
     documents = make_documents(config, tokenizer, None if teacher is None else teacher.vocab_size)
     _say_threshold(config)
@@ -147,5 +148,6 @@ def _say_threshold(config: DumpConfig) -> None:
     keep = config.keep
     if isinstance(keep, Threshold):
         logger.info(
-            "--threshold: %.6g, whose logarithm is a multiple of --logprob-step", keep.threshold
+            "--threshold: using %.6g, whose logarithm is a multiple of --logprob-step",
+            keep.threshold,
         )

@@ -106,8 +106,8 @@ def _nobody(folder: Path, last: tuple[str, str] | None, limit: float) -> str:
         else f"rank 0 has given no sign for {limit:.0f} s (it was at: {last[1]})"
     )
     return (
-        f"{folder}: {what}, and nobody else makes the dataset's manifest; start rank 0, or"
-        " dump-logits --prepare, then the same command again"
+        f"{folder}: {what}, and no other process makes the dataset's manifest; start rank 0 or"
+        " dump-logits --prepare, then run this command again"
     )
 
 

@@ -51,7 +51,7 @@ def make_documents(
         if index is not None and known_ids is not None and index >= known_ids:
             token = tokenizer.backend.id_to_token(index)
             raise OptionError(
-                name, f" {token}: has the id {index}, and the teacher knows only {known_ids} ids"
+                name, f" {token}: has the id {index}, but the teacher has only {known_ids} ids"
             )
     return documents
 
@@ -64,8 +64,8 @@ def warn_of_turn_ends(config: DumpConfig, tokenizer: TeacherTokenizer) -> None:
     others = [token for token in end_tokens(tokenizer) if token != eos]
     if eos in (tokenizer.chat_template or "") and others:
         logger.warning(
-            "warning: documents are closed with %s, with which the chat template ends turns; if the"
-            " teacher was pre-trained with another token between documents, give --eos-token %s",
+            "warning: each document ends with %s, which the chat template uses to end turns; if"
+            " pre-training had another token between documents, give --eos-token %s",
             eos,
             " or ".join(others),
         )

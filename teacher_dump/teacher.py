@@ -65,7 +65,7 @@ def find_teacher(name: str, revision: str | None, *, trust_remote_code: bool = F
         raise InputError(f"--teacher-revision {revision}: {name} is a folder and has no revisions")
     path = folder / "config.json"
     if not os.path.lexists(path):
-        raise InputError(f"{folder}: no config.json in it, not a Hugging Face model folder")
+        raise InputError(f"{folder}: not a Hugging Face model folder, it has no config.json")
     config = read_json_object(path)
     architecture = _architecture(config, path)
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
@@ -93,7 +93,7 @@ def _architecture(config: Mapping[str, Any], path: Path) -> str:
         raise InputError(f"{path}: architectures is {found}, expected a list of class names")
     name: str = architectures[0]
     if config.get("is_encoder_decoder") or name.endswith(_NO_LM) or _is_encoder_decoder(name):
-        raise InputError(f"{path}: {name} is no causal language model; expected ...ForCausalLM")
+        raise InputError(f"{path}: {name} is not a causal language model; expected ...ForCausalLM")
     return name
 
 
@@ -116,7 +116,7 @@ def _find(config: Mapping[str, Any], path: Path, *keys: str) -> int | None:
     """The first of these that the model's configuration has, or that of its text part."""
     text_config = config.get("text_config") or {}
     if not isinstance(text_config, dict):
-        raise InputError(f"{path}: text_config is no JSON object")
+        raise InputError(f"{path}: text_config is not a JSON object")
     for part in (config, text_config):
         for key in keys:
             value = part.get(key)
@@ -135,6 +135,6 @@ def _from_hub(option: str, name: str, revision: str | None, files: list[str]) ->
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:
         raise InputError(
-            f"--{option} {name}: neither a folder nor a model that the hub gives"
+            f"--{option} {name}: neither a folder nor available on the hub"
             f" ({type(error).__name__}: {one_line(error)})"
         ) from error

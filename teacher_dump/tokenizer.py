@@ -72,7 +72,7 @@ class TeacherTokenizer:
         if self._agrees_with_auto(files):
             return files
         logger.info(
-            "%s: %s is another tokenizer than tokenizer.json; the dataset's copy says %s",
+            "%s: %s gives other ids than tokenizer.json; the dataset's copy names the class %s",
             *(self.folder, self.settings.get("tokenizer_class", "its class"), _PLAIN_CLASS),
         )
         # transformers adds a padding token that the file names and does not have
@@ -82,8 +82,8 @@ class TeacherTokenizer:
             if self._agrees_with_auto(files):
                 return files
         raise InputError(
-            f"{self.folder / TOKENIZER_NAME}: transformers reads other ids from a copy of it, which"
-            " a student would get; load the file with transformers, and save it again"
+            f"{self.folder / TOKENIZER_NAME}: transformers gets other ids from a copy of this file,"
+            " and so would a student; load the file with transformers and save it again"
         )
 
     def _files(self, text: str, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -136,7 +136,7 @@ def load_tokenizer(
         settings |= converted.special_tokens_map
     if eos_token is not None:
         if backend.token_to_id(eos_token) is None:
-            raise InputError(f"--eos-token {eos_token}: no token of the tokenizer in {folder}")
+            raise InputError(f"--eos-token {eos_token}: not a token of the tokenizer in {folder}")
         settings["eos_token"] = eos_token
     bos, eos = (_special_id(folder, settings, key, backend) for key in ("bos_token", "eos_token"))
     if eos is None:
@@ -200,11 +200,11 @@ def _from_class(folder: Path, trust_remote_code: bool) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InputError(
-            f"{folder}: no tokenizer that transformers loads ({one_line(error)}); expected"
+            f"{folder}: has no tokenizer that transformers can load ({one_line(error)}); expected"
             f" {TOKENIZER_NAME}, or the vocabulary of the class in {_SETTINGS_NAME}"
         ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise InputError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer")
+        raise InputError(f"{folder}: {type(tokenizer).__name__} is not a fast tokenizer")
     return tokenizer
 
 
@@ -247,7 +247,7 @@ def _special_id(folder: Path, settings: Mapping[str, Any], key: str, backend: An
     index: int | None = backend.token_to_id(content)
     if index is None and (key == "eos_token" or settings.get("add_bos_token") is True):
         raise InputError(
-            f"{folder / _SETTINGS_NAME}: {key} is {content!r}, which is no token of"
+            f"{folder / _SETTINGS_NAME}: {key} is {content!r}, which is not a token of"
             f" {TOKENIZER_NAME}; name one of its tokens"
         )
     return index

@@ -53,7 +53,7 @@ def check_weights(folder: Path) -> list[str]:
             else:
                 _check_pickle(path)
         except FileNotFoundError as error:
-            raise InputError(f"{path}: not there, but the index names it; {_AGAIN}") from error
+            raise InputError(f"{path}: missing, but the index names it; {_AGAIN}") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     return list(named)
@@ -68,20 +68,21 @@ def _named_files(folder: Path) -> dict[str, list[str]]:
             named = _weight_map(index)
             if has_single and single not in named:
                 raise InputError(
-                    f"{folder}: has {single} and {index.name}, which names other files; loaders"
-                    " differ in which they read, so remove the one that is not the teacher's"
+                    f"{folder}: has {single} and {index.name}, which names other files; some"
+                    " loaders read one and some the other, so remove the one that is not the"
+                    " teacher's"
                 )
             return named
         if has_single:
             return {single: []}
-    raise InputError(f"{folder}: no weights in it, expected {' or '.join(_LAYOUTS)} or an index")
+    raise InputError(f"{folder}: contains no weights, expected {' or '.join(_LAYOUTS)} or an index")
 
 
 def _weight_map(index: Path) -> dict[str, list[str]]:
     """The files of an index, each with its tensors, in the order of their names."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: no weight_map in it that names files; {_AGAIN}")
+        raise InputError(f"{index}: has no weight_map that names files; {_AGAIN}")
     named: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _is_inside(name):
@@ -103,7 +104,7 @@ def _check_safetensors(path: Path, tensors: Sequence[str]) -> None:
         if size < 8 or size < 8 + length <= 8 + _MAX_HEADER_BYTES:
             raise InputError(_cut_off(path, f"at least {8 + length if size >= 8 else 8}", size))
         if length > _MAX_HEADER_BYTES:
-            raise InputError(f"{path}: a header of {length} bytes is none of safetensors; {_AGAIN}")
+            raise InputError(f"{path}: not safetensors, its header has {length} bytes; {_AGAIN}")
         text = stream.read(length)
     try:
         header = json.loads(text)
@@ -114,14 +115,14 @@ def _check_safetensors(path: Path, tensors: Sequence[str]) -> None:
         expected = 8 + length + max((int(end) for _, end in spans), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{path}: its header is none of safetensors ({one_line(error)}); {_AGAIN}"
+            f"{path}: not a header of safetensors ({one_line(error)}); {_AGAIN}"
         ) from error
     if size != expected:
         raise InputError(_cut_off(path, str(expected), size))
     for tensor in tensors:
         if tensor not in entries:
             raise InputError(
-                f"{path}: no tensor {tensor} in it, where the index places it; {_AGAIN}"
+                f"{path}: has no tensor {tensor}, but the index places it there; {_AGAIN}"
             )
 
 
@@ -132,7 +133,7 @@ def _check_pickle(path: Path) -> None:
     if not beginning:
         raise InputError(f"{path}: empty; {_AGAIN}")
     if beginning == b"PK\x03\x04" and not zipfile.is_zipfile(path):
-        raise InputError(f"{path}: cut off, the end of its zip archive is missing; {_AGAIN}")
+        raise InputError(f"{path}: truncated, the end of its zip archive is missing; {_AGAIN}")
 
 
 def _cut_off(path: Path, expected: str, found: int) -> str:

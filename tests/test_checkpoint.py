@@ -182,7 +182,9 @@ def test_a_whole_line_that_is_not_of_figures_is_named_and_nothing_is_cut(
     file = tmp_path / "metrics.jsonl"
     content = line(1) + damaged + line(3)
     file.write_text(content)
-    with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a line of figures.* delete it"):
+    with pytest.raises(
+        InputError, match=r"metrics\.jsonl:2: not a line of figures.* delete the line"
+    ):
         cut_back(file, 3)
     assert file.read_text() == content
 

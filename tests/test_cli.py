@@ -36,7 +36,7 @@ def test_a_signal_ends_a_command_with_one_line_wherever_it_is(
     options = ["--shards", out, "--student", "tiny", "--out", out, "--tokens", "9"]
     result = CliRunner().invoke(cli.train_student, options)
     assert result.exit_code == 128 + number
-    says = f"train-student: stopped by {number.name}; the same command continues\n"
+    says = f"train-student: stopped by {number.name}; run the same command again to continue\n"
     assert result.output == says
     assert signal.getsignal(number) == before
 
@@ -50,10 +50,13 @@ def _dump(*options: str) -> tuple[int, str]:
     ("more", "says"),
     [
         (["--student-temperature", "0"], "--student-temperature 0.0: expected a value in [0.01"),
-        (["--student-temperature", "2", "--tail", "bucket"], "--tail bucket: what was not kept"),
+        (
+            ["--student-temperature", "2", "--tail", "bucket"],
+            "--tail bucket: the mass that was not kept",
+        ),
         (["--adaptive-temperature", "ada"], "--adaptive-temperature ada: expected normkd, wttm,"),
-        (["--adaptive-temperature", "wttm"], "need a --temperature above 1, not 1.0"),
-        (["--weights", "0.7,0.3"], "--weights: 2 of them for 1 --shards; expected one for each"),
+        (["--adaptive-temperature", "wttm"], "needs a --temperature above 1, not 1.0"),
+        (["--weights", "0.7,0.3"], "--weights: 2 values for 1 --shards; expected one for each"),
     ],
 )
 def test_bad_options_of_training_end_in_one_line(
@@ -102,16 +105,16 @@ def _options(teacher: Path, corpus: Path, out: Path, *more: str) -> list[str]:
         (["--keep", "everything"], "--keep everything: expected top-p-k, draws, threshold"),
         (["--keep", "threshold"], "--top-k: not an option of --keep threshold"),
         (["--draws", "50"], "--draws: not an option of --keep top-p-k"),
-        (["--temperature", "2"], "whose probabilities are stored at 1: train-student"),
+        (["--temperature", "2"], "which stores probabilities at temperature 1; train-student"),
         (["--engine", "magic"], "expected vllm, vllm-logprobs or transformers"),
         (["--held-out", "1"], "--held-out 1.0"),
         (["--max-tokens", "0"], "--max-tokens 0"),
         (["--text-key", "body"], "corpus.jsonl:1: no key 'body', found 'text'"),
-        (["--engine-arg", "a={b"], "--engine-arg a={b: no value that JSON has"),
-        (["--engine-arg", "day=2026-01-01"], "--engine-arg day=2026-01-01: no value that JSON has"),
+        (["--engine-arg", "a={b"], "--engine-arg a={b: not a JSON value"),
+        (["--engine-arg", "day=2026-01-01"], "--engine-arg day=2026-01-01: not a JSON value"),
         (["--engine-arg", "max_num_seqs=4"], "--engine-arg: --engine transformers takes none"),
         (["--bos", "document"], "--bos document: the tokenizer has no beginning-of-sequence token"),
-        (["--token-key", "text"], "--token-key text: a column of .parquet and .arrow files"),
+        (["--token-key", "text"], "--token-key text: names a column of .parquet and .arrow files"),
         (["--mask-key", "mask"], "--mask-key: needs --token-key"),
         (["--token-dtype", "int8"], "--token-dtype int8: expected uint16, "),
         (["--weights", "0"], "--weights 0.0: expected a value in (0, 1000]"),
@@ -166,7 +169,7 @@ TWO_FRAMES = b"".join(
     ("name", "content", "says"),
     [
         ("missing.jsonl", None, "missing.jsonl: no such corpus file"),
-        ("empty.jsonl", b"", "is it empty?"),
+        ("empty.jsonl", b"", "leaves nothing to train on"),
         (
             "broken.jsonl",
             b'{"text": "w1 w2"}\n{"text": "w3\n',
@@ -174,7 +177,7 @@ TWO_FRAMES = b"".join(
         ),
         ("list.jsonl", b"[1]\n", "list.jsonl:1: expected an object"),
         ("number.jsonl", b'{"text": 3}\n', "number.jsonl:1: 'text' is int"),
-        ("half.jsonl", b'{"text": "w1 \\ud83d"}\n', "half.jsonl:1: 'text' is no Unicode text"),
+        ("half.jsonl", b'{"text": "w1 \\ud83d"}\n', "half.jsonl:1: 'text' is not Unicode text"),
         ("latin.txt", b"caf\xe9", "latin.txt: not UTF-8"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "w1"}\n' * 99, mtime=0)[:-9], "cut.jsonl.gz"),
         ("cut.jsonl.zst", zstandard.compress(b'{"text": "w1"}\n' * 99)[:-4], "cut.jsonl.zst"),
@@ -213,7 +216,7 @@ def test_an_empty_corpus_is_named_where_progress_is_shown_too(
     corpus.write_bytes(b"")
     code, output = _dump(*_options(tiny_teacher, corpus, tmp_path / "out"))
     assert code == 2, output
-    assert "is it empty?" in output
+    assert "leaves nothing to train on" in output
 
 
 def test_an_unknown_teacher_and_a_foreign_folder_are_refused(
@@ -222,13 +225,13 @@ def test_an_unknown_teacher_and_a_foreign_folder_are_refused(
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
     code, output = _dump(*_options(tmp_path / "nobody", corpus, tmp_path / "out"))
     assert code == 2
-    assert "neither a folder nor a model" in output
+    assert "neither a folder nor available on the hub" in output
     foreign = tmp_path / "photos"
     foreign.mkdir()
     (foreign / "cat.jpg").write_bytes(b"cat")
     code, output = _dump(*_options(tiny_teacher, corpus, foreign))
     assert code == 2
-    assert "holds something else" in output
+    assert "cat.jpg but no dataset" in output
     assert [path.name for path in foreign.iterdir()] == ["cat.jpg"]
 
 

@@ -110,4 +110,4 @@ def test_targets_are_not_taken_from_a_dataset_without_a_teacher(folder: Path) ->
     words = ["--shards", str(folder / "tokens"), "--student", "demo", "--out",
              str(folder / "other"), "--tokens", "512"]  # fmt: skip
     line = refused(run_here("train-student", *words))
-    assert "has tokens and nothing of a teacher; give --alpha 0" in line
+    assert "holds tokens without a teacher; give --alpha 0" in line

@@ -77,7 +77,7 @@ def test_a_link_to_nothing_is_an_error(name: str, tmp_path: Path) -> None:
     corpus = make(tmp_path / "corpus", "a.jsonl", "sub/b.jsonl")
     (corpus / name).symlink_to(tmp_path / "gone")
     for given in (corpus, corpus / name, corpus / "**"):
-        assert f"{name}: a link to {tmp_path}/gone, which is not there" in refusal(given)
+        assert f"{name}: is a broken link to {tmp_path}/gone" in refusal(given)
 
 
 def test_a_folder_without_permission_is_an_error(
@@ -115,7 +115,7 @@ def test_a_pipe_is_an_error_and_does_not_hang(tmp_path: Path) -> None:
     corpus = make(tmp_path / "corpus", "a.jsonl")
     os.mkfifo(corpus / "b.jsonl")
     for given in (corpus, corpus / "b.jsonl"):
-        assert "b.jsonl: a pipe or device, expected a regular file" in refusal(given)
+        assert "b.jsonl: expected a regular file, found a pipe or device" in refusal(given)
 
 
 def test_hidden_and_temporary_names_are_left_out_and_named(tmp_path: Path) -> None:
@@ -308,9 +308,9 @@ def test_an_out_in_the_corpus_or_a_corpus_in_out_is_an_error_at_once(tmp_path: P
         (corpus, link / "out"), (link, corpus / "out"), (linked, elsewhere / "out"),
         (corpus / "*", corpus / "out"), (corpus / "**/*.jsonl", corpus / "sub" / "out"),
     ):  # fmt: skip
-        assert f"{out}: lies in" in refusal(given, out=out) or given == out
+        assert f"{out}: is inside" in refusal(given, out=out) or given == out
     for given in (corpus / "sub", corpus / "sub" / "b.jsonl", corpus / "sub" / "*", link / "sub"):
-        assert f"lies in --out {corpus}" in refusal(given, out=corpus)
+        assert f"is inside --out {corpus}" in refusal(given, out=corpus)
     assert read(corpus, out=tmp_path / "out") == ["a.jsonl", "sub/b.jsonl"]
     assert read(corpus / "*.jsonl", out=corpus / "out") == ["a.jsonl"]
 
@@ -324,7 +324,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234
 def test_a_pointer_in_place_of_a_file_is_an_error(name: str, tmp_path: Path) -> None:
     corpus = make(tmp_path / "corpus", "b.jsonl", *(["a.bin"] if name == "a.idx" else []))
     (corpus / name).write_bytes(POINTER)
-    assert f"{name}: a Git LFS pointer" in refusal(corpus)
+    assert f"{name}: is a Git LFS pointer" in refusal(corpus)
     assert "run `git lfs pull`" in refusal(corpus)
     (corpus / name).write_bytes(b"/annex/objects/SHA256E-s1--00\n")
     assert "run `git annex get`" in refusal(corpus)
@@ -333,7 +333,7 @@ def test_a_pointer_in_place_of_a_file_is_an_error(name: str, tmp_path: Path) -> 
 def test_an_index_without_its_tokens_is_an_error(tmp_path: Path) -> None:
     corpus = make(tmp_path / "corpus", "b.jsonl")
     (corpus / "a.idx").write_bytes(b"MMIDIDX\x00\x00 and so on")
-    assert "a.idx: the index of a.bin, which is not there" in refusal(corpus)
+    assert "a.idx: is the index of a.bin, which is missing" in refusal(corpus)
     assert "a.idx: not a kind of corpus file" in refusal(corpus / "a.idx")
     (corpus / "a.idx").write_bytes(b"something else")
     assert read(corpus) == ["b.jsonl"]
@@ -344,7 +344,7 @@ def test_an_index_without_its_tokens_is_an_error(tmp_path: Path) -> None:
 def test_a_folder_without_a_corpus_file_says_so(tmp_path: Path) -> None:
     corpus = make(tmp_path / "corpus", "a.csv")
     says = refusal(corpus)
-    assert "corpus: no corpus file in it, expected .jsonl" in says
+    assert "corpus: contains no corpus file, expected .jsonl" in says
     assert says.endswith("; left out: a.csv (looks like data that this command does not read)")
     make(corpus, "sub/b.csv", ".hidden.jsonl")
     assert refusal(make(tmp_path / "other", "c.jsonl"), corpus).endswith(

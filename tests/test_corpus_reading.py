@@ -249,8 +249,8 @@ def test_a_column_name_that_stands_twice_is_an_error(suffix: str, tmp_path: Path
     columns = [pa.array(["w1"]), pa.array(["w2"]), pa.array([[1]]), pa.array([[2]])]
     names = ["text", "text", "tokens", "tokens"]
     path = write_table(tmp_path / f"a.{suffix}", columns, names)
-    assert "column 'text' stands twice" in refusal(path)
-    assert "column 'tokens' stands twice" in refusal(path, token_key="tokens")
+    assert "column 'text' appears twice" in refusal(path)
+    assert "column 'tokens' appears twice" in refusal(path, token_key="tokens")
 
 
 LISTS = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
@@ -293,7 +293,7 @@ def test_masks_are_booleans_or_zeros_and_ones(
         ([[1, 1, 0], [0, None, 1], [0, 0, 1]], "row 1: column 'm' has a null"),
         ([[1, 1, 0], [0, 0, 1], None], "row 2: column 'm' is list<item: int64>, expected lists"),
         ([[1.0, 1, 0], [0, 0, 1], [0, 0, 1]], "expected lists of booleans or 0 and 1"),
-        ([[1, 1, 0], [0, 0], [0, 0, 1]], "row 1: 'm' and 'tokens' are not of the same length"),
+        ([[1, 1, 0], [0, 0], [0, 0, 1]], "row 1: 'm' and 'tokens' differ in length"),
     ],
 )
 def test_another_mask_is_an_error_with_its_row(masks: Any, says: str, tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_a_flat_file_is_read_in_its_width_or_refused(
         assert np.array_equal(np.concatenate([document.tokens for document in found]), tokens)
     elif written > given:
         dtype = "uint32" if written == 4 else "int64"
-        assert f"Give --token-dtype {dtype}" in refusal(path, token_dtype=read_as)
+        assert f"give --token-dtype {dtype}" in refusal(path, token_dtype=read_as)
     else:
         found = documents(path, token_dtype=read_as)
         assert max(int(document.tokens.max()) for document in found) >= 60_000

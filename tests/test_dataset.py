@@ -234,7 +234,7 @@ def test_a_shard_without_a_sidecar_gets_one_and_is_not_written_again(path):
 def test_a_sidecar_without_its_shard_is_an_error_before_anything_is_written(path):
     (path / "train" / "shard-000001.parquet").unlink()
     before = listing(path / "train")
-    with pytest.raises(ShardError, match=r"shard-000001.json: describes a shard that is not there"):
+    with pytest.raises(ShardError, match=r"shard-000001.json: describes a shard that is missing"):
         shards_to_write(path, load_manifest(path), "train")
     assert listing(path / "train") == before
 
@@ -300,10 +300,10 @@ def test_every_different_set_up_is_recorded_once_and_not_compared(path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match=r"holds something else \(thesis.tex\)"):
+    with pytest.raises(InputError, match=r"contains thesis\.tex but no dataset"):
         make(tmp_path, train=1)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(InputError, match="a file, where a folder"):
+    with pytest.raises(InputError, match="expected a folder for the dataset, found a file"):
         check_folder(tmp_path / "thesis.tex")
 
 

@@ -239,7 +239,7 @@ def test_a_token_that_the_teacher_does_not_know_is_refused(folder: Path, tmp_pat
     teacher, out = folder / "short-teacher", tmp_path / "out"
     command = dump_command(teacher, corpus, out, "--engine", "transformers")
     line = refused(run("dump-logits", *command[3:]))
-    assert f"token {KNOWN}, but the teacher knows only {KNOWN}" in line
+    assert f"token id {KNOWN}, but the teacher has only {KNOWN} ids" in line
 
 
 def _entries(row: Row) -> set[tuple[int, int, float]]:

@@ -31,7 +31,10 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["dump-logits", "--eos=yes"], "dump-logits: --eos: takes no value"),
         (["dump-logits", "--top-q", "1"], "dump-logits: --top-q: no such option, did you mean"),
         (["dump-logits", "--out", ""], "dump-logits: --out '': not a path"),
-        (["dump-logits", "--text-key", ""], "dump-logits: --text-key '': expected some text"),
+        (
+            ["dump-logits", "--text-key", ""],
+            "dump-logits: --text-key '': expected text that is not empty",
+        ),
         (["dump-logits", "--top-p", "nan"], "dump-logits: --top-p nan: not a finite number"),
         (["dump-logits", "--weights", "1,x"], "dump-logits: --weights 1,x: not a valid number"),
         (["dump-logits", "--engine", "x"], "dump-logits: --engine x: expected vllm, vllm-logprobs"),
@@ -71,10 +74,14 @@ class UnprintableError(Exception):
 @pytest.mark.parametrize(
     ("error", "line", "exit_code"),
     [
-        (ValueError("odd\nsecond line"), "internal error: ValueError: odd (--debug shows all)", 1),
-        (KeyError(), "internal error: KeyError (--debug shows all)", 1),
-        (Panic("cannot\n\n"), "internal error: Panic: cannot (--debug shows all)", 1),
-        (UnprintableError(), "internal error: UnprintableError (--debug shows all)", 1),
+        (
+            ValueError("odd\nsecond line"),
+            "internal error: ValueError: odd (--debug shows the traceback)",
+            1,
+        ),
+        (KeyError(), "internal error: KeyError (--debug shows the traceback)", 1),
+        (Panic("cannot\n\n"), "internal error: Panic: cannot (--debug shows the traceback)", 1),
+        (UnprintableError(), "internal error: UnprintableError (--debug shows the traceback)", 1),
         (MemoryError(), "out of memory", 1),
         (RuntimeError("CUDA out of memory. Tried"), "out of memory (CUDA out of memory. Tried)", 1),
         (
@@ -86,7 +93,7 @@ class UnprintableError(Exception):
         (InputError("several\n  lines\u2028of\x1b[31m text"), r"several lines of\x1b[31m text", 2),
         (RunError("disk full"), "disk full", 1),
         (OptionError("top_k", " 0: expected at least 1"), "--top-k 0: expected at least 1", 2),
-        (KeyboardInterrupt(), "interrupted; the same command continues", 130),
+        (KeyboardInterrupt(), "interrupted; run the same command again to continue", 130),
     ],
 )
 def test_any_error_is_one_line_and_debug_shows_where(

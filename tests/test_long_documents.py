@@ -59,8 +59,7 @@ def test_a_long_document_is_one_document_and_said_once(
         assert found.tokens[:401].tolist() == [*numbers, 0]
     said = [record.getMessage() for record in caplog.records if "pieces" in record.getMessage()]
     assert said == [
-        f"{tmp_path}/a.txt: a document of 2,000 characters is encoded in pieces cut at ends of"
-        " lines"
+        f"{tmp_path}/a.txt: encoding a document of 2,000 characters in pieces, cut at line ends"
     ]
 
 

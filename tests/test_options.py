@@ -178,8 +178,8 @@ def test_tokens_are_kept_without_a_teacher() -> None:
         (
             "top-p-k",
             ["--temperature", "2"],
-            "--temperature: not an option of --keep top-p-k, whose probabilities are stored at 1:"
-            " train-student applies a temperature",
+            "--temperature: not an option of --keep top-p-k, which stores probabilities at"
+            " temperature 1; train-student has a --temperature",
         ),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_method_of_somebody_else_has_its_options(another_method: type[Keep]) -
     assert CliRunner().invoke(made, [*words, "--share", "0.5"]).exit_code == 0
     assert seen[0].keep == another_method(share=0.5)  # type: ignore[call-arg]
     result = CliRunner().invoke(made, words)
-    assert refused(result) == "dump-logits: --share: needed for --keep largest"
+    assert refused(result) == "dump-logits: --share: missing; --keep largest needs it"
 
 
 def test_methods_share_only_options_that_are_the_same(another_method: type[Keep]) -> None:

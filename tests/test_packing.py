@@ -203,7 +203,7 @@ def test_a_student_whose_mask_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch
         )
 
     monkeypatch.setattr(model.base_model, "forward", running)
-    with pytest.raises(InputError, match="one changes what it computes for the next"):
+    with pytest.raises(InputError, match="one document changes what it computes for the next"):
         check(model)
 
 

@@ -455,7 +455,7 @@ def test_an_orphan_of_another_release_of_arrow_is_not_guessed_at(folder, monkeyp
     monkeypatch.setattr("shards.footer.writer_options", other_release)
     orphan(folder)
     monkeypatch.undo()
-    check_left_alone(folder, message="its rows, written again, are other bytes")
+    check_left_alone(folder, message="encoding its rows again gives other bytes")
 
 
 def test_a_writer_of_another_release_of_arrow_that_is_alive_disturbs_nobody(
@@ -482,7 +482,7 @@ def test_a_sidecar_without_its_parquet_file_is_an_error_that_says_so(folder, whe
     path = write_shard(folder, ROWS, SPEC)
     path.unlink()
     before = listing(folder)
-    message = r"shard-000000.json: describes a shard that is not there; delete it"
+    message = r"shard-000000.json: describes a shard that is missing; delete this file"
     if where == "a writer":
         with begin(folder) as writer, pytest.raises(ShardError, match=message):
             writer.publish()

@@ -48,9 +48,9 @@ def test_a_config_that_is_no_object_is_one_line(
 
 
 def test_a_folder_or_a_link_to_nothing_in_its_place_is_one_line(tmp_path: Path) -> None:
-    assert "no config.json in it" in error_of(tmp_path)
+    assert "it has no config.json" in error_of(tmp_path)
     (tmp_path / "config.json").symlink_to(tmp_path / "gone")
-    assert "config.json: not there" in error_of(tmp_path)
+    assert "config.json: missing" in error_of(tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
     assert "config.json: cannot be read (Is a directory)" in error_of(tmp_path)
@@ -64,15 +64,15 @@ def test_a_folder_or_a_link_to_nothing_in_its_place_is_one_line(tmp_path: Path) 
         ({"architectures": "LlamaForCausalLM"}, "expected a list of class names"),
         ({"architectures": [7]}, "expected a list of class names"),
         ({"architectures": {"a": "b"}}, "expected a list of class names"),
-        ({"architectures": ["T5ForConditionalGeneration"]}, "is no causal language model"),
-        ({"architectures": ["BartForConditionalGeneration"]}, "is no causal language model"),
-        ({"architectures": ["T5EncoderModel"]}, "is no causal language model"),
-        ({"architectures": ["MarianMTModel"]}, "is no causal language model"),
-        ({"architectures": ["BertForMaskedLM"]}, "is no causal language model"),
-        ({"is_encoder_decoder": True}, "is no causal language model"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "is not a causal language model"),
+        ({"architectures": ["BartForConditionalGeneration"]}, "is not a causal language model"),
+        ({"architectures": ["T5EncoderModel"]}, "is not a causal language model"),
+        ({"architectures": ["MarianMTModel"]}, "is not a causal language model"),
+        ({"architectures": ["BertForMaskedLM"]}, "is not a causal language model"),
+        ({"is_encoder_decoder": True}, "is not a causal language model"),
         ({"vocab_size": "300"}, 'vocab_size is "300", expected a whole number'),
         ({"max_position_embeddings": [1]}, "max_position_embeddings is [1]"),
-        ({"text_config": [1]}, "text_config is no JSON object"),
+        ({"text_config": [1]}, "text_config is not a JSON object"),
     ],
 )
 def test_a_config_of_something_else_is_one_line(
@@ -102,6 +102,6 @@ def test_an_auto_map_that_is_none_is_one_line_and_an_old_one_is_code(tmp_path: P
     with pytest.raises(InputError, match="auto_map is 7, expected a JSON object"):
         custom_code_sha256(tmp_path, trusted=True)
     path.write_text('{"auto_map": [null, "tokenization.Fast"]}')
-    with pytest.raises(InputError, match="has Python code of its own"):
+    with pytest.raises(InputError, match="contains Python code"):
         custom_code_sha256(tmp_path, trusted=False)
     assert custom_code_sha256(tmp_path, trusted=True)

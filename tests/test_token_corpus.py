@@ -257,17 +257,25 @@ def foreign_index(path: Path) -> None:
         (
             "a.npy",
             lambda path: np.save(path, replaced(301)),
-            "token 301, but the tokenizer has 301",
+            "token id 301, but the tokenizer has 301",
         ),
-        ("a.npy", lambda path: np.save(path, replaced(-1)), "token -1, but the tokenizer"),
-        ("a.npy", lambda path: np.save(path, FLAT / 2), "float64 of 1 dimensions, expected"),
+        ("a.npy", lambda path: np.save(path, replaced(-1)), "token id -1, but the tokenizer"),
+        (
+            "a.npy",
+            lambda path: np.save(path, FLAT / 2),
+            "has dtype float64 and 1 dimensions, expected",
+        ),
         ("a.npy", lambda path: np.save(path, FLAT.astype(object)), "not a .npy file that can be"),
         ("a.npy", lambda path: np.save(path, np.full(500, 7)), "no end-of-document token 0 in"),
-        ("a.bin", lambda path: path.write_bytes(b"abc"), "3 bytes are no whole number of uint16"),
-        ("a.bin", cut_index, "a damaged index"),
+        (
+            "a.bin",
+            lambda path: path.write_bytes(b"abc"),
+            "has 3 bytes, not a multiple of the size of uint16",
+        ),
+        ("a.bin", cut_index, "damaged, or not version 1"),
         ("a.bin", short_data, "shorter than its index says, at document"),
         ("a.bin", foreign_index, "not an index of Megatron-LM"),
-        ("a.bin", borders_beyond, "a damaged index, its documents are not in order"),
+        ("a.bin", borders_beyond, "damaged: its documents are not in order"),
         ("a.parquet", lambda path: pq.write_table(pa.table({"ids": [[1]]}), path), "no column"),
         (
             "a.parquet",
@@ -305,7 +313,7 @@ def test_what_cannot_be_meant_is_refused_by_name(
 def test_a_mask_of_another_length_is_refused_with_its_row(tokenizer: Any, tmp_path: Path) -> None:
     table = pa.table({"tokens": [[1, 2], [3, 4]], "mask": [[True, True], [True]]})
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="row 1: 'mask' and 'tokens' are not of the same length"):
+    with pytest.raises(InputError, match="row 1: 'mask' and 'tokens' differ in length"):
         build(
             tmp_path / "store",
             tmp_path / "a.parquet",
@@ -331,7 +339,9 @@ def test_a_token_beyond_the_tokenizer_is_an_error_that_begins_with_the_file_wher
     for read in reads:
         with pytest.raises(InputError) as error:
             read()
-        assert str(error.value).startswith(f"{tmp_path}/b.parquet: token 60000, but the tokenizer")
+        assert str(error.value).startswith(
+            f"{tmp_path}/b.parquet: token id 60000, but the tokenizer"
+        )
 
 
 def test_a_tokenizer_that_cannot_encode_is_an_error_that_names_the_file_too(tmp_path: Path) -> None:
@@ -351,8 +361,8 @@ def test_a_tokenizer_that_cannot_encode_is_an_error_that_names_the_file_too(tmp_
 @pytest.mark.parametrize(
     ("dtype", "says"),
     [
-        ("uint32", "read as uint16, every second of its tokens is the high part of a wider one;"),
-        ("int64", "read as uint16, three of four of its tokens are the high part of a wider one;"),
+        ("uint32", "read as uint16, every second token is the high part of a wider one;"),
+        ("int64", "read as uint16, three of four tokens are the high part of a wider one;"),
     ],
 )
 def test_tokens_read_with_half_or_a_quarter_of_their_width_are_said(
@@ -361,7 +371,7 @@ def test_tokens_read_with_half_or_a_quarter_of_their_width_are_said(
     tokens = (np.arange(400) % 60 + 1).astype(dtype).view(np.uint16)
     with pytest.raises(InputError) as error:
         check_flat(tmp_path / "a.bin", tokens, 64)
-    assert f"a.bin: {says} are the tokens {dtype}?" in str(error.value)
+    assert f"a.bin: {says} if the tokens are {dtype}, give" in str(error.value)
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])
@@ -372,7 +382,7 @@ def test_a_mask_of_which_no_label_counts_is_refused_and_names_its_option(
     pq.write_table(table, tmp_path / "a.parquet")
     more = {"token_key": "tokens", "mask_key": "m", "weights": [weight]}
     for _ in range(2):  # also when it continues
-        with pytest.raises(OptionError, match="no token of the training split counts") as error:
+        with pytest.raises(OptionError, match="masks every token of the training split") as error:
             build(tmp_path / "store", tmp_path / "a.parquet", tokenizer, **more)
         assert error.value.as_flag().startswith("--mask-key m: ")
     table = pa.table({"tokens": [[1, 2], [3, 4]], "m": [[False, False], [False, True]]})
@@ -404,20 +414,22 @@ def test_a_dataset_on_disk_is_what_was_saved_and_not_what_was_computed_from_it(
     store = build(tmp_path / "store", folder / "train", tokenizer, token_key="tokens")
     assert np.array_equal(tokens_of(store), FLAT)
     for parent in (folder, tmp_path):
-        with pytest.raises(InputError, match=r"saved: several splits \(test, train\), give one"):
+        with pytest.raises(
+            InputError, match=r"saved: contains several splits \(test, train\); give one"
+        ):
             list_corpus([parent])
     (folder / "train" / "data-00001-of-00003.arrow").unlink()
-    with pytest.raises(InputError, match=r"data-00001-of-00003.arrow: not there, but"):
+    with pytest.raises(InputError, match=r"data-00001-of-00003.arrow: missing, but"):
         list_corpus([folder / "train"])
 
 
 def test_a_cache_of_a_hub_dataset_is_not_read_as_one_corpus(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_arrow(tmp_path / f"data-{split}.arrow")
-    with pytest.raises(InputError, match=r"several splits \(test, train\), give one"):
+    with pytest.raises(InputError, match=r"several splits \(test, train\); give one"):
         list_corpus([tmp_path])
     (tmp_path / "dataset_info.json").write_text("{}")
-    with pytest.raises(InputError, match="a cache of `datasets`, with all splits"):
+    with pytest.raises(InputError, match="is a cache of `datasets`, which mixes all splits"):
         list_corpus([tmp_path])
     assert len(list_corpus([tmp_path / "data-train.arrow"]).files) == 1
 
@@ -425,7 +437,7 @@ def test_a_cache_of_a_hub_dataset_is_not_read_as_one_corpus(tmp_path: Path) -> N
 def test_a_token_that_the_teacher_lacks_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", FLAT)
     fewer = int(FLAT.max())
-    with pytest.raises(InputError, match=f"a.npy: token {fewer}, but the teacher knows only"):
+    with pytest.raises(InputError, match=f"a.npy: token id {fewer}, but the teacher has only"):
         build(tmp_path / "store", tmp_path / "a.npy", tokenizer, teacher_vocab_size=fewer)
     build(tmp_path / "store2", tmp_path / "a.npy", tokenizer, teacher_vocab_size=fewer + 1)
 

@@ -219,7 +219,7 @@ def test_a_corpus_of_another_content_is_refused_by_the_name_of_the_file(
     (corpus / "b.jsonl").write_bytes(original.replace(b"w1", b"w2", 1))
     assert f"{corpus}/b.jsonl: its content changed; give another --out" in refusal()
     (corpus / "b.jsonl").unlink()
-    assert "files of it that are gone: 1" in refusal()
+    assert "missing files: 1" in refusal()
     (corpus / "b.jsonl").write_bytes(original)
     (corpus / "new.jsonl").write_bytes(original + b"\n")
     assert f"{corpus}/new.jsonl: it is new" in refusal()
@@ -238,7 +238,7 @@ def test_copies_of_a_file_are_read_and_said(
     tokenizer = load_tokenizer(tiny_teacher)
     files = list_corpus([corpus]).files
     open_or_build(tmp_path / "store", files, tokenizer, rules_of(tokenizer), lambda *_: None)
-    assert f"d.jsonl: the same content as {corpus}/a.jsonl; both are read" in caplog.text
+    assert f"d.jsonl: has the same content as {corpus}/a.jsonl; the run reads both" in caplog.text
 
 
 def test_a_store_that_is_shorter_than_its_record_is_not_filled_with_zeros(
@@ -265,7 +265,7 @@ def test_a_disk_that_fails_loses_no_tokens(tiny_teacher: Path, tmp_path: Path) -
     rules = rules_of(load_tokenizer(tiny_teacher))
     files = [CorpusFile(path=corpus / name, name=name) for name in ("a.jsonl", "b.jsonl")]
     assert len(list(read_documents(files[0], rules))) == 3
-    with pytest.raises(RunError, match=r"b.jsonl: Input/output error; the same command"):
+    with pytest.raises(RunError, match=r"b.jsonl: Input/output error; run the same command"):
         list(read_documents(files[1], rules))
 
 

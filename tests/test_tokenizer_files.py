@@ -72,7 +72,7 @@ def test_a_changed_file_is_noticed(path, how):
             "longer": content + b"\n",
         }
         file.write_bytes(changed[how])
-        check_noticed(path, file, "not the file that the manifest has the hash of")
+        check_noticed(path, file, "does not match its hash in the manifest")
         file.write_bytes(content)
 
 
@@ -178,7 +178,7 @@ def test_verifying_notices_a_tokenizer_that_maps_text_to_other_ids(path):
     manifest = load_manifest(path)
     hashes = hash_files(path / "tokenizer")
     (path / "manifest.json").write_text(replace(manifest, tokenizer_files=hashes).to_text())
-    with pytest.raises(ShardCorruptError, match=r"tokenizer\.json: another tokenizer"):
+    with pytest.raises(ShardCorruptError, match=r"tokenizer\.json: is another tokenizer"):
         check_content(path, load_manifest(path).spec.tokenizer.sha256)
     (line,) = [line for line in verify(path) if "another tokenizer" in line]
     assert line.startswith(str(file))

@@ -108,19 +108,19 @@ def test_the_configuration_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"tail": "bucket", "temperature": 2.0}, "is known at temperature 1, not at 2.0"),
-        ({"tail": "bucket", "loss": "mse"}, "--loss mse compares the kept entries alone"),
-        ({"tail": "bucket", "student_temperature": 2.0}, "not at --student-temperature 2.0"),
+        ({"tail": "bucket", "temperature": 2.0}, "is known only at temperature 1, not 2.0"),
+        ({"tail": "bucket", "loss": "mse"}, "--loss mse compares only the kept entries"),
+        ({"tail": "bucket", "student_temperature": 2.0}, "not --student-temperature 2.0"),
         ({"tail": "bucket", "adaptive_temperature": "normkd"}, "those of --adaptive-temperature"),
         (
             {"loss": "mse", "temperature": 3.0, "student_temperature": 2.0},
-            "student_temperature 2.0: .* the same as --temperature 1.5",
+            "student_temperature 2.0: .* --temperature 1.5 has the same effect",
         ),
-        ({"loss": "mse", "adaptive_temperature": "adakd-h"}, "is of a softmax, and --loss mse"),
-        ({"adaptive_temperature": "wttm"}, "need a --temperature above 1, not 1.0"),
+        ({"loss": "mse", "adaptive_temperature": "adakd-h"}, "needs a softmax, but --loss mse"),
+        ({"adaptive_temperature": "wttm"}, "needs a --temperature above 1, not 1.0"),
         (
             {"adaptive_temperature": "wttm", "temperature": 2.0, "student_temperature": 2.0},
-            "its student is at temperature 1, not at --student-temperature 2.0",
+            "needs the student at temperature 1, not --student-temperature 2.0",
         ),
         (
             {"alpha_schedule": "wsd", "lr_schedule": "cosine", "warmup_fraction": 0.9},

@@ -178,7 +178,7 @@ def test_a_validation_split_of_which_nothing_counts_is_refused_before_training(
     monkeypatch.setattr(tiny_dataset, "make_row", without_labels)
     shards = make_dataset(tmp_path / "dataset", masked=True)
     config = make_config(shards, student, tmp_path / "out")
-    with pytest.raises(InputError, match="validation: none of its positions counts"):
+    with pytest.raises(InputError, match="validation: no position counts as a label"):
         run(config)
     assert not config.out.exists()
 
@@ -197,6 +197,6 @@ def test_a_training_split_of_which_nothing_counts_is_refused(
     monkeypatch.setattr(tiny_dataset, "make_row", masked)
     shards = make_dataset(tmp_path / "shards", masked=True, tokens_only=True)
     config = make_config(shards, student, tmp_path / "out", alpha=0.0)
-    with pytest.raises(InputError, match="train: none of its positions counts"):
+    with pytest.raises(InputError, match="train: no position counts as a label"):
         run(config)
     assert not config.out.exists()

@@ -146,8 +146,10 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step(
     process.send_signal(number)
     _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 128 + number
-    (line,) = [line for line in errors.decode().splitlines() if "same command continues" in line]
-    step = int(line.split(f"{number.name} after step ")[1].split(",")[0])
+    (line,) = [
+        line for line in errors.decode().splitlines() if "run the same command again" in line
+    ]
+    step = int(line.split(f"{number.name} after step ")[1].split(";")[0])
     assert 10 < step < 40
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{step:08}"]
     finish(arguments, out)

@@ -123,13 +123,13 @@ SIZE = 136  # of each file: 8, a header of 64 bytes, 4 x 4 float32
         (lambda p: cut(p, 5), "expected at least 8 bytes, found 5"),
         (lambda p: cut(p, 0), "expected at least 8 bytes, found 0"),
         (lambda p: p.write_bytes(p.read_bytes() + b"more"), f"expected {SIZE} bytes, found 140"),
-        (lambda p: p.write_bytes(b"<!doctype html>" * 9), "is none of safetensors"),
-        (lambda p: rewrite_header(p, b"{"), "its header is none of safetensors"),
-        (lambda p: rewrite_header(p, b"[]"), "its header is none of safetensors"),
-        (lambda p: rewrite_header(p, b'{"a": 1}'), "its header is none of safetensors"),
-        (lambda p: rewrite_header(p, b"\xff\xff"), "its header is none of safetensors"),
+        (lambda p: p.write_bytes(b"<!doctype html>" * 9), "not safetensors, its header has"),
+        (lambda p: rewrite_header(p, b"{"), "not a header of safetensors"),
+        (lambda p: rewrite_header(p, b"[]"), "not a header of safetensors"),
+        (lambda p: rewrite_header(p, b'{"a": 1}'), "not a header of safetensors"),
+        (lambda p: rewrite_header(p, b"\xff\xff"), "not a header of safetensors"),
         (lambda p: p.write_text(LFS), "git lfs pull"),
-        (lambda p: p.unlink(), "not there, but the index names it"),
+        (lambda p: p.unlink(), "missing, but the index names it"),
         (lambda p: (p.unlink(), p.mkdir()), "Is a directory"),
         (lambda p: save_file({"other": torch.ones(1)}, p), "no tensor layer.1"),
     ],
@@ -170,7 +170,7 @@ def test_a_pickle_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(100)}, path)
     assert zipfile.is_zipfile(path)
     cut(path, 300)
-    assert "cut off" in error_of(tmp_path)
+    assert "truncated" in error_of(tmp_path)
     path.write_bytes(b"")
     assert "empty" in error_of(tmp_path)
 
@@ -184,7 +184,9 @@ def test_a_file_beside_an_index_of_others_is_refused(folder: Path) -> None:
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "training_args.bin").write_bytes(b"x")
-    assert "no weights in it, expected model.safetensors or pytorch_model.bin" in error_of(tmp_path)
+    assert "contains no weights, expected model.safetensors or pytorch_model.bin" in error_of(
+        tmp_path
+    )
 
 
 def test_hashes_are_cached_where_there_is_a_home_and_computed_where_there_is_none(

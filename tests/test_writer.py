@@ -97,7 +97,7 @@ def test_a_published_shard_of_another_number_of_sequences_is_an_error(folder):
     ("left", "kind", "message"),
     [
         ("shard-000000.parquet", ShardCorruptError, "has no sidecar, and none can be made from it"),
-        ("shard-000000.json", ShardError, "describes a shard that is not there; delete it"),
+        ("shard-000000.json", ShardError, "describes a shard that is missing; delete this file"),
     ],
 )
 def test_half_of_another_shard_is_neither_completed_nor_overwritten(folder, left, kind, message):

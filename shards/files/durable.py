@@ -80,8 +80,8 @@ def check_links(folder: Path) -> None:
         if error.errno not in (*NOT_SUPPORTED, errno.EPERM, errno.EMLINK):
             raise
         raise InputError(
-            f"{folder}: its file system has no hard links ({error.strerror}), by which files get"
-            " their names without overwriting others; give a folder on another one"
+            f"{folder}: its file system has no hard links ({error.strerror}), which keep a new file"
+            " from overwriting another; give a folder on another file system"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

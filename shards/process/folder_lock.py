@@ -36,7 +36,7 @@ def folder_lock(folder: Path, holder: str) -> Iterator[None]:
             if error.errno not in (*NOT_SUPPORTED, errno.ENOLCK):
                 raise
             logger.warning(
-                "warning: %s: cannot be locked on its file system (%s); do not start two %s there",
+                "warning: %s: its file system has no locks (%s); do not run two %s in this folder",
                 folder, error.strerror, holder,
             )  # fmt: skip
         yield

@@ -43,7 +43,8 @@ def stopped_by_signals() -> Iterator[None]:
         yield
     except _Stopped as error:
         raise StoppedError(
-            f"stopped by {error.number.name}; the same command continues", error.number
+            f"stopped by {error.number.name}; run the same command again to continue",
+            error.number,
         ) from error
     finally:
         for number, handler in before.items():

@@ -67,7 +67,7 @@ def check_tokenizer(dataset: Path, expected: Mapping[str, str]) -> None:
         if name not in found:
             raise _damaged(folder / name, "missing")
         if found[name] != sha256:
-            raise _damaged(folder / name, "not the file that the manifest has the hash of")
+            raise _damaged(folder / name, "does not match its hash in the manifest")
 
 
 def check_content(dataset: Path, sha256: str) -> None:
@@ -80,7 +80,9 @@ def check_content(dataset: Path, sha256: str) -> None:
     except (OSError, ValueError) as error:
         raise _damaged(file, f"cannot be read ({one_line(error)})") from error
     if found != sha256:
-        raise _damaged(file, f"another tokenizer ({found[:12]}) than the dataset's ({sha256[:12]})")
+        raise _damaged(
+            file, f"is another tokenizer ({found[:12]}) than the dataset's ({sha256[:12]})"
+        )
 
 
 def _damaged(path: Path, text: str) -> ShardCorruptError:

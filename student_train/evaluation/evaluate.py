@@ -103,7 +103,7 @@ def counted_totals(split: Split) -> Totals:
     totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
     if not totals.tokens:
         raise InputError(
-            f"{split.path}: none of its positions counts, so there is nothing to learn or to"
+            f"{split.path}: no position counts as a label, so there is nothing to learn or to"
             " evaluate"
         )
     return totals
@@ -117,8 +117,8 @@ def _figures(
     nll, kl_kept, kl_bound, weighted, num_agreed, num_known = sums.tolist()
     if not math.isfinite(nll):
         raise RunError(
-            f"the student gives {nll} for log-probabilities of the validation split; the run"
-            " diverged, a lower --learning-rate may help"
+            f"the student's negative log-likelihood of the validation split is {nll}; the run"
+            " diverged, try a lower --learning-rate"
         )
     figures = {
         "tokens": num_tokens,

@@ -34,12 +34,14 @@ def prepare_blocks(
         try:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
-            raise InputError(f"{name} has no --gradient-checkpointing: {error}") from error
+            raise InputError(
+                f"{name} does not support --gradient-checkpointing: {error}"
+            ) from error
     if not config.compile:
         return
     blocks = decoder_blocks(model)
     if not blocks:
-        raise InputError(f"{name} does not say what its blocks are, which --compile needs")
+        raise InputError(f"{name} does not name its blocks, which --compile needs")
     for block in blocks:
         block.compile()
     shape = (config.micro_batch_sequences, sequence_length)

@@ -54,7 +54,7 @@ _PROBE_LOGIT = 100.0
 def default_learning_rate(student: str) -> float:
     """The peak learning rate of a preset. InputError for any other student, which has none."""
     if student not in PRESETS:
-        raise InputError(f"--learning-rate: needed for {student}, which is not a preset")
+        raise InputError(f"--learning-rate: missing; {student} is not a preset and has no default")
     return PRESETS[student].learning_rate
 
 
@@ -133,7 +133,9 @@ def _attributes(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
     changed = {name for name, value in values.items() if owner is not None and value is not None}
     for name in changed:
         if before[name] not in (None, values[name]):
-            logger.info("%s %s: the dataset's, %s, is exported", name, before[name], values[name])
+            logger.info(
+                "%s %s: exporting the dataset's, %s, instead", name, before[name], values[name]
+            )
         setattr(owner, name, values[name])
     try:
         yield
@@ -194,19 +196,20 @@ def _load(folder: Path) -> PreTrainedModel:
 def check_sizes(student: str, model: PreTrainedModel, dataset: Dataset) -> None:
     """InputError unless a model has the vocabulary and the positions that a dataset needs."""
     if model.get_output_embeddings() is None:
-        raise InputError(f"--student {student}: {type(model).__name__} has no head")
+        raise InputError(f"--student {student}: {type(model).__name__} has no LM head")
     num_rows = len(head_weight(model))
     vocab_size = dataset.spec.tokenizer.vocab_size
     if num_rows < vocab_size:
         raise InputError(
-            f"--student {student}: a vocabulary of {num_rows}, {dataset.path} has {vocab_size}"
+            f"--student {student}: has a vocabulary of {num_rows}, but {dataset.path} needs"
+            f" {vocab_size}"
         )
     most = getattr(model.config, "max_position_embeddings", None)
     length = dataset.spec.sequence_length
     if most is not None and most < length:
         raise InputError(
-            f"--student {student}: at most {most} positions, the sequences of {dataset.path} have"
-            f" {length}"
+            f"--student {student}: takes at most {most} positions, but the sequences of"
+            f" {dataset.path} have {length}"
         )
 
 
@@ -240,6 +243,6 @@ def _check_head(student: str, model: PreTrainedModel) -> None:
                 causes.append(f"{name} {getattr(model.config, name)}")
         raise InputError(
             f"--student {student}: the logits of {type(model).__name__} are not its hidden states"
-            f" times its head's weight ({' and '.join(causes) or 'unknown cause'}); such a student"
-            " cannot be trained here"
+            f" times its head's weight ({' and '.join(causes) or 'unknown cause'}); the trainer"
+            " cannot train such a student"
         )

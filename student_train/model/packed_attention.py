@@ -62,7 +62,7 @@ def block_at_joints(
     finally:
         model.train(was_training)
     if not blocks:
-        raise InputError(f"{refused}: one changes what it computes for the next")
+        raise InputError(f"{refused}: one document changes what it computes for the next")
 
 
 def _error_of_packing(

@@ -47,8 +47,8 @@ def _sha256(folder: Path) -> str:
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:
         raise InputError(
-            f"--student {folder}: no tokenizer could be read from it ({one_line(error)}); copy"
-            f" the {TOKENIZER_NAME} there that it was trained with"
+            f"--student {folder}: has no tokenizer that can be read ({one_line(error)}); copy the"
+            f" {TOKENIZER_NAME} that it was trained with into the folder"
         ) from error
     switch_dropout_off(backend, folder)
     return tokenizer_sha256(backend.to_str())

@@ -67,7 +67,7 @@ def select(base: Path, found: Sequence[Path], walk: Walk) -> Chosen:
         cards = []
     if not files:
         raise InputError(
-            f"{base}: no corpus file in it, expected {EXPECTED}{_left_out(base, walk)}"
+            f"{base}: contains no corpus file, expected {EXPECTED}{_left_out(base, walk)}"
         )
     return Chosen(files=files, cards=cards, splits=refuse_splits(base, files))
 
@@ -95,7 +95,7 @@ def _why_not_alone(index: Path) -> str | None:
     with index.open("rb") as stream:
         if stream.read(len(MEGATRON_HEADER)) == MEGATRON_HEADER:
             data = index.with_suffix(".bin")
-            raise InputError(f"{index}: the index of {data.name}, which is not there")
+            raise InputError(f"{index}: is the index of {data.name}, which is missing")
     return LOOKS_LIKE_DATA
 
 
@@ -104,8 +104,8 @@ def _refuse_saved_splits(folder: Path) -> None:
     if len(names) > 1:
         one = folder / ("train" if "train" in names else names[0])
         raise InputError(
-            f"{folder}: several splits ({', '.join(names)}), give one of them, such as --corpus"
-            f" {one}"
+            f"{folder}: contains several splits ({', '.join(names)}); give one of them, such as"
+            f" --corpus {one}"
         )
 
 
@@ -130,14 +130,14 @@ def _saved_files(folder: Path) -> set[str] | None:
         try:
             names = {entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]}
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise InputError(f"{state}: not what `datasets` writes ({error!r})") from error
+            raise InputError(f"{state}: not a state file of `datasets` ({error!r})") from error
         for name in sorted(names):
             if not (folder / name).is_file():
-                raise InputError(f"{folder / name}: not there, but {_STATE} names it")
+                raise InputError(f"{folder / name}: missing, but {_STATE} lists it")
         return names
     if (folder / _INFO).exists():
         raise InputError(
-            f"{folder}: a cache of `datasets`, with all splits and whatever was computed from them:"
-            " save a split with save_to_disk, or give its .arrow files"
+            f"{folder}: is a cache of `datasets`, which mixes all splits and computed files; save a"
+            " split with save_to_disk, or give its .arrow files"
         )
     return None

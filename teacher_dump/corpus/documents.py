@@ -60,7 +60,9 @@ def _reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: not UTF-8 text ({error.reason})") from error
     except (OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno not in _WRONG_FILE:
-            raise RunError(f"{path}: {error.strerror}; the same command continues") from error
+            raise RunError(
+                f"{path}: {error.strerror}; run the same command again to continue"
+            ) from error
         raise InputError(f"{path}: cannot be read ({error})") from error
 
 

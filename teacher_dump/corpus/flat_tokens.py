@@ -34,11 +34,11 @@ def check_flat(path: Path, tokens: npt.NDArray[Any], num_ids: int) -> None:
     wider = _wider(_sample(tokens), tokens.dtype.itemsize, num_ids)
     if wider is not None:
         is_double = wider == 2 * tokens.dtype.itemsize
-        part = "every second of its tokens is" if is_double else "three of four of its tokens are"
+        part = "every second token is" if is_double else "three of four tokens are"
         dtype = "uint32" if wider == 4 else "int64"
         raise InputError(
-            f"{path}: read as {tokens.dtype.name}, {part} the high part of a wider"
-            f" one; are the tokens {dtype}? Give --token-dtype {dtype}"
+            f"{path}: read as {tokens.dtype.name}, {part} the high part of a wider one; if the"
+            f" tokens are {dtype}, give --token-dtype {dtype}"
         )
 
 

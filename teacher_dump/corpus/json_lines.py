@@ -86,7 +86,7 @@ def read_texts(path: Path, text_key: str, lines: Lines) -> Iterator[str]:
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
             half = ascii(text[error.start])
             raise InputError(
-                f"{path}:{number}: {text_key!r} is no Unicode text ({half})"
+                f"{path}:{number}: {text_key!r} is not Unicode text ({half})"
             ) from error
         yield text
 
@@ -101,8 +101,8 @@ def _not_json(
     if is_first and goes_on and line.endswith(b"\n"):
         return InputError(
             f"{path}:{number}: expected an object on each line, found one JSON document over"
-            " several lines; `jq -c .` makes a line of it, and what is no corpus can be left out"
-            " with a pattern such as --corpus 'DIR/*.jsonl'"
+            " several lines; `jq -c .` puts it on one line, and a pattern such as --corpus"
+            " 'DIR/*.jsonl' skips files that are not corpus"
         )
     return InputError(f"{path}:{number}: not a line of JSON ({error})")
 

@@ -126,7 +126,7 @@ def _refuse_doubles(files: Sequence[CorpusFile]) -> None:
             first = seen.setdefault(identity, path)
             if first is path:
                 continue
-            same = "" if first == path else f", it is the same file as {first}"
+            same = "" if first == path else f" (the same file as {first})"
             raise InputError(
                 f"{path}: given twice{same}; give it once (--weights 2 repeats documents)"
             )
@@ -145,6 +145,6 @@ def _checked_bytes(file: CorpusFile, walk: Walk) -> int:
             raise unreadable(path, error) from error
         for begins, (pointer, command) in _POINTERS.items():
             if start.startswith(begins):
-                raise InputError(f"{path}: {pointer} and not the file itself; run `{command}`")
+                raise InputError(f"{path}: is {pointer}, not the file itself; run `{command}`")
         num_bytes += size
     return num_bytes

@@ -52,11 +52,11 @@ def refuse_splits(base: Path, files: Sequence[Path]) -> list[Path]:
     names = sorted(give)
     if len(names) > 1 or (has_others and is_held_out):
         kept = _TRAIN if _TRAIN in give else names[0]
-        others = "" if len(names) > 1 else " beside data without a split's name"
+        others = "" if len(names) > 1 else " and data without a split's name"
         what = "several splits" if len(names) > 1 else "a split"
         raise InputError(
-            f"{base}: {what} ({', '.join(names)}){others}, give one of them, such as --corpus"
-            f" '{give[kept]}' (or all of them, each with its own --corpus)"
+            f"{base}: contains {what} ({', '.join(names)}){others}; give one of them, such as"
+            f" --corpus '{give[kept]}', or all of them, each with its own --corpus"
         )
     doubtful = [
         path

@@ -119,7 +119,7 @@ def _open_arrow(source: Any) -> Iterator[Any]:
 def _check_names(path: Path, found: Sequence[str], keys: Sequence[str]) -> None:
     for key in keys:
         if list(found).count(key) > 1:
-            raise InputError(f"{path}: column {key!r} stands twice, expected each name once")
+            raise InputError(f"{path}: column {key!r} appears twice")
         if key not in found:
             names = ", ".join(map(repr, found[:8]))
             raise InputError(

@@ -64,8 +64,8 @@ def read_flat(path: Path, rules: TokenisingRules) -> Iterator[TokenDocument]:
     dtype, size = rules.flat_dtype, path.stat().st_size
     if size % dtype.itemsize:
         raise InputError(
-            f"{path}: {size} bytes are no whole number of {dtype.name} tokens (--token-dtype gives"
-            " their type)"
+            f"{path}: has {size} bytes, not a multiple of the size of {dtype.name} tokens;"
+            " --token-dtype sets their type"
         )
     tokens = _map(path, dtype, 0, size // dtype.itemsize)
     check_flat(path, tokens, rules.num_ids)
@@ -82,7 +82,8 @@ def read_npy(path: Path, end_token: int) -> Iterator[TokenDocument]:
         raise InputError(f"{path}: not a .npy file that can be mapped ({reason})") from error
     if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2):
         raise InputError(
-            f"{path}: {tokens.dtype} of {tokens.ndim} dimensions, expected integers of 1 or 2"
+            f"{path}: has dtype {tokens.dtype} and {tokens.ndim} dimensions, expected integers and"
+            " 1 or 2 dimensions"
         )
     if tokens.ndim == 1:
         yield from _split_at_ends(path, tokens, end_token)
@@ -103,8 +104,8 @@ def read_lists(path: Path, token_key: str, mask_key: str | None) -> Iterator[Tok
             different = np.flatnonzero(np.diff(starts) != np.diff(mask_starts))
             if len(different):
                 raise InputError(
-                    f"{path}: row {row + different[0]}: {mask_key!r} and {token_key!r} are not"
-                    " of the same length"
+                    f"{path}: row {row + different[0]}: {mask_key!r} and {token_key!r} differ in"
+                    " length"
                 )
         for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
             yield TokenDocument(
@@ -124,8 +125,8 @@ def _split_at_ends(path: Path, tokens: Tokens, end_token: int) -> Iterator[Token
         if first + len(chunk) - start > LONGEST_DOCUMENT:
             raise InputError(
                 f"{path}: no end-of-document token {end_token} in {LONGEST_DOCUMENT:,} tokens after"
-                f" token {start:,}: is {tokens.dtype.name} their type (--token-dtype), and the"
-                " tokenizer theirs?"
+                f" token {start:,}; check that the tokens are {tokens.dtype.name} (--token-dtype)"
+                " and that they come from this tokenizer"
             )
     if start < len(tokens):
         yield TokenDocument(tokens=np.array(tokens[start:]))
@@ -139,12 +140,12 @@ def _read_megatron(path: Path, index: Path) -> Iterator[TokenDocument]:
     version, code, num_pieces, num_borders = struct.unpack("<QBQQ", header[9:])
     expected = 34 + 12 * num_pieces + 8 * num_borders
     if version != 1 or code not in _MEGATRON_TYPES or index.stat().st_size < expected:
-        raise InputError(f"{index}: a damaged index, or of a version other than 1")
+        raise InputError(f"{index}: damaged, or not version 1 of the index")
     lengths = _map(index, np.int32, 34, num_pieces)
     pointers = _map(index, np.int64, 34 + 4 * num_pieces, num_pieces)
     borders = _map(index, np.int64, 34 + 12 * num_pieces, num_borders)
     if np.any(borders < 0) or np.any(borders > num_pieces) or np.any(np.diff(borders) < 0):
-        raise InputError(f"{index}: a damaged index, its documents are not in order")
+        raise InputError(f"{index}: damaged: its documents are not in order")
     dtype = np.dtype(_MEGATRON_TYPES[code])
     tokens = _map(path, dtype, 0, path.stat().st_size // dtype.itemsize)
     for number in range(num_borders - 1):

@@ -31,7 +31,7 @@ def status_of(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             target = os.readlink(path)
-            raise InputError(f"{path}: a link to {target}, which is not there") from None
+            raise InputError(f"{path}: is a broken link to {target}") from None
         return None
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
@@ -69,7 +69,9 @@ class Walk:
         """InputError for a corpus file or folder inside `out`."""
         real = Path(os.path.realpath(path))
         if self._out_real is not None and real.is_relative_to(self._out_real):
-            raise InputError(f"{path}: lies in --out {self._out}; give a folder outside the corpus")
+            raise InputError(
+                f"{path}: is inside --out {self._out}; give a folder outside the corpus"
+            )
 
     def files_below(self, folder: Path, above: tuple[FolderId, ...] = ()) -> Iterator[Path]:
         """The files in a folder and in the folders below it."""
@@ -183,7 +185,7 @@ class Walk:
 
     def _out_in(self, what: str) -> InputError:
         return InputError(
-            f"--out {self._out}: lies in {what}, where the next run would read it; give a folder"
+            f"--out {self._out}: is inside {what}, where the next run would read it; give a folder"
             " outside the corpus"
         )
 
@@ -191,7 +193,8 @@ class Walk:
 def not_regular(path: Path) -> InputError:
     """The error for a pipe, a socket or a device."""
     return InputError(
-        f"{path}: a pipe or device, expected a regular file (a corpus is read more than once)"
+        f"{path}: expected a regular file, found a pipe or device (the run reads a corpus more than"
+        " once)"
     )
 
 

@@ -135,7 +135,7 @@ class TokenBuilder:
             content: Any = unseal(progress)
             self._documents_read = content["documents_read"]
             self._sizes = content["splits"]
-            logger.info("tokens: continuing after %d documents", self._documents_read)
+            logger.info("tokenising: continuing after %d documents", self._documents_read)
         for split in SPLITS:
             for column in self._columns:
                 size = column.dtype.itemsize * self._sizes[split][column.counts]
@@ -209,8 +209,8 @@ class TokenBuilder:
         if self._sizes[TRAIN]["tokens"] < 2:
             found = f"{self._documents_read} documents, {self._num_tokens()} tokens"
             raise InputError(
-                f"the corpus leaves nothing to train on ({found} with --held-out "
-                f"{self._rules.held_out}): is it empty?"
+                f"the corpus leaves nothing to train on ({found} with --held-out"
+                f" {self._rules.held_out})"
             )
         self._refuse_mask_of_nothing()
         digest = hashlib.sha256()
@@ -235,5 +235,6 @@ class TokenBuilder:
         (column,) = (column for column in self._columns if column.name == "mask")
         if not np.memmap(column.path(self._folder, TRAIN), column.dtype, "r").any():
             raise OptionError(
-                "mask_key", f" {key}: no token of the training split counts; expected true for some"
+                "mask_key",
+                f" {key}: masks every token of the training split; expected true for some",
             )

@@ -75,10 +75,10 @@ def _checked(tokens: npt.NDArray[Any], rules: TokenisingRules) -> npt.NDArray[An
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < rules.num_ids:
         wrong = int(tokens[(tokens < 0) | (tokens >= rules.num_ids)][0])
         if 0 <= wrong < rules.vocab_size:
-            raise InputError(f"token {wrong}, but the teacher knows only {rules.num_ids}")
+            raise InputError(f"token id {wrong}, but the teacher has only {rules.num_ids} ids")
         raise InputError(
-            f"token {wrong}, but the tokenizer has {rules.vocab_size}: are the tokens its own, and"
-            " is --token-dtype right?"
+            f"token id {wrong}, but the tokenizer has {rules.vocab_size} ids; check --token-dtype,"
+            " and that the tokens come from this tokenizer"
         )
     return tokens.astype(rules.dtype, copy=False)
 

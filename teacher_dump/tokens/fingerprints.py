@@ -62,8 +62,8 @@ def refuse_other_rules(folder: Path, rules: Mapping[str, Any], recorded: Mapping
     different = json_differences({"tokens": rules}, {"tokens": recorded})
     if different:
         raise IdentityMismatchError(
-            f"{folder}: tokens of something else: {'; '.join(different[:5])}; give another --out,"
-            " or the options that it was made with"
+            f"{folder}: made with other options: {'; '.join(different[:5])}; give another --out, or"
+            " the old options"
         )
 
 
@@ -89,12 +89,12 @@ def order_as_recorded(
     if gone or others:
         reasons = [f"{files[n].path}: {_difference(prints[n], gone)}" for n in others[:_NAMED]]
         if len(others) > _NAMED:
-            reasons.append(f"and {len(others) - _NAMED:,} files more")
+            reasons.append(f"and {len(others) - _NAMED:,} more files")
         if len(gone) > len(others):
-            reasons.append(f"files of it that are gone: {len(gone) - len(others):,}")
+            reasons.append(f"missing files: {len(gone) - len(others):,}")
         raise IdentityMismatchError(
-            f"{folder}: tokens of another corpus: {'; '.join(reasons)}; give another --out, or the"
-            " corpus that it was made from"
+            f"{folder}: made from another corpus: {'; '.join(reasons)}; give another --out, or the"
+            " old corpus"
         )
     return order
 
@@ -122,4 +122,6 @@ def _warn_of_copies(files: Sequence[CorpusFile], prints: Sequence[Fingerprint]) 
         part = entry["parts"][0]
         other = first.setdefault(part["sha256"], file.path)
         if other is not file.path and part["bytes"]:
-            logger.warning("%s: the same content as %s; both are read", file.path, other)
+            logger.warning(
+                "warning: %s: has the same content as %s; the run reads both", file.path, other
+            )

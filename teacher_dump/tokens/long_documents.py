@@ -34,7 +34,7 @@ def log_long_texts(path: Path, documents: Iterable[object]) -> None:
     for document in documents:
         if isinstance(document, str) and is_long(document):
             logger.info(
-                "%s: a document of %s characters is encoded in pieces cut at ends of lines",
+                "%s: encoding a document of %s characters in pieces, cut at line ends",
                 path,
                 count(len(document)),
             )

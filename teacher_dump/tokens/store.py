@@ -88,7 +88,7 @@ def _map(path: Path, dtype: np.dtype[Any], count: int) -> Any:
     found = path.stat().st_size if path.exists() else 0
     if found != count * dtype.itemsize:
         raise RunError(
-            f"{path}: {found} bytes, expected {count * dtype.itemsize}: delete the folder "
-            f"{path.parent} to have it made again"
+            f"{path}: has {found} bytes, expected {count * dtype.itemsize}; delete the folder"
+            f" {path.parent}, and the same command makes it again"
         )
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype=dtype)
