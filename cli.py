@@ -1,6 +1,6 @@
-"""The three commands: what they call and print; no logic, and no option that is typed here.
+"""The three commands: what they call and what they print, without logic of their own.
 
-Options are made from dataclasses (`logitshards/commands.py`). Nothing heavy is imported before a
+Dataclasses define the options (`logitshards/commands.py`). Nothing heavy is imported before a
 command runs, so that `--help` answers at once.
 """
 

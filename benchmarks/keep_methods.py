@@ -1,7 +1,7 @@
 """What each keep method costs on disk, and how far its targets are from the teacher's.
 
-A teacher reads a text; at every position each method selects from the same logits, as the teacher
-pass does, and its rows are written to a real shard. Compared are
+A teacher reads a text. At every position each method selects from the same logits, as the teacher
+pass does, and writes its rows to a real shard. The table has
 
 bytes      of the columns `ids` and `logprobs` in that shard, per token
 error      mean of |w - p|^2, p the teacher's full distribution and w the target that the trainer

@@ -1,10 +1,10 @@
 """Kills a training run in the middle, continues it, and compares it with one left alone.
 
-Each kill is `kill -9` of a process that has written a line of metrics: at a uniformly random time
-after it, or, so that a fifth of them or more do, while a checkpoint is being written. Of the
-processes some are killed before, while they start; these kills are not among those asked for. When
-a run has come to its end, weights and metrics are compared byte for byte with those of the
-uninterrupted run, and the next run begins. float32 on a CPU, one thread.
+Each kill is `kill -9` of a process that has written a line of metrics. It comes at a uniformly
+random time after that line, or while a checkpoint is being written: at least a fifth of the kills
+do. Some processes are killed earlier, while they start; these kills do not count. When a run has
+finished, the benchmark compares its weights and metrics byte for byte with those of the
+uninterrupted run, and starts the next run. float32 on a CPU, one thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STARTING, WRITING, REMOVING, ELSEWHERE = (
     "removing a checkpoint",
     "elsewhere in training",
 )
-# Of all processes, and of the kills that were asked for.
+# The share of processes killed while starting, and of counted kills during a checkpoint.
 SHARE_STARTING, SHARE_WRITING = 0.1, 0.2
 WRITING_S = 0.01  # of a checkpoint, from when its folder is seen
 

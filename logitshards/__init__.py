@@ -9,7 +9,7 @@
 `docs/python.md` is the guide. Names are imported when they are first used: `import logitshards`
 itself loads neither torch nor pyarrow nor numpy.
 
-The other modules of this package are what the commands share with each other.
+The other modules of this package are shared by the commands.
 """
 
 from __future__ import annotations

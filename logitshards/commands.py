@@ -1,8 +1,8 @@
 """click commands whose options are made from dataclasses, so that each is typed once.
 
-A command is given dataclasses; their fields become its options, and its function is called with one
-object of each. What was not given is left to the defaults of the dataclass: click knows them only
-to show them. `--config`, `--debug` and `--version` come with every command.
+The fields of a command's dataclasses become its options, and the command calls its function with an
+object of each. The dataclass fills in the defaults; click only shows them. Every command has
+`--config`, `--debug` and `--version`.
 
 Nothing heavy is imported here, so that `--help` answers at once.
 """
@@ -71,9 +71,9 @@ class Group(_OneLineErrors, click.Group):
 
 
 class Command(_OneLineErrors):
-    """A command with the options of dataclasses, and the commands that hang on it.
+    """A command with the options of dataclasses, and with subcommands.
 
-    Those are called `NAME OTHER`. A click.Group would ask for the options of NAME before OTHER.
+    A subcommand is called as `NAME OTHER`. A click.Group would want the options of NAME first.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ def command(
 
 
 def build(kind: type[Any], given: Mapping[str, Any]) -> Any:
-    """A dataclass with the values of its options that were given. OptionError if it refuses."""
+    """A dataclass object from the given values of its options. OptionError for an invalid value."""
     values = {}
     for name, option in options_of(kind).items():
         if is_keep(option):

@@ -21,10 +21,10 @@ from shards.options import OptionError, OptionField
 
 
 def read_config(path: Path, options: Mapping[str, OptionField]) -> dict[str, Any]:
-    """The values that a file has, by the names of the options.
+    """The values of a file by option name.
 
-    InputError naming the file, the key, what was expected and what was found. A value of nothing
-    stands for an option that may be left out.
+    InputError names the file, the key, the expected and the found value. An empty value leaves an
+    optional option out.
     """
     content = _load(path)
     values: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def read_config(path: Path, options: Mapping[str, OptionField]) -> dict[str, Any
 
 
 def read_value(option: OptionField, value: object) -> Any:
-    """What an option is by a value of a YAML file. ValueError with what was expected and found."""
+    """An option's value from a YAML value. ValueError says what was expected and found."""
     if value is None and option.default is None:
         return None
     if is_mapping(option.kind):

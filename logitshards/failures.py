@@ -1,8 +1,8 @@
 """Every failure of a command is one line on standard error, and an exit code.
 
-2 for invalid input, 1 for a run that failed, 128 and its number for a signal, 130 for Ctrl-C. That
-holds for errors that nobody expected too, also for what is no `Exception` (a panic in a Rust
-library); `--debug` shows their traceback before the line.
+The code is 2 for invalid input, 1 for a run that failed, 128 plus its number for a signal, 130 for
+Ctrl-C. This includes unexpected errors, even those that are not an `Exception` (a panic in a Rust
+library). `--debug` shows the traceback before the line.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def failures_as_lines(name: str, *, debug: bool) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """What a user reads of an error, and the exit code."""
+    """The message of an error for the user, and the exit code."""
     if isinstance(error, OptionError):
         return error.as_flag(), error.exit_code
     if isinstance(error, LogitshardsError):
@@ -66,7 +66,7 @@ def one_line(text: str) -> str:
 
 
 def _usage(error: click.ClickException) -> str:
-    """What click does not take, as our own errors say it: the option first."""
+    """An error of click in the form of our own: the option first."""
     if isinstance(error, click.MissingParameter) and error.param is not None:
         return f"{_named(error.param)}: missing"
     if isinstance(error, click.BadParameter) and error.param is not None:

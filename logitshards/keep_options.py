@@ -1,6 +1,6 @@
 """`--keep METHOD` and the options of all methods, made from the classes that `KEEP_METHODS` has.
 
-Methods share an option by its name; then it must be the same one.
+If two methods have an option of the same name, it must be the same option.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shards.options import OptionError, OptionField, options_of
 
 
 def is_keep(option: OptionField) -> bool:
-    """Whether an option is what to keep, and stands for several."""
+    """Whether an option is the keep method, which stands for several options."""
     return isinstance(option.kind, type) and issubclass(option.kind, Keep)
 
 

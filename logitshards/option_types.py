@@ -25,7 +25,7 @@ from shards.options import OptionError, OptionField, flag, listed
 
 
 class TextType(click.ParamType[Any]):
-    """Values by a function of the text, which raises ValueError for one that it does not take."""
+    """Values by a function of the text, which raises ValueError for an invalid one."""
 
     def __init__(self, name: str, from_text: Callable[[str], Any]) -> None:
         self.name = name
@@ -49,7 +49,7 @@ class TextType(click.ParamType[Any]):
 
 
 class ChoiceType(click.Choice[str]):
-    """One of a few texts, with an error as our other ones."""
+    """One of a few texts, with an error in our form."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The text, if it is one of them."""

@@ -4,7 +4,7 @@ The type of a dataclass field decides. A ValueError says what was expected, and 
 was found; the caller knows the option and the file.
 
 YAML itself reads `3e-4` as text and `no` as false. So a number may be text where a fraction is
-expected, and nothing else is converted: `out: 2024-01-01` is a date and no path.
+expected. Nothing else is converted: `out: 2024-01-01` is a date, not a path.
 """
 
 from __future__ import annotations

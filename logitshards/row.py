@@ -1,7 +1,7 @@
 """One sequence of a dataset, position by position.
 
-Letters: n tokens, T = n - 1 labelled positions, V vocabulary. Position t is about `tokens[t + 1]`,
-given `tokens[0 .. t]`.
+Letters: n tokens, T = n - 1 labelled positions, V vocabulary. Position t predicts `tokens[t + 1]`
+from `tokens[0 .. t]`.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ class Ragged(Sequence[npt.NDArray[_Scalar]], Generic[_Scalar]):
 class Row:
     """One sequence; `len(row)` is T, its number of labelled positions. Log-values are in nats.
 
-    Arrays are views of the row group in memory and cannot be written to: copy those that you keep
-    for long, or the whole row group stays. What belongs to a teacher raises ShardError in a dataset
-    of tokens alone.
+    Arrays are read-only views of the row group in memory. Copy those that you keep for long, or the
+    whole row group stays in memory. In a dataset of tokens alone, the teacher's attributes raise
+    ShardError.
 
     `spec` is the dataset's, `stored` what the shard holds.
     """
@@ -110,7 +110,7 @@ class Row:
 
     @cached_property
     def loss_mask(self) -> BoolArray | None:
-        """Which labels count, [T]; None: all do. No entries are stored of the others."""
+        """Which labels count, [T]; None: all do. Other positions have no entries."""
         mask = self.stored.loss_mask
         if mask is not None:  # Arrow's bits unpacked, so the one column that is not read-only
             mask = mask.view()
@@ -119,7 +119,7 @@ class Row:
 
     @cached_property
     def ids(self) -> Ragged[np.int32]:
-        """`ids[t]` are the vocabulary ids of the entries stored at position t, likeliest first."""
+        """`ids[t]` are the vocabulary ids of the entries at position t, most likely first."""
         return self._entries(schema.IDS, self.stored.ids)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Options of what only shows something: the cost of a dump, a dataset, runs side by side."""
+"""Options of commands that only show something: a plan, a dataset, runs side by side."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A user without an entry in passwd, as a container may have: libraries look for a name and a home.
+"""Name a user who has no entry in passwd, as in some containers.
 
-torch asks for the name of the user and vLLM for a home, and both end with a traceback where there
-is none; a cache in "~" would be a folder of that name.
+torch needs the name of the user and vLLM a home; both end with a traceback without one. A cache in
+"~" would become a folder of that name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import stat
 
 
 def name_the_user() -> None:
-    """Set USER and HOME where neither the environment nor passwd has them."""
+    """Set USER and HOME if neither the environment nor passwd has them."""
     if "HOME" in os.environ and {"USER", "LOGNAME"} & os.environ.keys():
         return
     import pwd

@@ -1,4 +1,4 @@
-"""YAML of which no mapping has a key twice: PyYAML silently takes the last of the values."""
+"""YAML without duplicate keys: PyYAML silently takes the last of the values."""
 
 from __future__ import annotations
 

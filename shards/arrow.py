@@ -87,7 +87,7 @@ def _single_array(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _from_lists(array: pa.ListArray) -> tuple[Offsets, pa.Array]:
-    """Offsets from 0, [N + 1], and the flat values, of N lists none of which is null."""
+    """Offsets from 0, [N + 1], and the flat values, of N lists, none null."""
     offsets = array.offsets.to_numpy()
     return offsets - offsets[0] if offsets[0] else offsets, array.flatten()
 

@@ -1,6 +1,6 @@
-"""What the numbers of a teacher must satisfy to be read back as the distributions they were.
+"""The checks that a teacher's numbers must pass, so that readers get valid distributions.
 
-Asked before writing, where a NaN still has a culprit, and again by `verify_shard`.
+The writer runs them, while the source of a NaN is still known, and `verify_shard` runs them again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shards.schema import (
 
 
 class _Check(NamedTuple):
-    """Where something is wrong, by where rows begin; `values` are numbers that a teacher gave."""
+    """Which values are wrong, and where rows begin; `values` are the teacher's numbers."""
 
     wrong: npt.NDArray[np.bool_]
     row_offsets: Offsets
@@ -44,7 +44,7 @@ def problem_with_values(group: RowGroup, vocab_size: int) -> str | None:
 
     Tokens and ids are below `vocab_size`; log-probabilities are finite and largest first; where
     `loss_mask` is false nothing is kept. A tail of minus infinity is fine: nothing was left out.
-    A teacher that gives NaN gives it in most columns: what it says itself is named before sums.
+    A NaN of the teacher is in most columns; its own values are named before sums.
     """
     by_token = require("tokens", group.token_offsets)
     by_position = require("tokens", group.position_offsets)

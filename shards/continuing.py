@@ -1,8 +1,8 @@
-"""Starting a dataset in a folder, or continuing the one that is there, or refusing.
+"""Start a dataset in a folder, continue the one in it, or reject the folder.
 
-The same command over and over leads to the same dataset: a folder is continued if and only if its
-description is equal. Sizes only grow. Any number of processes may start at once: the first manifest
-is published without overwriting, and whoever loses that race continues.
+Repeating a command always leads to the same dataset: a run continues a folder if and only if the
+specs are equal. Sizes only grow. Any number of processes may start at once: they publish the first
+manifest without overwriting, and a process that loses this race continues with the other's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MADE_BEFORE = {"tokenizer", "tokens", "lost+found", "preparing.json"}
 
 
 def check_folder(path: Path) -> None:
-    """InputError unless a dataset can be made in `path` or is there already."""
+    """InputError unless `path` holds a dataset, or one can be made in it."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: expected a folder for the dataset, found a file")
     names = set(os.listdir(path)) if path.exists() else set()
@@ -49,10 +49,10 @@ def create_or_continue(
 ) -> Manifest:
     """Make the dataset's manifest, or take the one that is there, extended to larger sizes.
 
-    `replacing`: a manifest that is there gives way, because its dataset has no shard yet.
+    `replacing`: replace an existing manifest, because its dataset has no shard yet.
 
-    InputError if the folder holds something else, IdentityMismatchError naming every difference if
-    it holds a dataset that was made from something else, RunError if the disk fails.
+    InputError if the folder holds other files, IdentityMismatchError naming every difference if it
+    holds another dataset, RunError if the disk fails.
     """
     check_folder(path)
     asked = Manifest(
@@ -81,7 +81,7 @@ def create_or_continue(
 
 
 def _replace_manifest(path: Path, manifest: Manifest, *, may_fail: bool) -> None:
-    """`may_fail`: where nothing can be written, only a record is lost."""
+    """`may_fail`: on a read-only disk the only loss is a record."""
     try:
         durable.replace(path, manifest.to_text())
     except OSError as error:
@@ -90,7 +90,7 @@ def _replace_manifest(path: Path, manifest: Manifest, *, may_fail: bool) -> None
 
 
 def record_completeness(path: Path, manifest: Manifest) -> Manifest:
-    """Say in the manifest whether every shard is there, if it says otherwise. RunError if not."""
+    """Record in the manifest whether every shard is there. RunError if the disk fails."""
     complete = not any(missing_shards(path, manifest, split) for split in manifest.splits)
     if complete == manifest.complete:
         return manifest
@@ -143,17 +143,17 @@ def _merge(asked: Manifest, present: Manifest) -> Manifest:
 
 
 def _is_known(record: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a record says nothing that another does not say already."""
+    """Whether another record contains all of a record."""
     return any(
         all(key in old and old[key] == value for key, value in record.items()) for old in known
     )
 
 
 def _remove_outgrown(path: Path, present: Manifest, merged: Manifest) -> None:
-    """Remove last shards that were short and are to be full.
+    """Remove short last shards that will become full ones.
 
-    Before the manifest is replaced, so that an interruption leaves a dataset with a shard missing
-    and never a short shard in the middle of a split.
+    This comes before the manifest is replaced: an interruption then leaves a missing shard, and
+    never a short shard in the middle of a split.
     """
     outgrown = []
     for name, size in present.splits.items():

@@ -1,7 +1,7 @@
-"""What can go wrong, as a user meets it: each error is one line: what, where and what to do.
+"""Errors for the user. Each is one line that says where, what is wrong, and what to do.
 
-The command line prints the message and exits with the error's `exit_code`: 2 for what the user
-gave (options, corpus, a folder of something else), 1 for a run that failed (disk, damaged file).
+The command line prints the message and exits with the error's `exit_code`: 2 for invalid input
+(options, corpus, another folder), 1 for a run that failed (disk, damaged file).
 """
 
 
@@ -12,7 +12,7 @@ class LogitshardsError(Exception):
 
 
 class InputError(LogitshardsError):
-    """An option, a corpus, a model or a folder that cannot be used as it was given."""
+    """An option, a corpus, a model or a folder that cannot be used."""
 
 
 class RunError(LogitshardsError):
@@ -22,7 +22,7 @@ class RunError(LogitshardsError):
 
 
 class StoppedError(LogitshardsError):
-    """A run that a signal asked to end: what is on disk is kept."""
+    """A run that a signal ended. What is on disk is kept."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -44,11 +44,11 @@ class ShardCorruptError(ShardError):
 
 
 class IdentityMismatchError(ShardError):
-    """The folder holds a dataset that was made from something else."""
+    """The folder holds another dataset than the command asks for."""
 
 
 def one_line(error: BaseException) -> str:
-    """The whole reason of a foreign exception on one line; its class where it gives no reason."""
+    """The message of another library's exception on one line; its class if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

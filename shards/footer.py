@@ -1,4 +1,4 @@
-"""What a shard says of itself in its Parquet footer: dataset, split, number."""
+"""A shard's metadata in its Parquet footer: dataset, split, number."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Footer:
 def parquet_writer(
     file: Any, columns: Sequence[str], metadata: Mapping[bytes, str | bytes]
 ) -> pq.ParquetWriter:
-    """What writes a shard with these columns and this footer: the same bytes for the same rows."""
+    """A writer for these columns and this footer: the same rows give the same bytes."""
     arrow_schema = schema(columns).with_metadata(metadata)
     return pq.ParquetWriter(file, arrow_schema, **writer_options(arrow_schema))
 

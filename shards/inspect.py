@@ -1,7 +1,7 @@
-"""What is in a dataset or a shard, for a person and as JSON; and whether it is undamaged.
+"""Describe a dataset or a shard, for a person and as JSON, and check it for damage.
 
-Figures come from sidecars, and the bytes of columns from footers: no page is read, and a dataset
-that is not complete yet can be looked at. Means are exact, sums over sums.
+Figures come from sidecars, and the sizes of columns from footers, so no page is read. The dataset
+need not be complete. Means are exact: sums divided by sums.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def verify(path: Path) -> list[str]:
     )
     for name, size in manifest.splits.items():
         shards: Iterable[int] = range(manifest.spec.layout.num_shards(size.sequences))
-        # ShardError: the last shard is damaged, and is found again with the others.
+        # ShardError: the last shard is damaged; the check of all shards below finds it again.
         with suppress(ShardError):
             shards, missing = _present(path, manifest, name)
             if missing:

@@ -1,4 +1,4 @@
-"""What is stored of a teacher's distribution: the keep methods, their options, how to read them.
+"""The keep methods: what the shards store of a teacher's distribution, with options and reading.
 
     top-p-k    the smallest set of entries that reaches a mass, at most k of them. Biased: it cuts
                off rare tokens at every position ("Pre-training Distillation", arXiv 2410.16215)
@@ -10,12 +10,12 @@
     tokens     nothing: the dataset has no teacher
 
 Truncating methods store probabilities of the largest entries, and the mass that is missing.
-Sampling methods store weights whose expectation is the probability: the weights of one position
-are no distribution and do not sum to 1.
+Sampling methods store weights whose expectation is the probability. The weights of one position
+are not a distribution and do not sum to 1.
 
 A method is a frozen dataclass whose fields are its options on the command line and its keys in a
-manifest. Defining a subclass of `Keep` with a `method` makes it known to all commands; what selects
-entries is registered beside it (`teacher_dump.keep.selection.make_selector`).
+manifest. Defining a subclass of `Keep` with a `method` makes it known to all commands. Its selector
+is registered separately (`teacher_dump.keep.selection.make_selector`).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ KEEP_METHODS: dict[str, type[Keep]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Keep(ABC):
-    """Common to all methods. OptionError for values that cannot be meant.
+    """Common to all methods. OptionError for invalid values.
 
-    `is_sampled`: entries are weights that chance decided over. `has_tail`: the mass that was not
-    kept is stored. `needs_distribution`: the largest entries alone are not enough to select from.
+    `is_sampled`: entries are random weights. `has_tail`: shards store the mass that was not kept.
+    `needs_distribution`: the method cannot select from the largest entries alone.
     """
 
     method: ClassVar[str]
@@ -46,9 +46,9 @@ class Keep(ABC):
     has_tail: ClassVar[bool] = False
     needs_distribution: ClassVar[bool] = True
 
-    # Of the distribution that was selected from. Truncating methods store it at 1.
+    # Temperature of the distribution that entries are selected from; 1 for truncating methods.
     temperature = 1.0
-    # The grid that stored log-probabilities are rounded to, nats.
+    # Stored log-probabilities are multiples of this, nats.
     logprob_step = 0.0
 
     def __init_subclass__(cls) -> None:
@@ -58,13 +58,13 @@ class Keep(ABC):
 
     @abstractmethod
     def max_entries(self, vocab_size: int) -> int:
-        """The most entries that a position can have."""
+        """The maximum number of entries of a position."""
 
     @property
     def exact_above(self) -> float | None:
-        """Entries stored above this log-probability were kept because of their size.
+        """Entries stored above this log-probability were kept for certain.
 
-        So the largest of them is the teacher's largest. None: chance decided over all.
+        So the largest of them is the teacher's largest. None: all entries were random.
         """
         return -math.inf
 
@@ -146,8 +146,8 @@ class Draws(Keep):
 class Threshold(Keep):
     """Keep entries of at least `threshold` at `temperature`, sample the others.
 
-    The threshold is moved to exp(-n * logprob_step), so that the weight t is stored without
-    rounding: off the grid, every sampled weight would be wrong by the same factor, a bias.
+    The threshold is rounded to exp(-n * logprob_step), so that the weight t needs no rounding when
+    it is stored. Otherwise all sampled weights would be wrong by the same factor, which is a bias.
     """
 
     method: ClassVar[str] = "threshold"
@@ -164,8 +164,8 @@ class Threshold(Keep):
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
         _check_step(self.logprob_step)
-        # Asked of the rounded value, with half a step of slack (and the last bits of a float): so
-        # every value that was rounded is taken again.
+        # This checks the rounded value, with half a step (and the last bits of a float) to spare,
+        # so that a value that was rounded before is accepted again.
         holds = 0 < self.threshold <= 1
         least = math.log(MIN_THRESHOLD) - self.logprob_step / 2 - 1e-9
         holds = holds and self.log_threshold >= least

@@ -1,6 +1,6 @@
-"""Where a sequence is: arithmetic from its number, so that nothing is kept or read to find it.
+"""Where a sequence is, by arithmetic on its number, so that finding it needs no table.
 
-Shard i of a split always holds the same sequences, whoever writes it and whenever. Every shard but
+Shard i of a split always holds the same sequences, at any time and by any writer. Every shard but
 the last of a split is full; the last row group of any shard, and the last shard, may be short.
 """
 

@@ -1,12 +1,12 @@
-"""The manifest of a dataset folder: what it is, how large it is to be, whether it is complete.
+"""The manifest of a dataset folder: its spec, its size when complete, whether it is complete.
 
     DIR/manifest.json          this
     DIR/tokenizer/, tokens/    made before the first shard
     DIR/<split>/shard-000000.parquet, shard-000000.json, ...
 
-It does not say how far an incomplete dataset is: the shards themselves do (`completeness.py`), so
-that writing a shard never touches a file that others write. Once no shard is missing it says so,
-and whoever opens the dataset lists no folder.
+The manifest does not say which shards exist: the shards themselves do (`completeness.py`), so that
+writing a shard never touches a file that other processes write. Once no shard is missing the
+manifest says so, and opening the dataset then lists no folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SplitSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a dataset is (`spec`, compared), its sizes, and what it was made with.
+    """What a dataset is (`spec`, which runs compare), its sizes, and what it was made with.
 
     `recorded` (engine, versions, corpus) has one entry for each different set-up that wrote to the
     dataset, oldest first; it is never compared. `tokenizer_files` are SHA-256 hashes of the files

@@ -1,8 +1,8 @@
 """Options as dataclass fields: one place for a default, its help, its choices and its unit.
 
 The command line makes its options from these fields (`logitshards/commands.py`), configuration
-files are read by them, and Python code passes them by name. Messages name the field; the command
-line adds dashes.
+files use them, and Python code passes them by name. Messages name the field; the command line adds
+dashes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _KEY = "option"
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What the command line says of a field, beside its name, type and default.
+    """What the command line shows for a field, besides its name, type and default.
 
     `choices` are all values that it takes. `metavar` stands for a value in the help text.
     `shown_default` says what a default of None or of an empty list means.
@@ -63,7 +63,7 @@ def option(
 
 
 def options_of(kind: type[Any]) -> dict[str, OptionField]:
-    """The fields of a dataclass that are options, in their order, by name."""
+    """The fields of a dataclass that are options, by name, in the order of the class."""
     hints = get_type_hints(kind)
     return {
         f.name: OptionField(
@@ -78,7 +78,7 @@ def options_of(kind: type[Any]) -> dict[str, OptionField]:
 
 
 class OptionError(InputError):
-    """An option with a value that cannot be meant: "top_k 0: expected at least 1"."""
+    """An option with an invalid value: "top_k 0: expected at least 1"."""
 
     def __init__(self, name: str, text: str) -> None:
         super().__init__(f"{name}{text}")

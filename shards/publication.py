@@ -1,14 +1,14 @@
 """A shard gets its two names: first the Parquet file, then the sidecar that makes it count.
 
 Any number of writers may make the same shard, on any number of machines, and any of them may be
-killed at any moment. That is safe because a name that was given stays:
+killed at any moment. These rules make that safe:
 
-- Nobody removes or replaces a published name. Whose Parquet file came first is the shard.
-- Only a sidecar that was made from that very file is ever put beside it. Who finds a Parquet file
-  without a sidecar reads it in full and makes the sidecar from it. No hash says yet whether that
-  file is undamaged, and its own checksums leave out the footer and the page headers. But a writer
-  is deterministic: what was read, written again, must be the same bytes.
-- Who finds a shard that another has published has succeeded.
+- No process removes or replaces a published name. The first Parquet file is the shard.
+- A published sidecar is always made from the published Parquet file. A writer that finds a Parquet
+  file without a sidecar reads it in full and makes the sidecar from it. No hash protects that file
+  yet, and Parquet's own checksums leave out the footer and the page headers. But writers are
+  deterministic: encoding the rows again must give the same bytes.
+- A writer that finds the shard published has succeeded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shards.schema import METADATA_KEY
 from shards.sidecar import Sidecar, sidecar_path
 from shards.spec import differences
 
-# The moments of publishing, in their order; `stop_after` one of them is a kill there.
+# The steps of publishing, in order; `stop_after` simulates a kill after one of them.
 PARQUET_FLUSHED = "parquet flushed"
 SIDECAR_FLUSHED = "sidecar flushed"
 PARQUET_NAMED = "parquet named"
@@ -101,7 +101,7 @@ def publish(
 
 
 def check_not_alone(path: Path) -> None:
-    """ShardError for a shard of which only the sidecar is there."""
+    """ShardError if only the sidecar of a shard exists."""
     # In this order: the Parquet file is named first.
     if sidecar_path(path).exists() and not path.exists():
         raise ShardError(
@@ -111,7 +111,7 @@ def check_not_alone(path: Path) -> None:
 
 
 def adopt(path: Path, footer: Footer, sequences: int) -> Sidecar:
-    """The sidecar of a published Parquet file, made from it if there is none.
+    """The sidecar of a published Parquet file; makes a missing one from the file.
 
     ShardCorruptError for a file that is damaged or another shard than `footer` says, or that holds
     another number of sequences.
@@ -149,7 +149,7 @@ def _make_missing_sidecar(path: Path, footer: Footer, sequences: int) -> None:
 
 
 def _checked_totals(path: Path, footer: Footer, sequences: int) -> Totals:
-    """Counts and sums of a Parquet file of which everything is right."""
+    """Check everything in a Parquet file; returns its counts and sums."""
     try:
         with pa.memory_map(str(path)) as file:
             totals = _totals(path, file.read_buffer(), footer)
@@ -196,7 +196,7 @@ def _totals(path: Path, buffer: pa.Buffer, footer: Footer) -> Totals:
 
 
 class _SameBytes(io.RawIOBase):
-    """A file that keeps nothing of what is written but whether it is this content."""
+    """A file that keeps nothing, and only compares what is written with this content."""
 
     def __init__(self, content: memoryview) -> None:
         self._content = content.cast("B")

@@ -1,13 +1,12 @@
-"""One shard from a memory map, by row group; the mirror of `writer.py`.
+"""Read one shard from a memory map, by row group; the mirror of `writer.py`.
 
-What is checked when: opening and reading compare the size (touching a mapped page beyond the end of
-a file kills the process); opening the footer's hash, format version and columns; reading the CRC-32
-of every column chunk that is read, and that the columns fit together; only `verify_shard` reads
+Opening checks the footer's hash, the format version and the columns. Reading checks the CRC-32 of
+every column chunk that is read, and that the columns fit together. Both check the size first,
+because touching a mapped page beyond the end of a file kills the process. Only `verify_shard` reads
 everything. So no single flipped byte reaches a caller as other numbers.
 
-The map is clean page cache, not memory of the process. What the checks cannot see is a file that
-somebody else truncates while a row group is read or the file is verified: the process then dies of
-SIGBUS.
+The map is clean page cache, not memory of the process. The checks cannot notice a file that another
+process truncates while it is read or verified: the process then dies of SIGBUS.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ __all__ = ["RowGroup", "ShardReader", "verify_shard"]
 
 
 class ShardReader(Closing):
-    """Reads one shard, which must have its sidecar; a context manager that closes.
+    """Reads one shard, which must have its sidecar; a context manager that closes it.
 
     ShardError without a sidecar, ShardCorruptError if the files are damaged or do not belong
     together, ShardFormatError for another format version. Not for use by several threads at once.
@@ -162,7 +161,7 @@ class ShardReader(Closing):
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """A file that is not there is damage; one that the system does not give out is none."""
+        """A missing file is damage; a file that the system does not hand out is not."""
         try:
             yield
         except FileNotFoundError as error:

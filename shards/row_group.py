@@ -2,9 +2,9 @@
 
 Letters: R sequences, n tokens of one of them, P labelled positions and E kept entries of all.
 
-Ragged columns are a flat array beside the offsets of its pieces, as Arrow has them, so a group
-that was read is views of Arrow's buffers and nothing is copied or padded. A writer's groups have
-every column; of a reader's, those that were not asked for are None.
+A ragged column is a flat array and the offsets of its pieces, as in Arrow. So a group that was read
+consists of views of Arrow's buffers, without copies or padding. A writer's group has every column;
+in a reader's, columns that were not requested are None.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class RowGroup:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> RowGroup:
-        """Lay at least one row flat. ValueError if a row's arrays do not fit together."""
+        """Concatenate at least one row. ValueError if a row's arrays do not fit together."""
         for row in rows:
             _check_shapes(row)
         counts = _all_or_none("counts", [row.counts for row in rows])
@@ -158,7 +158,7 @@ class RowGroup:
         )
 
     def totals(self) -> Totals:
-        """Counts and float64 sums over a group of which every column was read."""
+        """Counts and float64 sums over a group whose columns were all read."""
         num_positions = int(require("tokens", self.position_offsets)[-1])
         mask = self.loss_mask
         return Totals(

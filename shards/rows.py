@@ -2,9 +2,9 @@
 
 Letters: n tokens, T = n - 1 labelled positions, E kept entries of all positions together.
 
-Entries are ragged, so they lie flat beside a count per position: no padding, no Python objects.
-Position t holds the teacher's distribution over `tokens[t + 1]` given `tokens[0 .. t]`. The shift
-by one is in the row itself and nothing downstream shifts again.
+Entries are ragged: a flat array, and a count per position. There is no padding and no Python object
+per entry. Position t holds the teacher's distribution over `tokens[t + 1]` given `tokens[0 .. t]`.
+The row itself contains this shift by one, and no later code shifts again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class Row:
     """One sequence: tokens [n] int32, entries [E] flat over T = n - 1 positions, in nats.
 
     `counts[t]` entries belong to position t, largest log-probability first, equal values by
-    ascending id. `entropies` [T] are of the teacher's full distribution at each position. Sampling
-    keep methods have no `tail_logmass`, engines that do not see the whole distribution no
-    entropies, datasets without a teacher nothing of one, and where every position counts there is
-    no `loss_mask`: all these are None. `teacher_nll` and `teacher_entropy` are sums over the
-    positions that count.
+    ascending id. `entropies` [T] are of the teacher's full distribution at each position.
+    `teacher_nll` and `teacher_entropy` are sums over the positions that count.
+
+    These are None: `tail_logmass` for sampling keep methods, the entropies for engines that do not
+    see the whole distribution, everything of a teacher without one, `loss_mask` if every position
+    counts.
     """
 
     sequence: int

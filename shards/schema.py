@@ -38,8 +38,8 @@ LOSS_MASK: Final = "loss_mask"
 TEACHER_NLL: Final = "teacher_nll"
 TEACHER_ENTROPY: Final = "teacher_entropy"
 
-# The ragged entries, all but a few percent of a shard. A reader that does not ask for them does
-# not pay for them.
+# The ragged entries: all but a few percent of a shard. A reader pays for them only if it asks for
+# them.
 ENTRY_COLUMNS: Final = (IDS, LOGPROBS)
 
 # 1 MiB pages read 15 % slower; beyond 4 MiB nothing is gained.

@@ -1,10 +1,13 @@
 """The sidecar of a shard: a small JSON file, published last, that makes the shard count.
 
-It holds what must be known without opening the Parquet file (how much is in it, the sums behind
-dataset means) and what the Parquet file cannot say about itself: its size, so that a truncated
-file is refused before it is mapped; the hash of the footer, and the CRC-32 of every column chunk,
-because page checksums leave out the footer and the page headers, where a single flipped byte can
-turn BYTE_STREAM_SPLIT into PLAIN without an error; the hash of the whole file.
+It holds what must be known without opening the Parquet file: counts, and the sums behind dataset
+means. It also holds what the Parquet file cannot say about itself:
+
+- its size, so that a truncated file is rejected before it is mapped
+- the hash of the footer and the CRC-32 of every column chunk. Page checksums leave out the footer
+  and the page headers, where one flipped byte can turn BYTE_STREAM_SPLIT into PLAIN without an
+  error
+- the hash of the whole file
 """
 
 from __future__ import annotations

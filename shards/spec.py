@@ -1,11 +1,12 @@
-"""What a dataset is: one typed description from which everything else about it follows.
+"""The spec of a dataset: one typed description that determines everything else about it.
 
-The manifest holds it, the footer of every shard repeats it, and two runs may share a folder if and
-only if their descriptions are equal. Everything that changes what the shards hold is in it, and
-nothing else is: names, paths, engines and versions are recorded beside it (`manifest.py`).
+The manifest holds the spec, and the footer of every shard repeats it. Two runs may share a folder
+if and only if their specs are equal. The spec contains everything that changes what the shards
+hold, and nothing else: the manifest records names, paths, engines and versions beside it
+(`manifest.py`).
 
-`from_json` refuses what it does not know by name. A dataset of a newer release would otherwise be
-read as something that it is not.
+`from_json` rejects any key or name that it does not know. Otherwise it would misread a dataset of a
+newer release.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A training run as the teacher, whose logits were saved while it went on.
+    """A training run as the teacher: it saved logits while it ran.
 
     `run_sha256` is of the run's settings, `first_step` the first optimizer step that was saved.
     """
@@ -70,7 +71,7 @@ class TrainingRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """How text becomes ids: a hash over what decides that, and the length, above every id."""
+    """How text becomes ids: a hash over all that decides it, and a length above every id."""
 
     sha256: str
     vocab_size: int
@@ -84,8 +85,8 @@ class Tokenizer:
 class Documents:
     """How documents become sequences.
 
-    `joined`: sequences go on over the ends of documents. `bos` is one of `BOS_MODES`, with the
-    token's id unless it is "none". `eos_token_id` closes every document, None: nothing does.
+    `joined`: sequences continue across the ends of documents. `bos` is one of `BOS_MODES`, with the
+    token's id unless it is "none". `eos_token_id` ends every document; None: no token does.
     `held_out` is the fraction of documents in the validation split. `masked`: some labels do not
     count.
     """
@@ -120,8 +121,8 @@ class Documents:
 class DatasetSpec:
     """What a dataset is. ValueError for parts that do not fit together.
 
-    `teacher` is None where only tokens are stored (`keep` is then `Tokens`). `sequence_length` L is
-    in labelled positions of a full sequence. `seed` decides over held-out documents and sampling.
+    `teacher` is None if only tokens are stored (`keep` is then `Tokens`). `sequence_length` L is
+    the labelled positions of a full sequence. `seed` determines held-out documents and sampling.
     `tokens_sha256` is of the token store that the sequences are cut from.
     """
 
@@ -143,12 +144,12 @@ class DatasetSpec:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether positions have anything of a teacher's distribution."""
+        """Whether positions have a teacher's distribution."""
         return self.teacher is not None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that every shard of the dataset has, in their order."""
+        """The columns of every shard of the dataset, in order."""
         names = [schema.SEQUENCE, schema.TOKENS]
         if self.teacher is not None:
             names += [schema.IDS, schema.LOGPROBS]

@@ -1,11 +1,11 @@
-"""Rows become one shard: a Parquet file and its sidecar, both there in full or not at all.
+"""Write rows to one shard: a Parquet file and its sidecar, both complete or absent.
 
-The mirror of `reader.py`. Rows are checked before they are written, because a dataset outlives the
-run that made it: shapes and order of the sequences (a ValueError, a mistake in the calling code)
-and the values that a teacher gave (a RunError naming the sequence).
+The mirror of `reader.py`. The writer checks rows first, because a dataset outlives the run that
+made it: shapes and order of the sequences (ValueError: a mistake in the calling code), and the
+teacher's values (RunError naming the sequence).
 
-Both files are written and flushed under temporary names before the first of them is published, so
-the moment in which a shard has no sidecar yet is two system calls long (`publication.py`).
+It writes and flushes both files under temporary names before it publishes the first. So a shard is
+without its sidecar for two system calls only (`publication.py`).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ShardWriter:
         """Append one row group: the next consecutive sequences, only the last group being short.
 
         ValueError for rows that do not fit together, RunError for values that no distribution has
-        and for a disk that does not take them.
+        and for a disk that fails.
         """
         group = RowGroup.from_rows(rows)
         self._check_place(group)
@@ -82,7 +82,7 @@ class ShardWriter:
     def publish(self, stop_after: str | None = None) -> Sidecar:
         """Flush the shard to disk and give it its name, then the sidecar.
 
-        Where another writer has published the shard already, the sidecar returned is that one's.
+        If another writer has already published the shard, this returns that writer's sidecar.
         `stop_after` names a step of `publication.STEPS`: publication.StoppedError is raised after
         it, and everything is left as a kill would leave it.
         """
@@ -119,7 +119,7 @@ class ShardWriter:
         """Remove what is not published; after `publish`, or a second time, do nothing."""
         if self._stopped:
             return
-        # Closing writes what is buffered, and may fail as the write before it did.
+        # Closing writes buffered data, and may fail as the write before it did.
         with contextlib.suppress(OSError, ValueError, pa.ArrowException):
             if self._parquet is not None:
                 self._parquet.close()

@@ -1,14 +1,15 @@
-"""Checkpoints: everything that the next step depends on, in a folder that is whole or not there.
+"""Checkpoints: everything that the next step depends on, in a folder that is complete or absent.
 
     checkpoints/step-00000100/model.safetensors   float32 weights, tied ones once
                               optimizer.pt        AdamW's moments
                               progress.json       step, tokens, sequences, last evaluation
 
-Learning rate, random numbers and the datasets of a step are functions of its number, the order of a
-dataset one of the number of its sequences that came before (`schedules.py`, `loop.py`,
-`mixture.py`, `order.py`), so nothing of them is stored, nor are AdamW's options, which are those of
-the command and the machine: a run of a GPU can be continued without one. The newest checkpoint is
-complete before an older one is removed, and a kill at any moment leaves one to go on from.
+A checkpoint does not store what follows from numbers: learning rate, random numbers and the
+datasets of a step follow from its number, and the order of a dataset from the number of its
+sequences so far (`schedules.py`, `loop.py`, `mixture.py`, `order.py`). Nor does it store AdamW's
+options, which come from the command and the machine, so a run that started on a GPU can continue
+without one. The newest checkpoint is complete before an older one is removed, so a kill at any
+moment leaves one.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _DAMAGED = (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, Sa
 class Progress:
     """Optimizer steps done, labelled positions trained on, the last evaluation.
 
-    `sequences` are those trained on, of every dataset; `evaluation_due` after a step that is to be
-    evaluated and was not yet.
+    `sequences` counts those trained on, by dataset. `evaluation_due`: this step still has to be
+    evaluated.
     """
 
     step: int

@@ -1,8 +1,8 @@
-"""What `train-student` was asked for: one frozen object, checked before anything is read or loaded.
+"""The options of `train-student`: one frozen object, checked before anything is read or loaded.
 
-Nothing heavy is imported here, so that `--help` and a refusal of bad options stay instant. The
-values that shape the result are compared when a run is continued (`checkpoint.py`), so every field
-is plain JSON once paths are text.
+Nothing heavy is imported here, so that `--help` and errors for invalid options stay instant. A run
+that continues compares the values that shape the result (`run_folder.py`), so every field is plain
+JSON once paths are text.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from shards.options import OptionError, check, check_choices, option
 from student_train.model.presets import PRESETS
 from student_train.objective.schedules import ALPHA_SCHEDULES, LR_SCHEDULES
 
-_FLOAT32 = 3e38  # weights are in it, and what they are multiplied by
+_FLOAT32 = 3e38  # the largest float32, about: weights are float32, and so are their factors
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Options of `train-student`, one field each; OptionError for values that cannot be meant.
+    """Options of `train-student`, one field each; OptionError for invalid values.
 
     `tokens` and `batch_tokens` count labelled positions; `save_every` and `eval_every` are
     optimizer steps.
@@ -229,7 +229,7 @@ def _to_json(value: Any) -> Json:
 
 
 def _check_bucket(config: TrainConfig) -> None:
-    """OptionError for what `tail` "bucket" has no definition for."""
+    """OptionError for options for which `tail` "bucket" is not defined."""
     if config.tail != "bucket":
         return
     if config.loss == "mse":
@@ -249,7 +249,7 @@ def _check_bucket(config: TrainConfig) -> None:
 
 
 def _check_temperatures(config: TrainConfig) -> None:
-    """OptionError for temperatures that say the same twice, or nothing."""
+    """OptionError for temperatures that repeat each other or have no effect."""
     strategy, student = config.adaptive_temperature, config.student_temperature
     if config.loss == "mse" and student != 1:
         raise OptionError(

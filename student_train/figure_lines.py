@@ -1,7 +1,7 @@
-"""Lines of metrics.jsonl and speed.jsonl as they are read again, by a report or by the run itself.
+"""Read the lines of metrics.jsonl and speed.jsonl, for a report or for the run itself.
 
-A run may be going on, or have been killed: the last line may be half written and is left out. A
-whole line that cannot be read is an error, not a gap.
+The run may still be writing or have been killed, so this leaves out a last line that is incomplete.
+A complete line that cannot be read is an error.
 """
 
 from __future__ import annotations

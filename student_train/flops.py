@@ -37,7 +37,7 @@ _PEAKS = (
     (r"\bA10\b", 125e12),
 )
 
-# Experts of which a token meets a few only: the parameters do not tell the FLOP.
+# Mixtures of experts: a token uses only a few experts, so the parameters do not tell the FLOP.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 

@@ -57,7 +57,7 @@ _READ_AHEAD_BATCHES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class _Process:
-    """What the process has that runs the steps now, and the next one has anew."""
+    """What belongs to the process that runs the steps now; the next process makes it anew."""
 
     metrics: Metrics
     stop: StopRequest
@@ -157,7 +157,7 @@ class Training:
         )
 
     def summary(self) -> dict[str, Json]:
-        """What came out, flat: where it lies, its size, figures of the last evaluation, speed.
+        """The result, flat: where it is, its size, figures of the last evaluation, speed.
 
         The speed is that of all processes that worked on the run.
         """
@@ -183,7 +183,7 @@ class Training:
     def _train_step(
         self, process: _Process, step: int, alpha: float, rate: float, batches: Iterator[Batch]
     ) -> None:
-        """One step and its figures. RunError if the loss is not a number any more."""
+        """One step and its figures. RunError if the loss is not finite."""
         with process.saver.kept(lambda: self._progress):
             result = self._step(step, alpha, rate, process.clock.waiting(batches))
         speed = process.clock.step_done(result.num_tokens)
@@ -232,7 +232,7 @@ class Training:
     def _evaluate_if_due(self, process: _Process) -> None:
         """Evaluate after the last step, unless that is done or not wanted.
 
-        A signal ends it, and the run that continues makes up for it.
+        A signal ends it, and the run that continues does it again.
         """
         if not self._progress.evaluation_due or self._evaluation_dataset is None:
             return

@@ -1,9 +1,9 @@
 """Figures of a run as lines of JSON and for TensorBoard, cut back to where a run continues.
 
-A killed run may have written lines for steps that it did not save and that are trained again; they
-are removed before that, so that every step has exactly one line however often a run was
-interrupted, and the lines are those of an uninterrupted run. What a clock or the machine says would
-break that promise, so it has a file of its own.
+A killed run may have written lines for steps that it did not save. The run that continues trains
+these steps again, and removes their lines first. So every step has exactly one line, and the lines
+are those of an uninterrupted run. Times and memory would break that promise, so they have their own
+file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Metrics:
 def cut_back(file: Path, step: int, *, evaluated: bool = True) -> None:
     """Keep the lines up to a step; what follows it, or is not a whole line, goes.
 
-    So does the validation line of the step unless it is `evaluated`. InputError for a line that
+    The validation line of the step goes too, unless it is `evaluated`. InputError for a line that
     cannot be read.
     """
     if not file.exists():

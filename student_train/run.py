@@ -1,7 +1,7 @@
 """A run of `train-student`: from datasets of shards to a student, its figures and its tasks.
 
-Everything is checked before anything is written. The same command again goes on: with the steps
-that are left (`loop.py`), then with the tasks that are left (`evaluation/tasks.py`).
+It checks everything before it writes anything. The same command again continues with the remaining
+steps (`loop.py`), then with the remaining tasks (`evaluation/tasks.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig) -> dict[str, Json]:
-    """Train a student, or go on; returns the summary, that of a finished run at once.
+    """Train a student, or continue; returns the summary, for a finished run at once.
 
     InputError, ShardError or IdentityMismatchError for what does not fit together, before anything
     is written; RunError for a run that fails.
@@ -86,7 +86,7 @@ def _run(config: TrainConfig) -> dict[str, Json]:
 
 @contextmanager
 def _failures_named(out: Path) -> Iterator[None]:
-    """RunError for what a disk or a device has no room for, wherever in a run it shows."""
+    """RunError if a disk or a device runs out of space, anywhere in a run."""
     try:
         yield
     except torch.OutOfMemoryError as error:

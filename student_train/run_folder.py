@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked for, how far it is, and whether it is finished.
+"""The folder of a run: its settings, its progress, and whether it is finished.
 
     OUT/run.json         settings and dataset; compared when the same command comes again
     OUT/metrics.jsonl    one line per step and evaluation (`metrics.py`), OUT/tensorboard/ beside it
@@ -8,10 +8,10 @@
     OUT/summary.json     written last: the run is finished
     OUT/tasks.json       results of --eval-tasks (`tasks.py`), after that
 
-Continuing with other settings would give a student that no single command describes, so it is
-refused, naming every difference. Paths may change, and so may `save_every` and `eval_tasks`: the
-student does not depend on them. So may `micro_batch_sequences` and `gradient_checkpointing`, for a
-run that had too little memory: they change how sums are rounded, and nothing else.
+A run rejects other settings and names every difference, because no single command would describe
+the student. Paths, `save_every` and `eval_tasks` may change: the student does not depend on them.
+`micro_batch_sequences` and `gradient_checkpointing` may change too, for a run that had too little
+memory: they only change how sums are rounded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RunFolder:
         self.tasks = path / "tasks.json"
 
     def check(self, description: Mapping[str, Json]) -> None:
-        """InputError if the folder holds something else or a run of other settings, naming them."""
+        """InputError if the folder holds other files, or a run with other settings, naming them."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: expected a folder for the run, found a file")
         file = self.path / _RUN
@@ -76,7 +76,7 @@ class RunFolder:
             durable.replace(self.path / _RUN, json.dumps(description, indent=2) + "\n")
 
     def settings(self) -> dict[str, Any]:
-        """What the run was started with. InputError if the folder holds no run."""
+        """The settings of the run. InputError if the folder holds no run."""
         file = self.path / _RUN
         if not file.is_file():
             raise InputError(

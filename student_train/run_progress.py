@@ -1,4 +1,4 @@
-"""What a person sees of a running training: step, loss, learning rate, speed and the time left."""
+"""The progress line of training: step, loss, learning rate, speed and the time left."""
 
 from __future__ import annotations
 

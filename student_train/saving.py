@@ -1,8 +1,7 @@
-"""When a run is saved: every so many steps, or by the clock, and when something ends it.
+"""When to save a run: every few steps or by the clock, and when something ends it.
 
-What is saved decides where a run continues, never what it computes. Without a number of steps the
-time between two checkpoints grows with the time that writing one takes, so that it costs 2 % at
-most.
+A checkpoint decides where a run continues, never what it computes. By the clock, the time between
+two checkpoints grows with the time of writing one, so that writing costs at most 2 %.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _OF_WRITING = 50
 
 
 class Saver:
-    """Writes the checkpoints after that of `step`: `every` so many steps, None by the clock."""
+    """Writes the checkpoints after that of `step`: one per `every` steps; None: by the clock."""
 
     def __init__(
         self,
@@ -77,8 +76,8 @@ class Saver:
     ) -> Iterator[None]:
         """Save the steps that are done when a shard fails under the run, or memory runs out.
 
-        For what leaves the weights as they are: a step takes its batches and gradients before it
-        touches them (`step.py`), an evaluation never does, whatever it raises.
+        Use it for code that has not changed the weights when it fails: a step computes gradients
+        before it changes weights (`step.py`), and an evaluation never changes them.
         """
         try:
             yield

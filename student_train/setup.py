@@ -1,4 +1,4 @@
-"""What must fit together before a run begins: options, datasets, and what it is evaluated on."""
+"""Check that options, datasets and the evaluation dataset fit together before a run begins."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def make_objective(config: TrainConfig, split: Split) -> Objective:
 
 
 def check_objective(config: TrainConfig, dataset: Dataset) -> None:
-    """InputError for what a dataset does not carry: sampled weights are of one temperature."""
+    """InputError for options that a dataset does not support."""
     method: Keep = dataset.spec.keep
     if config.alpha and not dataset.spec.has_teacher:
         raise InputError(
@@ -187,9 +187,9 @@ def check_objective(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | None:
-    """The dataset whose validation split is used; None, and said so, if it has none.
+    """The dataset to evaluate on; None, with a log line, if it has no validation split.
 
-    InputError if none of the split's positions counts.
+    InputError if no position of the split counts.
     """
     found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
     _check_tokenizers("--eval-shards", found, dataset)
@@ -201,7 +201,7 @@ def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | 
 
 
 def check_counted(datasets: Sequence[Dataset]) -> None:
-    """InputError for a dataset of whose training split no position counts."""
+    """InputError for a dataset whose training split has no position that counts."""
     for dataset in datasets:
         counted_totals(dataset.split(TRAIN))
 

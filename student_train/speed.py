@@ -1,6 +1,7 @@
-"""How fast training is and what holds it up: the clock and the memory of every step.
+"""Time and memory of every step: how fast training is, and what limits it.
 
-None of it is repeatable, so it is kept apart from what a step computed (`metrics.py`).
+These figures differ from run to run, so they are kept apart from what a step computes
+(`metrics.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Where the beginning-of-sequence token goes, and whether the teacher does better without or with.
+"""Test where the beginning-of-sequence (BOS) token must go for this teacher.
 
 Some teachers are useless without BOS at position 0: Gemma 3 270M has a cross-entropy of 4.44 nats
-per token of real text without it and 2.20 with it, at a sequence length of 128. So the choice is
-probed before anything is tokenised: the teacher scores a sample both ways.
+per token of real text without it and 2.20 with it, at a sequence length of 128. So the teacher
+scores a sample both ways before the run tokenises the corpus.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 PROBED_POSITIONS = 4096
 WORSE_BY_NATS = 0.1
-TRUSTED_POSITIONS = 256  # a difference over fewer may be noise, and only warns
+TRUSTED_POSITIONS = 256  # over fewer positions a difference may be noise, so the run only warns
 _PROBED_CHARACTERS = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True)
 class BosProbe:
-    """The teacher's cross-entropy on a sample, nats per token, by the place of BOS.
+    """The teacher's cross-entropy on a sample, nats per token, by BOS mode.
 
-    `chosen` is the mode in force; `positions` were scored with each mode.
+    `chosen` is the mode of this run; `positions` counts what was scored with each mode.
     """
 
     chosen: str
@@ -45,12 +45,12 @@ class BosProbe:
 
     @property
     def best(self) -> str:
-        """The mode with the least cross-entropy."""
+        """The mode with the lowest cross-entropy."""
         return min(self.cross_entropies, key=lambda mode: self.cross_entropies[mode])
 
     @property
     def is_worse(self) -> bool:
-        """Whether another mode is better than the one in force."""
+        """Whether another mode is better than the chosen one."""
         found = self.cross_entropies
         return found[self.chosen] - found[self.best] > WORSE_BY_NATS
 
@@ -69,13 +69,13 @@ class BosProbe:
 
 @dataclass(frozen=True)
 class ProbeSample:
-    """Documents to probe with, read before an engine starts; none: there is nothing to choose."""
+    """Documents to probe with, read before an engine starts; none if there is no BOS to choose."""
 
     documents: Sequence[Document]
 
 
 def read_probe_sample(ready: Prepared) -> ProbeSample:
-    """What `probe` needs of the corpus. Empty for a tokenizer or a teacher without BOS."""
+    """The documents that `probe` scores; none for a tokenizer or a teacher without BOS."""
     bos = ready.tokenizer.bos_token_id
     if bos is None or bos >= ready.rules.num_ids:
         return ProbeSample([])
@@ -85,10 +85,10 @@ def read_probe_sample(ready: Prepared) -> ProbeSample:
 def probe(
     config: DumpConfig, ready: Prepared, sample: ProbeSample, engine: TeacherEngine
 ) -> BosProbe | None:
-    """Score the sample with the mode in force and others; None where there is nothing to compare.
+    """Score the sample with the chosen mode and others; None if there is nothing to compare.
 
-    OptionError where the mode in force is worse and was not asked for; a warning where it was.
-    RunError for a teacher that gives no numbers.
+    If the chosen mode is worse: OptionError if `auto` chose it, a warning if the user did.
+    RunError for a teacher that returns NaN or infinity.
     """
     chosen = ready.documents.bos
     found: dict[str, float] = {}
@@ -134,7 +134,7 @@ def _sequences(
 def _score(split: SplitSequences, engine: TeacherEngine, mode: str) -> tuple[float, int]:
     """Sum of negative log-probabilities, nats, and number of labels.
 
-    A label that has only BOS before it is left out: without BOS it would have other tokens.
+    This leaves out a label that has only BOS before it: without BOS, other tokens precede it.
     """
     nll, positions = 0.0, 0
     after_bos = mode in (BOS_SEQUENCE, BOS_BOTH)

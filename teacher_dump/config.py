@@ -1,4 +1,4 @@
-"""What `dump-logits` was asked for: one frozen object, checked before anything is read."""
+"""The options of `dump-logits`: one frozen object, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from teacher_dump.engines.interface import ENGINES
 
 TARGET_SHARD_TOKENS = 2 << 20  # about 256 MiB at 120 bytes per token
 TARGET_ROW_GROUP_TOKENS = 128 << 10
-# Separate documents are packed into full sequences when they are read, a row group by itself. With
-# this many sequences' worth of tokens in one, packing leaves about 2 % of a line empty.
+# The trainer packs separate documents into full sequences, one row group at a time. With this many
+# sequences' worth of tokens in a row group, packing leaves about 2 % of a line empty.
 PACKED_SEQUENCES = 32
 MAX_ROW_GROUP_TOKENS = 1 << 20
 
@@ -24,7 +24,7 @@ BOS_AUTO = "auto"
 
 @dataclass(frozen=True, kw_only=True)
 class DumpConfig:
-    """Options of `dump-logits`, one field each; OptionError for values that cannot be meant."""
+    """Options of `dump-logits`, one field each; OptionError for invalid values."""
 
     teacher: str | None = option(
         "Model folder, or name of a model on the Hugging Face hub.", default=None, metavar="MODEL"
@@ -192,7 +192,7 @@ class DumpConfig:
 
     @property
     def joined(self) -> bool:
-        """Whether sequences go on over the ends of documents."""
+        """Whether sequences continue across the ends of documents."""
         return self.documents == "joined"
 
     def layout(self, mean_positions: int) -> Layout:

@@ -50,9 +50,9 @@ class Planned:
 
 @contextmanager
 def coordinating(out: Path) -> Iterator[None]:
-    """Hold the folder. Remove it again if it was made here and an input error ends the block.
+    """Hold the folder. If this made the folder and an input error ends the block, remove it again.
 
-    That also removes tokens that were made here of another corpus than the dataset's.
+    Also remove tokens that were made here from another corpus than the dataset's.
     """
     check_folder(out)
     made = not out.exists()
@@ -72,14 +72,14 @@ def coordinating(out: Path) -> Iterator[None]:
 
 
 def asked_spec(config: DumpConfig, ready: Prepared) -> DatasetSpec:
-    """What the command asks for, before its tokens and layout are known."""
+    """The spec that the command asks for, before its tokens and layout are known."""
     return make_spec(config, ready, tokens_sha256="", layout=_UNKNOWN_LAYOUT)
 
 
 def compare(out: Path, asked: DatasetSpec) -> bool:
     """Whether the folder has a dataset with shards. IdentityMismatchError if it is another one.
 
-    A dataset without a shard makes way, whatever it is of.
+    A dataset without a shard may be replaced.
     """
     if not has_shards(out):
         return False
@@ -139,7 +139,7 @@ def plan_dataset(
 
 
 def planned_by_another(config: DumpConfig, ready: Prepared, asked: DatasetSpec) -> Planned | None:
-    """What rank 0 has made, None while it is not there in full.
+    """The dataset that rank 0 planned; None while it is not complete.
 
     IdentityMismatchError if it has shards and is another dataset than this command asks for.
     """
@@ -242,7 +242,7 @@ def _open_or_build(out: Path, ready: Prepared, report: Any, hashed: Any) -> Toke
 def _write_tokenizer(out: Path, files: Mapping[str, str]) -> None:
     """Write the dataset's tokenizer, unless a dataset is there that has its own.
 
-    ShardCorruptError where that one is gone and the teacher has another by now.
+    ShardCorruptError if that copy is missing and the teacher's tokenizer has changed.
     """
     if has_shards(out):
         if (out / TOKENIZER).is_dir():

@@ -1,4 +1,4 @@
-"""A teacher's own Python code: refused unless it is trusted, and then part of what the teacher is.
+"""A teacher's own Python code: rejected unless trusted, and then part of the teacher's identity.
 
 A model folder may name code of its own (`auto_map`), which runs with the user's rights as soon as
 anything is loaded from the folder.
@@ -56,7 +56,7 @@ def _auto_map(path: Path) -> dict[str, Any]:
 
 
 def _references(auto_map: dict[str, Any]) -> Iterator[str]:
-    """`module.Class` of every entry; a tokenizer has two of them, of which one may be null."""
+    """`module.Class` of every entry; a tokenizer has two, and one of them may be null."""
     for value in auto_map.values():
         entries = value if isinstance(value, list) else [value]
         yield from (str(entry) for entry in entries if entry)

@@ -1,4 +1,4 @@
-"""What a dump makes: the description of its dataset, and what is recorded beside it."""
+"""The spec of the dataset that a dump makes, and the record beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from teacher_dump.weights import weights_sha256
 def make_spec(
     config: DumpConfig, ready: Prepared, *, tokens_sha256: str, layout: Layout
 ) -> DatasetSpec:
-    """The description of the dataset that a configuration asks for."""
+    """The spec of the dataset that a configuration asks for."""
     return DatasetSpec(
         teacher=None if ready.teacher is None else _model(config, ready.teacher),
         tokenizer=Tokenizer(sha256=ready.tokenizer.sha256, vocab_size=ready.tokenizer.vocab_size),
@@ -47,7 +47,7 @@ def _model(config: DumpConfig, teacher: Teacher) -> Model:
 
 
 def make_record(config: DumpConfig, ready: Prepared, **more: Any) -> Mapping[str, Any]:
-    """What is worth knowing about a dataset and does not change what its shards hold."""
+    """The record: facts about a dataset that do not change what its shards hold."""
     teacher = ready.teacher
     return {
         **({} if teacher is None else _about(config, teacher)),
@@ -72,7 +72,7 @@ def _about(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions of what computes."""
+    """Versions of the packages that compute."""
     found = {}
     for name in ("torch", "transformers", "tokenizers", "pyarrow", *packages):
         with suppress(PackageNotFoundError):

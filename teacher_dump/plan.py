@@ -1,8 +1,8 @@
-"""What a dump will cost, before anything is spent: `dump-logits --plan`.
+"""Estimate what a dump will cost: `dump-logits --plan`.
 
-Tokens are counted where the corpus is small, else estimated from the fronts of files spread over
-it. Entries, bytes and speed are those of a short real pass over the sampled text: the engine that
-the dump would use, rows written to a shard in a temporary folder. Nothing is written to `--out`.
+It counts the tokens of a small corpus, and estimates those of a larger one from the fronts of files
+spread over it. Entries, bytes and speed come from a short real pass over the sampled text, with the
+engine of the dump, into a shard in a temporary folder. It writes nothing to `--out`.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ class Plan:
 def make_plan(config: DumpConfig, tokens: int | None, engines: int = 1) -> Plan:
     """Plan the dump of `config` by `engines` engines at once; it measures one.
 
-    `tokens` stands for a corpus that is not all here.
+    `tokens` is the size of a corpus that is not all here.
 
-    Raises InputError for what the dump would refuse, and for text too short to measure anything.
+    Raises InputError for what the dump would reject, and for text too short to measure anything.
     """
     ready = prepare(config)
     sample = read_corpus_sample(ready)

@@ -1,4 +1,4 @@
-"""What every command about a dump begins with: everything that was named is there and fits."""
+"""Find and check everything that a dump names, before it starts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Prepared:
 
     @property
     def bos_before_sequences(self) -> int | None:
-        """The token that is put before each sequence, None: nothing is."""
+        """The token to insert before each sequence; None: no token."""
         documents = self.documents
         return documents.bos_token_id if documents.bos_before_sequences else None
 

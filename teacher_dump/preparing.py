@@ -58,7 +58,7 @@ def sign_of_life(folder: Path, patience: Patience | None = None) -> Iterator[Sig
     def show() -> None:
         number = 0
         while True:
-            # A full disk is reported by what is written there; this is no more than a sign.
+            # Other writes report a full disk; this is only a sign.
             with contextlib.suppress(OSError):
                 durable.replace(path, json.dumps([socket.gethostname(), os.getpid(), number,
                                                   sign.text]))  # fmt: skip

@@ -78,9 +78,9 @@ def read_corpus_sample(ready: Prepared) -> Sample:
 
 
 def read_documents_of_sample(ready: Prepared, characters: int) -> list[Document]:
-    """About so many characters of documents from the same places, for `sample_of`.
+    """About this many characters of documents from the same places, for `sample_of`.
 
-    They are encoded once to see that they can be: here an error still knows the file.
+    This encodes them once, because only here an error can name the file.
     """
     encoder = make_encoder(ready.tokenizer)
     found: list[Document] = []

@@ -3,7 +3,8 @@
 Rank r of W owns the shards whose number is r modulo W. When none of them is missing it helps with
 those of other ranks, from the end, because their owners come from the front. So every process has
 work until the dataset is complete, with any W, whichever ranks were killed. Two ranks may write the
-same shard: publication makes that harmless, and a shard that somebody visibly writes is taken last.
+same shard: publication makes that harmless, and a rank takes a shard that another visibly writes
+last.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class ShardQueue:
 
 
 def _being_written(out: Path, splits: list[str]) -> set[tuple[str, int]]:
-    """(split, number) of the shards of which a fresh temporary file is there."""
+    """(split, number) of the shards that have a fresh temporary file."""
     now = time.time()
     found = set()
     for split in splits:

@@ -1,7 +1,7 @@
-"""Which tokens begin and end documents and sequences: as asked for, if the tokenizer has them.
+"""Which tokens begin and end documents and sequences, and whether the tokenizer has them.
 
-A tokenizer of an instruct model ends turns with its EOS token, `<|im_end|>` say, which the text
-that the model was pre-trained on never had between documents.
+The tokenizer of an instruct model often ends turns of a chat with its EOS token, such as
+`<|im_end|>`. Pre-training text never had this token between documents.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def make_documents(
 ) -> Documents:
     """How documents become sequences. OptionError for tokens that the tokenizer does not have.
 
-    Or that the teacher does not know, whose vocabulary has `known_ids` (None: any).
+    Also for tokens beyond the teacher's vocabulary of `known_ids` (None: any).
     """
     mode = config.bos
     if mode == BOS_AUTO:
@@ -57,7 +57,7 @@ def make_documents(
 
 
 def warn_of_turn_ends(config: DumpConfig, tokenizer: TeacherTokenizer) -> None:
-    """Warn where the token that closes documents is one that ends turns of a chat."""
+    """Warn if the token that ends documents also ends turns of a chat."""
     if not config.eos or config.eos_token is not None:
         return
     eos = tokenizer.backend.id_to_token(tokenizer.eos_token_id)

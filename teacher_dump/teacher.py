@@ -1,7 +1,7 @@
 """The teacher as a folder of files, and what identifies it.
 
-What a teacher is, is the content of its files: a dataset compares hashes of its configuration,
-its weights and its tokenizer, so that a folder may be moved or renamed.
+The content of its files identifies a teacher: a dataset compares hashes of its configuration, its
+weights and its tokenizer. So the folder may be moved or renamed.
 """
 
 from __future__ import annotations

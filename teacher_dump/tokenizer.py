@@ -1,12 +1,12 @@
-"""The teacher's tokenizer: the ids are those of tokenizer.json wherever there is one.
+"""The teacher's tokenizer: tokenizer.json decides the ids, if the folder has one.
 
-transformers builds many tokenizers from the class that a configuration names, and takes from
-tokenizer.json only a part; where the two disagree, a text gets ids that the teacher was not trained
-on. So the file itself encodes; the class gives no more than the names of special tokens that the
-folder's JSON files leave out. A folder without tokenizer.json is converted by its class.
+transformers builds many tokenizers from the class that a configuration names, and uses only a part
+of tokenizer.json. If the two disagree, a text gets ids that the teacher was not trained on. So this
+module encodes with the file itself. The class only gives the names of special tokens that the
+folder's JSON files leave out. If there is no tokenizer.json, the class converts the folder.
 
-What is saved beside the shards is that tokenizer.json, and settings with which AutoTokenizer gives
-the same ids: the folder's own if they do, else those of a class that takes the file as it is.
+The dataset keeps this tokenizer.json, and settings that make AutoTokenizer give the same ids: the
+folder's own settings if they do, else those of a class that uses the file unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a shard's checksums are taken over: the same definitions for writer, reader and verifier.
+"""What a shard's checksums cover, defined once for writer, reader and verifier.
 
 A Parquet file is `PAR1`, column chunks, footer, footer length (4 bytes), `PAR1`. The footer's hash
 includes the last 8 bytes; together with it and the 4 bytes at the start, the checksums of all

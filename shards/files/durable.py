@@ -1,12 +1,12 @@
 """Files that appear whole or not at all.
 
-A file is written under a temporary name in the same folder, flushed to disk, and only then given
-its name: by a hard link where nothing may be overwritten, by a rename where replacing is meant.
-So a name that exists stands for a complete file, whatever was killed when. The price is one fsync
-of the file and one of its folder each time.
+A writer writes a file under a temporary name in the same folder and flushes it to disk. Only then
+it gives the file its name: by a hard link if nothing may be overwritten, by a rename to replace a
+file. So an existing name always stands for a complete file, even after a kill. Each file costs one
+fsync, and one of its folder.
 
-A temporary file belongs to the process that made it. Another one removes it only when it is older
-than a day: it may be that of a process on another machine.
+A temporary file belongs to the process that made it, which may run on another machine. Another
+process removes it only when it is older than a day.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shards.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# What a file system says of a call that it does not have.
+# Errors of a file system that does not support a call.
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 OLD_AFTER_S = 86_400.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
@@ -103,7 +103,7 @@ def sync_files(folder: Path) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a file that is already flushed its final name too. FileExistsError if that is taken.
+    """Give a flushed file its final name too. FileExistsError if that name is taken.
 
     The temporary name stays. Calling it again after it succeeded does nothing.
     """
@@ -117,7 +117,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def write_flushed(path: Path, text: str) -> None:
-    """Write a new file and flush it to disk; on failure nothing is left of it."""
+    """Write a new file and flush it to disk; on failure, remove it."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -1,7 +1,7 @@
 """Small JSON files that carry their format version and notice a flipped byte: manifest, sidecars.
 
-They stay readable and editable by eye; the checksum is over the canonical form of the content, so
-white space and key order are free, and anything else that changes is found.
+They stay readable. The checksum covers the canonical form of the content: white space and key order
+may change, and any other change is found.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def unseal(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         version = content[_VERSION]
-        # Before the checksum: another version may have another kind of it.
+        # Before the checksum, which another version may compute differently.
         if version != FORMAT_VERSION:
             raise ShardFormatError(
                 f"{path}: format version {version!r}, this release reads version {FORMAT_VERSION}"

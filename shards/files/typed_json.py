@@ -1,8 +1,8 @@
-"""Plain JSON to frozen dataclasses, refusing by name what does not fit.
+"""Plain JSON to frozen dataclasses; a value that does not fit is rejected by its key.
 
 The field's annotation says what a value may be: int, float, str, bool, None, a sequence, a
-mapping of names, or another dataclass. Nothing is converted but an integer where a float belongs,
-and a list to a tuple.
+mapping of names, or another dataclass. Only two conversions happen: an integer to a float, and a
+list to a tuple.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _JSON_NAMES = {Mapping: "an object", Sequence: "a list"}
 def parse(kind: type[_T], value: object, parsers: Parsers | None = None) -> _T:
     """An object of the dataclass `kind` from a mapping of its fields.
 
-    `parsers` make values of the annotations that they are given for, such as a tagged union.
+    `parsers` maps annotations, such as a tagged union, to functions that make their values.
     ValueError naming the dotted key for one that is unknown, missing or of another type.
     """
     if not isinstance(value, Mapping):

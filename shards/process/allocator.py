@@ -1,7 +1,7 @@
-"""Which allocators, and how much of the memory that they are given back they keep.
+"""Choose allocators, and how much freed memory they keep.
 
-Page faults cost a stream of row groups, or of blocks of logits, a fifth of its speed and more where
-each frees what the next one needs and the kernel has it in between.
+A stream of row groups, or of blocks of logits, frees memory that the next one needs at once. If the
+kernel gets it in between, page faults cost a fifth of the speed or more.
 """
 
 import ctypes
@@ -23,18 +23,18 @@ def choose_arrow_pool() -> None:
     Like mimalloc, Arrow's own choice, it keeps what is freed for a second, long enough for a stream
     of row groups; a training process takes 20 to 40 MiB less with it.
 
-    To be called before pyarrow is imported, afterwards it has no effect. An
-    ARROW_DEFAULT_MEMORY_POOL that is set already stays.
+    Call this before pyarrow is imported; later it has no effect. It keeps an
+    ARROW_DEFAULT_MEMORY_POOL that is already set.
     """
     if sys.platform == "linux":  # pyarrow's wheels for others come without it
         os.environ.setdefault(ARROW_POOL, "jemalloc")
 
 
 def keep_freed_tensors() -> None:
-    """Make the C library, torch's allocator on a CPU, do the same; without glibc nothing happens.
+    """Make glibc, torch's allocator on a CPU, do the same. Without glibc this does nothing.
 
-    Not for training, whose tensors are of so many sizes that memory comes apart: it would take a
-    fifth more at its peak.
+    Not for training: its tensors have many sizes, and fragmentation would raise peak memory by a
+    fifth.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

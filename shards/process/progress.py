@@ -1,7 +1,7 @@
-"""One line on standard error that says how far a long run is, rewritten in place.
+"""A progress line on standard error, rewritten in place.
 
-Off when standard error is not a terminal; then a log line every half minute says the same. Both
-the teacher pass and the trainer show theirs through it, so it lives where both may import from.
+If standard error is not a terminal, a log line every half minute says the same. Teacher pass and
+trainer both use it.
 """
 
 from __future__ import annotations

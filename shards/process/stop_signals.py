@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1 end a command as Ctrl-C does: by an exception, and with a line that says so.
+"""SIGTERM and SIGUSR1 end a command as Ctrl-C does: by an exception, and with one line.
 
-Schedulers send them some time before they kill. The exception lets files that are not finished be
-removed, which a process that the signal ends would leave. A second signal of the same kind does
-what it does to any process: nobody waits for code that does not come back.
+Schedulers send them some time before they kill. The exception lets the process remove unfinished
+files. A second signal of the same kind has its default effect, so code that does not return cannot
+block it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Stopped(BaseException):
-    """No Exception, as KeyboardInterrupt is none: libraries catch those and go on."""
+    """Like KeyboardInterrupt not an Exception, because libraries catch those and continue."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number)

@@ -51,9 +51,10 @@ _OLD_KEYS = {"Metaspace": {"add_prefix_space", "str_rep"}}
 def tokenizer_sha256(tokenizer_json: str) -> str:
     """SHA-256 over how a tokenizer maps text to ids, from the JSON text of a `tokenizers` object.
 
-    Covered: the whole model (merges in their order), normalizer, pre-tokenizer, added tokens, and
-    keys that are not known here. Left out, because the ids of a plain text do not depend on them:
-    post-processor, decoder, truncation, padding. ValueError for a text that is not such JSON.
+    It covers the whole model (with the order of merges), normalizer, pre-tokenizer, added tokens,
+    and keys that are not known here. It leaves out post-processor, decoder, truncation and padding,
+    because the ids of a plain text do not depend on them. ValueError for a text that is not such
+    JSON.
     """
     try:
         parts = json.loads(tokenizer_json)
@@ -123,8 +124,8 @@ def _merge(merge: str | Sequence[str]) -> list[str]:
 def read_tokenizer(path: Path, from_str: Callable[[str], Any]) -> Any:
     """The tokenizer of a tokenizer.json, by `tokenizers.Tokenizer.from_str`; InputError, one line.
 
-    A BPE dropout is switched off: with it, a text has other ids each time. InputError also where
-    the library gives an added token another id than the file does.
+    This switches a BPE dropout off, which would give a text other ids each time. InputError also
+    where the library gives an added token another id than the file does.
     """
     try:
         refuse_lfs_pointer(path)

@@ -1,7 +1,7 @@
-"""The dataset's tokenizer is data: written once, whole or not at all, and hashed.
+"""The dataset's copy of the tokenizer: written once, whole or not at all, and hashed.
 
-Ids mean nothing without it, and every student is exported with it. The manifest has a SHA-256 of
-each of its files, which is compared when a dataset is opened and when it is verified.
+Ids mean nothing without it, and every exported student contains it. The manifest has a SHA-256 of
+each of its files. Opening and verifying a dataset compare these.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKENIZER = "tokenizer"
 def write_tokenizer(dataset: Path, files: Mapping[str, str]) -> None:
     """Make the folder `tokenizer` of a dataset hold exactly these files, name -> text.
 
-    A folder that does already stays as it is; another one is replaced. OSError leaves the old one.
+    A folder that already does stays; another one is replaced. On OSError the old one stays.
     """
     folder = dataset / TOKENIZER
     if folder.is_dir() and hash_files(folder) == hash_texts(files):

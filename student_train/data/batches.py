@@ -10,8 +10,8 @@ Inputs are `tokens[:-1]` and labels `tokens[1:]`: the row holds the shift alread
 `ids` is the teacher's distribution over `labels[t]`, and nothing shifts again. Rows are padded at
 their end, where causal attention keeps padding from everything that counts.
 
-A row group's columns are views of what Arrow decoded; the only copy is into the batch. Columns that
-nobody asked for are not read from disk.
+A row group's columns are views of Arrow's buffers; the only copy is into the batch. Columns that
+were not requested are not read from disk.
 """
 
 from __future__ import annotations
@@ -96,9 +96,8 @@ def training_batches(
 ) -> Generator[Batch]:
     """Micro batches without end, those of whole steps.
 
-    `choices` says of every line which source it is of. A step's lines are cut into micro batches of
-    which the last may be smaller; none spans two steps. Closing the iterator ends what is decoded
-    ahead.
+    `choices` gives the source of every line. A step's lines are cut into micro batches; the last
+    may be smaller, and none spans two steps. Closing the iterator ends decoding ahead.
     """
     lengths = [packed_length(source.split.spec) for source in sources]
     packed = next((length for length in lengths if length is not None), None)

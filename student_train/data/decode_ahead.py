@@ -1,9 +1,9 @@
 """Row groups decoded ahead, several at a time.
 
-Arrow would decode the columns of one row group side by side, but only two of them are large, so
-that cores are left idle. Here a thread decodes one group, column after column, and as many groups
-as are ahead are decoded at a time: as fast, with less memory in use while columns are decoded. The
-threads share nothing: each has a split of its own.
+Arrow would decode the columns of one row group in parallel, but only two of them are large, so
+cores would stay idle. Here each thread decodes one group, column after column, and several groups
+are decoded at once. This is as fast and needs less memory while decoding. The threads share
+nothing: each has its own split.
 """
 
 from __future__ import annotations

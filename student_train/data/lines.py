@@ -1,8 +1,8 @@
 """Sequences of a split become lines of a batch, in the order of training or in their own.
 
 A line is one sequence, or, of a dataset of separate documents, as many as fit (`packing.py`).
-Memory is the order's window of row groups and at most as many that are decoded ahead, whatever the
-size of the dataset; of several datasets each has its own.
+Whatever the size of the dataset, memory holds the order's window of row groups and at most as many
+decoded ahead; each of several datasets has its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Line = Sequence[Place]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is trained on: a split, the order of its sequences, and how many of them came before."""
+    """A split to train on, the order of its sequences, and how many of them came before."""
 
     split: Split
     order: Order
@@ -66,7 +66,7 @@ def lines_in_order(source: Source, columns: Sequence[str]) -> Generator[Line]:
 
 
 def all_lines(split: Split, columns: Sequence[str]) -> Generator[Line]:
-    """All sequences once, in their own order unless they are packed. To be closed likewise."""
+    """All sequences once, in their own order unless they are packed. Close it, too."""
     numbers = range(split.num_row_groups)
     with closing(decode_ahead(split, numbers, columns, _row_groups_ahead(split))) as row_groups:
         yield from _lines(row_groups, packed_length(split.spec))

@@ -1,9 +1,10 @@
 """Which of several datasets the next line of training comes from: a function of its number.
 
 The fractional parts of n times the golden ratio fill the unit interval more evenly than those of
-any other number (Weyl's sequence). A line takes the dataset in whose share of the interval its own
-part falls. So after any number of lines, and in any stretch of them, every dataset has had its
-share to within a few lines, and a run continues from a number. Integers modulo 2^64 make it exact.
+any other number (Weyl's sequence). A line comes from the dataset whose share of the interval
+contains its fractional part. So after any number of lines, and in any stretch of them, every
+dataset has had its share to within a few lines, and a run continues from a number. Integers modulo
+2^64 make it exact.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 An epoch permutes the row groups, cuts the permutation into windows of a few groups, and permutes
 the sequences inside each window. So a reader holds one window, every sequence comes exactly once
-an epoch, and any position of the stream can be entered without what came before it: resuming needs
-a number, not a state. The price is 16 bytes per row group while an epoch lasts, about 130 MB for a
-trillion tokens, and a shuffle that is complete only inside a window.
+per epoch, and a reader can start at any position of the stream: resuming needs a number, not a
+state. This costs 16 bytes per row group during an epoch, about 130 MB for a trillion tokens, and
+the shuffle is complete only inside a window.
 
 Random numbers are raw output of PCG64, which numpy promises never to change, unlike the methods of
 its Generator: a run can be resumed with another numpy.

@@ -1,7 +1,7 @@
 """A background thread that makes the next items while the current one is used.
 
-What fails in the thread is raised at the next call, and the thread never outlives its `with` block:
-it waits for room in the queue only as long as somebody may still take from it.
+An error in the thread is raised at the next call. The thread never outlives its `with` block: it
+waits for room in the queue only while the consumer may still take items.
 """
 
 from __future__ import annotations

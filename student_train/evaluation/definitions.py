@@ -1,4 +1,4 @@
-"""What the divergences of an evaluation are, in a line each, for those who see only the figures.
+"""One line on each divergence of an evaluation, to print beside its figure.
 
 `docs/evaluation.md` has the formulas; `evaluate.py` computes them.
 """

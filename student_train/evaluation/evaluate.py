@@ -7,19 +7,19 @@ softmax at temperature 1, p the kept probabilities, or weights, as they were sto
 - cross_entropy: mean of -log q(label), nats; perplexity: its exponential
 - bits_per_byte: the sum of -log2 q(label), divided by the bytes of text of the labels; where the
   tokenizer tells them
-- calibration_error: of the most likely token, its probability against how often it is the label, in
+- calibration_error: the probability of the most likely token against how often it is the label, in
   15 bins of probability (the expected calibration error of Guo et al. 2017, arXiv 1706.04599)
 - teacher_cross_entropy: the cross-entropy of the teacher, from the exact sums in the sidecars
-- kl_kept: KL(w || q), w = p renormalised over the kept entries; of truncating keep methods
-- kl_bound: KL between both distributions after all that was not kept became one entry. By the
-  log-sum inequality merging entries never raises a KL, so it is a lower bound of the full one. Of
-  truncating keep methods
-- kl_unbiased: mean of sum_k p_k * -log q_k, less the teacher's entropy from the exact sums in the
-  sidecars: an unbiased estimate of the KL of the full distributions. Of sampling keep methods at
+- kl_kept: KL(w || q), w = p renormalised over the kept entries; for truncating keep methods
+- kl_bound: KL between both distributions with all that was not kept merged into one entry. By the
+  log-sum inequality merging entries never raises a KL, so this is a lower bound of the full one;
+  for truncating keep methods
+- kl_unbiased: mean of sum_k p_k * -log q_k, minus the teacher's entropy from the exact sums in the
+  sidecars: an unbiased estimate of the KL of the full distributions; for sampling keep methods at
   temperature 1
 - top1_agreement: how often the student's most likely token is the teacher's, where that is known;
-  not of draws, where chance decides over all entries. Of entries that are equally large as they are
-  stored any may have been the teacher's largest, and each counts
+  not for draws, where all entries are random. If several entries have the largest stored value, any
+  of them may have been the teacher's, and each counts
 
 Sums are float64 over float32 logits, in blocks as in `loss.py`; each labelled position counts once.
 """
@@ -45,7 +45,8 @@ from student_train.model.model import head_weight, hidden_states
 from student_train.objective.kept_entries import KeptEntries
 from student_train.objective.loss import IGNORE_INDEX, split_evenly
 
-# Of a block's float32 logits, of which a few copies are made. What a GPU wants is not measured.
+# Size of a block's float32 logits; a few copies of it exist. The best size for a GPU is not
+# measured.
 _CPU_BLOCK_BYTES = 32 << 20
 _GPU_BLOCK_BYTES = 256 << 20
 _READ_AHEAD_BATCHES = 2
@@ -66,9 +67,9 @@ def evaluate(
     """The figures above over a whole split, and `tokens`; leaves the model's mode as it was.
 
     bytes_of_tokens [V] int64 is that of `token_bytes.py`. `autocast` surrounds the model without
-    its head, whose logits are float32 always. None if it was `asked_to_end` before it was through.
-    InputError if none of the split's positions counts, RunError for a student that gives no
-    numbers.
+    its head, whose logits are always float32. None if it was `asked_to_end` before the end.
+    InputError if no position of the split counts, RunError for a student that returns NaN or
+    infinity.
     """
     spec = split.spec
     totals = counted_totals(split)
@@ -181,7 +182,7 @@ def _add_batch(
 
 
 class Prediction(NamedTuple):
-    """Of logits [R, V]: logsumexp [R, 1], the most likely token [R] and its probability [R]."""
+    """From logits [R, V]: logsumexp [R, 1], the most likely token [R] and its probability [R]."""
 
     logsumexp: Tensor
     token: Tensor
@@ -189,7 +190,7 @@ class Prediction(NamedTuple):
 
 
 def predict(logits: Tensor) -> Prediction:
-    """What all figures of a position begin with."""
+    """The values that all figures of a position need."""
     logsumexp = logits.logsumexp(1, keepdim=True)
     largest, token = logits.max(1)
     return Prediction(logsumexp, token, (largest - logsumexp[:, 0]).exp())
@@ -217,13 +218,12 @@ def position_sums(
 ) -> Tensor:
     """Sums over R positions, float64 [6].
 
-    They are: nll, kl_kept, kl_bound, sum of p * -log q, and of the positions where the teacher's
-    most likely token is known those where the student agrees, and all.
+    They are: nll, kl_kept, kl_bound, the sum of p * -log q, the number of positions where the
+    student agrees with the teacher's most likely token, and of those where that is known.
 
     logits [R, V] float32, overwritten, and what `predict` says of them; labels [R], ids [R, K]
     int32 or int64, logprobs [R, K] padded with -inf, tail_logmass [R]: None gives a kl_bound of 0.
-    `exact_above` is that of `KeepMethod`. Positions of which nothing was kept add nothing to any
-    sum but the first.
+    `exact_above` is that of `Keep`. A position without entries adds only to the first sum.
     """
     kept = logprobs > float("-inf")
     with_entries = kept.any(1)

@@ -1,9 +1,9 @@
 """How many bytes of text a token stands for, for bits per byte.
 
-Known of tokenizers that say it of each token by itself: byte-level ones (GPT-2, Llama 3, Qwen,
-SmolLM), whose tokens are written with one character per byte, and those of SentencePiece's kind
-with byte fallback (Llama 2, Gemma), where U+2581 is a space and <0x0A> a byte. Special tokens stand
-for no text. Of others, which drop or add spaces around words, it is not known.
+Two kinds of tokenizers tell it for each token alone: byte-level ones (GPT-2, Llama 3, Qwen,
+SmolLM), whose tokens have one character per byte, and SentencePiece ones with byte fallback (Llama
+2, Gemma), where U+2581 is a space and <0x0A> a byte. Special tokens stand for no text. For other
+tokenizers, which drop or add spaces around words, it is not known.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def prepare_blocks(
     packed: bool,
     autocast: AbstractContextManager[object],
 ) -> None:
-    """Do to the blocks what `--gradient-checkpointing` and `--compile` say.
+    """Apply `--gradient-checkpointing` and `--compile` to the blocks.
 
     Compiled ones are tried on a micro batch of full length, as it is trained on. InputError for a
     model or a machine that cannot.

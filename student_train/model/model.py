@@ -1,9 +1,8 @@
 """The student: a preset, a Hugging Face config file, or a model folder to go on training.
 
-The loss works from hidden states and the head's weight, so before anything is trained the model
-must show that its logits are just their product: a model that caps, scales or shifts its logits is
-refused by name instead of being trained towards something else. Code in a folder is never run, and
-nothing is downloaded.
+The loss works from hidden states and the head's weight. So before training, a probe checks that the
+model's logits are just their product, and rejects a model that caps, scales or shifts its logits.
+Nothing here runs code from a folder or downloads anything.
 
 A student fits a dataset by content, not by size: a folder's tokenizer must be the dataset's, while
 a vocabulary that is padded to more rows is fine.
@@ -80,7 +79,7 @@ def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
             " there is no such file or folder"
         )
     if getattr(model.config, "attn_logit_softcapping", None) is not None:
-        # PyTorch's attention, the default, leaves it out, and whoever runs the result does not.
+        # PyTorch's attention, the default, leaves it out, but code that runs the result does not.
         model.set_attn_implementation("eager")
     check_sizes(student, model, dataset)
     _check_head(student, model)

@@ -1,11 +1,10 @@
-"""Attention that stops at the joints of packed sequences, so that each is read as if it were alone.
+"""Attention that stops at the joints of packed sequences, as if each were alone.
 
-A model of transformers is told by its position ids, which begin again with every sequence. It then
-attends within a sequence: through a mask of [L, L] on a CPU, by blocks without one on a GPU (flex
-attention). Not every model does: one that keeps a state or convolves over tokens goes on over the
-joints. So a model must show it before anything is trained, twice: exactly on a few tokens, which
-leaves no room for a small leak; then as it is trained, in its dtype, forwards and backwards, with
-the attention and the length of the run.
+Position ids that begin again with every sequence tell a model of transformers where a joint is. It
+then attends within a sequence: with a mask of [L, L] on a CPU, by blocks without a mask on a GPU
+(flex attention). A model that keeps a state or convolves over tokens does not stop at the joints.
+So a probe runs before training, twice: exactly on a few tokens, which shows even a small leak; then
+as in training, in its dtype, forwards and backwards, with the attention and the length of the run.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from student_train.model.model import hidden_states
 
 _ATTENTION = {"cuda": "flex_attention"}  # of other devices the model's own, with a mask
 _PROBE_TOKENS = 16
-_PROBE_STRIDE = 7919  # so that tokens are not all from the first of a vocabulary, which are special
-# Of what the model would be off without any joints. Whoever sees over them is off by about 1.
+_PROBE_STRIDE = 7919  # spreads tokens over the vocabulary, whose first ones are special
+# As a fraction of the error without any joints. A model that sees over them has about 1.
 _TOLERANCE = 0.05
 
 

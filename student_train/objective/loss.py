@@ -10,8 +10,8 @@ For every labelled token, z the student's logits:
     d loss / d z = c * softmax(z) - (1 - alpha) * onehot(label) - alpha * w       of KLD and NLL
     c = (1 - alpha) + alpha * sum(w)
 
-w is the target that the teacher's kept entries give. H(w) does not depend on the student: the
-gradients of NLL and KLD are the same.
+w is the target from the teacher's kept entries. H(w) does not depend on the student, so NLL and KLD
+have the same gradient.
 
 The gradient of the logits is one scatter away from their softmax. So the forward pass takes a block
 of R rows, turns its logits into their gradient in place, and adds up both gradients that backward
@@ -127,7 +127,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def split_evenly(rows: Tensor, most: int) -> tuple[Tensor, ...]:
-    """Indices of rows [N] in as few parts of about equal size as hold at most so many, or one."""
+    """Indices of rows [N] in the fewest parts of about equal size with at most `most` rows."""
     return rows.tensor_split(-(-len(rows) // max(1, most))) if len(rows) else ()
 
 

@@ -1,30 +1,30 @@
 """The teacher's temperature of every position, and the position's weight, from its kept entries.
 
 Letters: R rows, K kept entries. n entries are kept at a position, logp their log-probabilities,
-p = softmax(logp) over them, tau the temperature that was asked for. By strategy, with sources:
+p = softmax(logp) over them, tau the `temperature` option. By strategy, with sources:
 
 - None: tau everywhere, the static temperature of Peng et al. (arXiv 2410.16215)
 - "normkd": tau * s, s the deviation of the teacher's logits (Chi et al. 2023, NormKD, arXiv
   2308.00520, with their code: github.com/gizi1/NormKD, whose T_norm is our tau). There the
   student's logits are divided by their own deviation too and the loss is multiplied by (tau * s)^2.
-  Left out here, where F(z) = softmax(Truncate(z) / tau) tempers the teacher alone: a loss that
-  normalises the student does not see the scale of its logits, which its use at temperature 1 needs
+  We leave this out, because F(z) = softmax(Truncate(z) / tau) tempers the teacher alone, and a loss
+  that normalises the student does not see the scale of its logits, which matters at temperature 1
 - "wttm": tau everywhere, and the weight U = sum_k p_k^(1 / tau) (Zheng and Yang, ICLR 2024, arXiv
   2402.11148, section 4, with their code: github.com/zkxufo/TTM). From 1, one entry, to
   n^(1 - 1 / tau), equal ones: smooth targets count more. Defined for tau above 1
 - "adakd-sd": tau * 2^((s - 1) / (s + 1))
 - "adakd-h":  tau * 2^((1 - H) / (1 + H)), H the entropy of p, nats
 
-AdaKD-SD and AdaKD-H are named by Peng et al., their formulas are not at hand: both are ours. Where
-the teacher is sure (s large, H small) the target is made softer, where it is not, sharper, within
-tau / 2 and 2 * tau; s or H of 1 nat leave tau. For tau = 1 these are the static temperatures 0.5 to
-2 among which Peng et al. found little difference.
+Peng et al. name AdaKD-SD and AdaKD-H without their formulas; both formulas are ours. Where the
+teacher is sure (s large, H small) they make the target softer, elsewhere sharper, between tau / 2
+and 2 * tau; s or H of 1 nat leave tau. For tau = 1 these are the static temperatures 0.5 to 2 among
+which Peng et al. found little difference.
 
 Truncated shards do not hold all logits. So s and U are those of the kept entries, renormalised: of
-the truncated teacher, which is also what the target is made of. H is the teacher's own entropy
-where the shards hold it (`entropies`), else that of the kept entries. s divides by n - 1, as its
-source does, and does not see the constant between logits and log-probabilities. Where s is 0,
-"normkd" has tau: one entry, or n equal ones, have the same target at every temperature.
+the truncated teacher, from which the target is made too. H is the teacher's own entropy if the
+shards hold it (`entropies`), else that of the kept entries. s divides by n - 1, as its source does,
+and does not see the constant between logits and log-probabilities. Where s is 0, "normkd" has tau:
+one entry, or n equal ones, have the same target at every temperature.
 """
 
 from __future__ import annotations

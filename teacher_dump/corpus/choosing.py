@@ -1,7 +1,7 @@
-"""Which of the files in a folder make up the corpus.
+"""Choose which files of a folder belong to the corpus.
 
-Left out are metadata, dataset cards and licences beside data, and what `datasets` computed from a
-dataset. Several splits side by side are an error: nobody trains on the test split on purpose.
+This skips metadata, dataset cards and licences beside data, and files that `datasets` computed from
+a dataset. Several splits in one folder are an error: nobody trains on the test split on purpose.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from teacher_dump.corpus.summary import LeftOut
 from teacher_dump.corpus.token_files import MEGATRON_HEADER, index_of
 from teacher_dump.corpus.walk import Walk
 
-# What `datasets` writes: into a folder of several splits, each in a folder of its own; beside the
-# files of a split that was saved, which it names; and beside those of a split or of a cache.
+# Files that `datasets` writes: into a folder with a folder for each split; beside the files of a
+# saved split, which it lists; and beside the files of a split or of a cache.
 _SEVERAL_SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The corpus files, sorted, and those among them that a person should know of.
+    """The corpus files, sorted, and those among them that the run should mention.
 
-    `cards` are named like a dataset card or a licence, and documents nevertheless: all files are
-    plain text. `splits` are named like a validation or test split, and others are not.
+    `cards` are named like a dataset card or a licence, but are documents, because all files are
+    plain text. `splits` are named like a validation or test split, while other files are not.
     """
 
     files: Sequence[Path]
@@ -73,7 +73,7 @@ def select(base: Path, found: Sequence[Path], walk: Walk) -> Chosen:
 
 
 def _left_out(base: Path, walk: Walk) -> str:
-    """What was left out of a folder in which nothing else is, to end a message with."""
+    """The skipped files of a folder without corpus files, as the end of a message."""
     names = {
         reason: [str(path.relative_to(base)) for path in paths if path.is_relative_to(base)]
         for reason, paths in walk.left_out.items()

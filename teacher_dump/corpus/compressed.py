@@ -1,8 +1,8 @@
-"""Compressed files as streams of bytes that end only where the file is whole.
+"""Compressed files as streams of bytes, with an error unless the file is complete.
 
-A file may consist of several frames (gzip's members, the streams of bzip2 and xz). One that is cut
-off within a frame, goes on with something else or is damaged raises OSError without a number; the
-streams of the standard library and of `zstandard` let some of that pass as the end of the file.
+A file may consist of several frames (gzip's members, the streams of bzip2 and xz). A file that is
+truncated within a frame, damaged, or followed by other bytes raises OSError without a number. The
+standard library and `zstandard` take some of these for the end of the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def open_compressed(raw: IO[bytes], compression: str) -> io.BufferedReader:
 
 
 class _Decompressed(io.RawIOBase):
-    """Decompresses frame after frame, each by an object of its own."""
+    """Decompresses frame after frame, each with its own decompressor."""
 
     def __init__(self, raw: IO[bytes], compression: str) -> None:
         self._raw, self._compression = raw, compression
@@ -55,7 +55,7 @@ class _Decompressed(io.RawIOBase):
         return size
 
     def _next_input(self) -> bytes | None:
-        """What to decompress next, by a new frame after a whole one; None where all is done."""
+        """The next input to decompress, with a new frame after a complete one; None at the end."""
         if self._frame is None or self._frame.eof:
             start = self._next_start(b"" if self._frame is None else self._frame.unused_data)
             if not start:
@@ -82,7 +82,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _codec(compression: str) -> tuple[Callable[[], Any], tuple[int, ...], Any]:
-    """What makes a frame's decompressor, the limit to its output, and its errors."""
+    """A function that makes a frame's decompressor, the limit of its output, and its errors."""
     if compression == "gz":
         return partial(zlib.decompressobj, wbits=16 + zlib.MAX_WBITS), (), zlib.error
     if compression == "bz2":

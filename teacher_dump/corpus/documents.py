@@ -1,9 +1,8 @@
-"""Files -> documents, streamed in an order that depends on nothing but the corpus itself.
+"""Stream the documents of corpus files, in an order that depends on the corpus alone.
 
-A format is told by the file's name (`corpus_kinds`). Text: JSON lines, Parquet and Arrow hold one
-document per row under a text key, `.txt` and `.md` one document per file. Tokens: see
-`token_corpus`. Which files there are is told by `corpus_listing`. Whatever cannot be read raises
-InputError with the file and the line or row: a document that is silently skipped would shift
+The name of a file decides its format (`kinds.py`). JSON lines, Parquet and Arrow hold one text per
+line or row, `.txt` and `.md` files one text each, and `token_files.py` reads token ids. A file that
+cannot be read raises InputError with the line or row: silently skipping a document would shift
 everything after it.
 """
 
@@ -23,7 +22,7 @@ from teacher_dump.corpus.rules import TokenisingRules
 from teacher_dump.corpus.tables import num_rows, read_table_texts
 from teacher_dump.corpus.token_files import TokenDocument, read_flat, read_lists, read_npy
 
-# Errors that another file would not have; None: its content is damaged. With others a disk failed.
+# Errors of this file (None: damaged content). Any other error means that the disk failed.
 _WRONG_FILE = (None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 Document = str | TokenDocument
@@ -32,7 +31,7 @@ Document = str | TokenDocument
 def read_documents(file: CorpusFile, rules: TokenisingRules) -> Iterator[Document]:
     """The documents of one file, in order; InputError names the file and the line or row.
 
-    RunError where the disk fails and not what is on it.
+    RunError if the disk fails.
     """
     path, kind = file.path, file.kind
     with _reading(path):
@@ -74,7 +73,7 @@ def size_of(document: Document) -> int:
 def read_sample(
     file: CorpusFile, rules: TokenisingRules, characters: int
 ) -> tuple[list[Document], float]:
-    """Documents from the front of a file, at least so many characters, and their share of it.
+    """Documents from the front of a file, at least this many characters, and their share of it.
 
     The share is 1 where the whole file was read.
     """

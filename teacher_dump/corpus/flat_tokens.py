@@ -1,10 +1,10 @@
-"""Whether flat tokens are of the width that they are read with.
+"""Check that flat tokens have the width that they are read with.
 
-Tokens of 4 bytes read as 2 bytes are ids whose every second one is the high half, 0 for a small
-vocabulary; of 8 bytes, three of four. Such ids are valid and the text is nonsense. So the check
+If tokens of 4 bytes are read as 2 bytes, every second id is a high half, 0 for a small vocabulary;
+for tokens of 8 bytes, three of four are. Such ids are valid, but the text is nonsense. So the check
 looks at the front, the middle and the end of a file: are all ids at the places of high halves as
-small as high halves must be, and those between them not? One-token documents that all end with an
-end token 0 look the same; nobody trains on these.
+small as high halves must be, and the ids between them not? One-token documents that all end with
+an end token 0 look the same; nobody trains on these.
 """
 
 from __future__ import annotations

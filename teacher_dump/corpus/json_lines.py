@@ -20,7 +20,7 @@ _AHEAD_BYTES, _STEP_BYTES = 8 << 20, 64 << 10
 class Lines:
     """The lines of an open file, and how much of the file they are.
 
-    A byte order mark at the beginning is none of the first line.
+    A byte order mark at the beginning does not belong to the first line.
     """
 
     def __init__(self, path: Path, raw: IO[bytes]) -> None:
@@ -46,8 +46,8 @@ class Lines:
     def share(self) -> float:
         """Part of the file, in (0, 1], that the lines taken are; 1 if there are no more.
 
-        Takes lines away: how much a file is compressed shows when some of it has been read, beside
-        which a block that was read and not yet decompressed is little.
+        This consumes lines: only reading further shows how well the file compresses. A block that
+        was read but not yet decompressed is small beside that.
         """
         found = self._taken
         while found < self._taken + _AHEAD_BYTES and (ahead := self._stream.read(_STEP_BYTES)):

@@ -1,7 +1,7 @@
-"""What a file's name says about it: how it is read, or why a folder's listing leaves it out.
+"""Decide from a file's name how to read it, or why the listing of a folder skips it.
 
-Upper and lower case are the same. A file that somebody names on the command line needs a kind, and
-nothing else: what is left out of a folder (a hidden file, a dataset card) can be given by name.
+Upper and lower case are the same. A file that the user names on the command line only needs a kind:
+the user can name a hidden file or a dataset card that a listing would skip.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EXPECTED = ".jsonl, .json, .ndjson (also .gz, .zst, .bz2, .xz), " + ", ".join(
 
 INDEX_SUFFIX = ".idx"
 
-# Why a file is not read, as the run says it; the order is that of the report.
+# Why a run skips a file, in the words and the order of its report.
 LOOKS_LIKE_DATA = "looks like data that this command does not read"
 OTHER = "another kind of file"
 DOCUMENTATION = "dataset card or licence"
@@ -106,7 +106,7 @@ def is_documentation(name: str) -> bool:
 
 
 def why_skipped(name: str) -> str | None:
-    """Why a listing passes over a file or folder of this name without a look at it, or None."""
+    """Why a listing skips a file or folder of this name without looking at it, or None."""
     lower = name.lower()
     if lower.startswith("."):
         return HIDDEN
@@ -115,7 +115,7 @@ def why_skipped(name: str) -> str | None:
 
 
 def why_left_out(name: str) -> str | None:
-    """Why a listing leaves out a file of this name that is there, or None."""
+    """Why a listing skips an existing file of this name, or None."""
     stem, compression = _without_compression(name.lower())
     if stem in _METADATA_NAMES:
         return METADATA

@@ -1,8 +1,8 @@
-"""What `--corpus` names -> the files to read, in reading order, and what is said about them.
+"""List the files that `--corpus` names, in reading order, with a summary for the user.
 
-`--corpus` is a file, a folder, or a pattern where nothing of that name exists. A folder stands for
-the corpus files below it, sorted by path. Whatever would be read twice, cannot be read or is not
-what its name says is an error before anything is written.
+`--corpus` is a file, a folder, or a pattern if nothing of that name exists. A folder stands for the
+corpus files below it, sorted by path. A file that would be read twice, cannot be read or is not
+what its name says is an error, before the run writes anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from teacher_dump.corpus.summary import CorpusSummary
 from teacher_dump.corpus.token_files import index_of
 from teacher_dump.corpus.walk import Walk, is_pattern, not_regular, status_of, unreadable
 
-# Small files that stand for a large one which was not downloaded: how they begin, what brings it.
+# Small files that stand for a large one that was not downloaded: how they begin, what fetches it.
 _POINTERS = {
     b"version https://git-lfs.github.com/spec/": ("a Git LFS pointer", "git lfs pull"),
     b"version https://hawser.github.com/spec/": ("a Git LFS pointer", "git lfs pull"),
@@ -31,9 +31,9 @@ _LARGEST_POINTER_BYTES = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFile:
-    """One file of the corpus; `name` is relative to what was given on the command line.
+    """One file of the corpus; `name` is relative to the path on the command line.
 
-    Documents are taken `weight` times: 2 is twice, 0.5 every second one or so, by their content.
+    The run takes its documents `weight` times: 2 is twice, 0.5 about half of them, by content.
     """
 
     path: Path
@@ -67,7 +67,7 @@ def list_corpus(
 ) -> Corpus:
     """The files of the corpus; InputError where there is none or one cannot be read.
 
-    `weights` are as many as there are corpora, or none: all 1. `out` must be apart from the corpus.
+    `weights` has one value per corpus, or none: all 1. `out` must be outside the corpus.
     """
     walk = Walk(out)
     files: list[CorpusFile] = []
@@ -116,7 +116,7 @@ def _hint(name: str) -> str:
 
 
 def _refuse_doubles(files: Sequence[CorpusFile]) -> None:
-    """InputError for a file that is reached twice, by whatever names."""
+    """InputError for a file that is reached twice, by any names."""
     seen: dict[object, Path] = {}
     for file in files:
         for path in file.paths:

@@ -1,4 +1,4 @@
-"""How documents become tokens: one frozen object, part of a token store's identity."""
+"""How documents become tokens: one frozen object, part of a token store's record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shards.files.json_text import Json
 
 @dataclass(frozen=True, kw_only=True)
 class TokenisingRules:
-    """What decides over the tokens of a corpus, together with its files.
+    """What determines the tokens of a corpus, together with its files.
 
     `token_key` names a column of token lists, `mask_key` the one that says which of them count as
     labels; without them the column `text_key` is text. `token_dtype` is that of flat `.bin` files,

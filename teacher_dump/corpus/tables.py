@@ -1,7 +1,7 @@
-"""Parquet and Arrow files as batches of named columns, and what the columns may hold.
+"""Parquet and Arrow files as batches of named columns, and the types that columns may have.
 
-An Arrow file is an IPC stream or file, as `datasets` saves a dataset on disk. Texts come in every
-type that Arrow has for them (Polars writes string views, pandas dictionaries), lists likewise.
+An Arrow file is an IPC stream or file, as `datasets` saves a dataset on disk. Text may have any of
+Arrow's string types (Polars writes string views, pandas dictionaries), and lists any list type.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH_ROWS = 1024
 
 
 def read_columns(path: Path, keys: Sequence[str]) -> Iterator[Columns]:
-    """These columns, batch by batch; InputError for a file that has not each of them once."""
+    """These columns, batch by batch; InputError for a file that does not have each exactly once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Token files -> documents: corpora that somebody has tokenised already.
+"""Token files -> documents: corpora that are tokenised already.
 
     .npy        integers; one row is one document, or, flat, documents end with the end token
     .bin        flat integers, documents end with the end token (`flat_tokens` tells their width)
@@ -6,9 +6,9 @@
     .parquet, .arrow   a column of lists of integers, one row is one document, and perhaps a column
                 of lists of booleans, or of 0 and 1, beside it: which tokens count as labels
 
-Files are mapped or streamed, so that memory does not grow with them. What cannot be meant (an id
-beyond the tokenizer, a flat file in which no document ends) raises InputError: most often the wrong
-width of tokens, or another tokenizer's.
+Files are mapped or streamed, so that memory does not grow with them. Ids beyond the tokenizer, and
+flat files in which no document ends, raise InputError: they usually mean the wrong width of tokens,
+or another tokenizer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CHUNK = 1 << 20
 MEGATRON_HEADER = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
-# What numpy raises for a file that is something else: its header is read as a Python literal.
+# What numpy raises for a file of another format: it reads the header as a Python literal.
 _NOT_NPY = (ValueError, TypeError, EOFError, SyntaxError, OverflowError, tokenize.TokenError)
 
 Tokens = npt.NDArray[Any]

@@ -1,7 +1,7 @@
-"""Folders and patterns -> the files in them. Links are followed; what cannot be read is an error.
+"""Folders and patterns -> the files in them. It follows links; an unreadable file is an error.
 
-A link back to a folder above it ends there, since everything in it is listed already. Hidden and
-temporary names are passed over without a look at what they stand for.
+It does not follow a link back to a folder above, because everything there is listed already. It
+skips hidden and temporary names without looking at them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FolderId = tuple[int, int]
 def status_of(path: Path) -> os.stat_result | None:
     """The status of what a path stands for; None where there is nothing of that name.
 
-    InputError for a link to nothing and for what may not be looked at.
+    InputError for a broken link and for a path without permission.
     """
     try:
         return path.stat()
@@ -49,10 +49,10 @@ def is_pattern(path: Path) -> bool:
 
 
 class Walk:
-    """Lists files and remembers what it passed over.
+    """Lists files and remembers what it skips.
 
-    `left_out` has, by reason, the paths that were passed over. No corpus may hold `out` or lie in
-    it: a second run would read the first one's shards.
+    `left_out` has the skipped paths by reason. No corpus may contain `out` or be inside it: a
+    second run would read the first one's shards.
     """
 
     def __init__(self, out: Path | None) -> None:

@@ -1,7 +1,7 @@
-"""A function that torch.compile fuses into one pass, once it has had enough to do to be worth it.
+"""Let torch.compile fuse a function into one pass, once there is enough work to be worth it.
 
-Compiling takes seconds and, on a CPU, a C++ compiler. A pass over little does not wait for it, and
-where it fails the function goes on as it was.
+Compiling takes seconds and, on a CPU, needs a C++ compiler. A short pass does not wait for it. If
+it fails, the function stays uncompiled.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _logger = logging.getLogger(__name__)
 
 
 class CompiledLater:
-    """Calls `plain` until it was given so many bytes, and `function`, compiled, from then on.
+    """Calls `plain` for the first `after_bytes` bytes, and then `function`, compiled.
 
-    Both make the same of [T, any], up to rounding. T may be another at every call.
+    Both compute the same from [T, any], up to rounding. T may differ between calls.
     """
 
     def __init__(self, function: Function, plain: Function, after_bytes: int) -> None:
@@ -39,8 +39,8 @@ class CompiledLater:
             self._bytes_left -= values.nbytes
             return self._plain(values)
         if self._compiled is None:
-            # Whole or not at all: of a part that is not compiled, every result is as large as the
-            # block. Worker processes would be as large as this one and have nothing more to do.
+            # Whole or not at all: every result of an uncompiled part is as large as the block.
+            # Worker processes would be as large as this one, with nothing more to do.
             self._compiled = torch.compile(
                 self._function, fullgraph=True, options={"compile_threads": 1}
             )

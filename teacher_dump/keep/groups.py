@@ -1,4 +1,4 @@
-"""A vocabulary in parts: what is looked for is narrowed down to a few parts first.
+"""A vocabulary in parts, so that a search first narrows down to a few parts.
 
 Groups are 64 columns that lie side by side, for what is looked up by mass.
 
@@ -24,7 +24,7 @@ IMPOSSIBLE = -1e4
 class Workspace:
     """The work buffers of a selector, so that a block allocates nothing large.
 
-    On a CPU a fresh buffer of the size of the logits costs page faults as dear as the arithmetic.
+    On a CPU the page faults of a fresh buffer of this size cost as much as the arithmetic.
     """
 
     def __init__(self, vocab_size: int) -> None:

@@ -6,8 +6,8 @@ Letters: T positions, K the most entries of a position, E entries of all positio
     words 1 to 3    tail_logmass (0 where a method has none), label log-probability, entropy
     K words         ids, then as many words of log-probabilities
 
-Floats are the bits of a float32. Entries stand largest first, equal (stored) values by ascending
-id; what follows the last entry means nothing.
+Floats are the bits of a float32. Entries are in descending order, equal (stored) values by
+ascending id. Words after the last entry have no meaning.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LAST = 2**31  # a rank behind every entry's
 class Selected:
     """Unpacked positions: counts [T], ids and logprobs [E] flat, the others [T], nats.
 
-    `logprobs` are what is stored (their order depends on it); the rest is exact, so that sums over
-    a row are. `tail_logmass` is None for sampling methods, `entropy` where an engine did not see
-    the whole distribution.
+    `logprobs` are rounded as stored (which decides their order). The other values are exact, so
+    that sums over a row are exact. `tail_logmass` is None for sampling methods, `entropy` for an
+    engine that does not see the whole distribution.
     """
 
     counts: Int32Array

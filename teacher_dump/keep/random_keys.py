@@ -19,7 +19,8 @@ _GAMMA = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 
-# A uniform number u < 1 of so many bits, times a float64 above 0, never rounds up to the float64.
+# With this many bits, a uniform number u < 1 times a float64 above 0 never rounds up to the
+# float64.
 _BITS = 52
 
 

@@ -2,12 +2,12 @@
 
 Letters: T positions of the block, V vocabulary, K the most entries a position can keep.
 
-Both lay entries out along a line, each as long as its mass, and look up which of them some points
-hit. Draws are n uniform points on all entries. Threshold takes out those of p >= t, which are kept
-for certain, and lays points one t apart, from one uniform start, on the others: each is hit with
-probability p / t, and never twice.
+Both put the entries end to end on a line, each as long as its mass, and look up which entries some
+points hit. `draws` uses n uniform points on all entries. `threshold` keeps entries with p >= t for
+certain and takes them out. On the others it uses points at a distance of t from one uniform start,
+which hit each entry with probability p / t, and never twice.
 
-Lookup is by groups of 64, so that only the groups that are hit are summed up entry by entry.
+Lookup goes by groups of 64, so that only the groups that were hit are summed entry by entry.
 """
 
 from __future__ import annotations

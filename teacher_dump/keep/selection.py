@@ -15,7 +15,7 @@ from teacher_dump.keep.top_p_k import TopPKSelector
 
 # Logits of a block. 96 MiB are 512 rows of a vocabulary of 49,152; on 2 cores of an AMD EPYC a row
 # takes 45, 34 and 39 us by 512 rows (top-p-k, draws, threshold), 52, 38 and 46 by 256, and 56, 43
-# and 52 by 128. What a GPU wants has not been measured.
+# and 52 by 128. The best size for a GPU has not been measured.
 CPU_SELECTION_BYTES = 96 << 20
 GPU_SELECTION_BYTES = 256 << 20
 
@@ -49,9 +49,9 @@ def select_in_blocks(
     keys: torch.Tensor,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """What a selector makes of any number of positions [T], in blocks of about equal size.
+    """Run a selector over any number of positions [T], in blocks of about equal size.
 
-    These have at most `rows` rows, or `rows_at_once` if that is None.
+    A block has at most `rows` rows, or `rows_at_once` if that is None.
     """
     rows = rows_at_once(logits, select.selection) if rows is None else rows
     blocks = max(1, -(-len(logits) // rows))
@@ -60,9 +60,9 @@ def select_in_blocks(
 
 
 def rows_at_once(logits: torch.Tensor, selection: Selection) -> int:
-    """How many rows of logits [T, V] a selector should be given, by the memory of a row.
+    """How many rows of logits [T, V] to give a selector at once, by the memory of a row.
 
-    That is its logits in float32, or what sampling looks at of the groups that entries are in.
+    That is its logits in float32, or the groups that sampling looks at.
     """
     block_bytes = CPU_SELECTION_BYTES if logits.device.type == "cpu" else GPU_SELECTION_BYTES
     return max(1, block_bytes // (4 * max(logits.shape[1], 3 * GROUP * selection.max_entries)))

@@ -1,10 +1,10 @@
-"""What a softmax over the vocabulary needs of a block of logits, in one pass over them.
+"""Everything that a softmax over the vocabulary needs, in one pass over a block of logits.
 
 Letters: T positions, V vocabulary in whole groups, N groups, M interleaved sets (`groups.py`).
 
-A mass is exp(logit - the row's largest logit), unnormalised: a division of the few that are looked
-at is cheaper. No mass is stored. Writing all of them costs as much as computing them, and what is
-looked at is computed again, from the logits.
+A mass is exp(logit - the row's largest logit), unnormalised: dividing the few that are needed is
+cheaper. Masses are not stored, because writing all of them costs as much as computing them. The few
+that are needed are computed again from the logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LOG2_E = math.log2(math.e)
 
 
 class Sweep(NamedTuple):
-    """Of logits [T, V]: maxima [T, M] are the sets' largest, largest [T, 1] the row's.
+    """The pass over logits [T, V]: maxima [T, M] of the sets, largest [T, 1] of the row.
 
     part_mass are the masses of the sets [T, M] or of the groups [T, N], and total [T, 1] float64 of
     all. log_total [T] is log sum exp of the logits and entropy [T] that of the softmax, both
@@ -64,7 +64,7 @@ class Sweep(NamedTuple):
     def leading_sets(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sets [T, <= k] that the k largest logits lie in, and their columns [T, 8 times that].
 
-        They are the sets with the largest maxima, and these lie in sets of sets likewise.
+        They are the sets with the largest maxima, found the same way in sets of sets.
         """
         num_sets = self.maxima.shape[1]
         num_large = num_sets // MEMBERS

@@ -1,13 +1,13 @@
-"""Top-p-k of positions of which only the largest log-probabilities are known, on the host.
+"""Top-p-k from only the largest log-probabilities of each position, on the host.
 
 Letters: T positions, K known entries of each, V vocabulary.
 
-What is kept, rounded and ordered goes through the same functions as in `top_p_k`. The mass that was
-not kept is the known entries beside the kept ones, and what all known ones leave of 1. That rest is
-as wrong as the float32 sum that normalised the probabilities (up to 3e-5 on a CPU at V = 49,152,
-tests/test_top_logprobs.py), but it lies between nothing and V - K times the smallest known
-probability, and is moved into these bounds: with one known entry more than can be kept, a tail is
-positive, and never off by more than the bounds are apart.
+Selecting, rounding and ordering use the same functions as `top_p_k`. The mass that was not kept is
+the sum of two parts: the known entries that were not kept, and 1 minus all known entries. The
+second part has the error of the float32 sum that normalised the probabilities (up to 3e-5 on a CPU
+at V = 49,152, tests/test_top_logprobs.py). But it lies between 0 and V - K times the smallest known
+probability, and is clamped to these bounds. With one known entry more than can be kept, a tail is
+therefore positive, and its error is at most the distance of the bounds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Writes a token store: documents are encoded, or taken as tokens, and appended to flat files.
+"""Write a token store: encode documents, or take their tokens, and append them to flat files.
 
-Tokenising runs in the threads of
-`tokenizers` while the next batch is read. Everything written is flushed and recorded in
-`progress.json` every few seconds; after a kill the files are cut back to the last record and the
-documents up to it are read again but not encoded.
+Tokenising runs in the threads of `tokenizers` while the builder reads the next batch. Every few
+seconds the builder flushes the files and records their sizes in `progress.json`. After a kill it
+truncates the files to the last record. It reads the documents up to there again, but does not
+encode them.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from teacher_dump.tokens.store import (
 logger = logging.getLogger(__name__)
 
 _BATCH_CHARACTERS = 1 << 20
-# Two: a batch's ids become an array, which holds the interpreter, while the other one is encoded.
+# Two: while one batch's ids become an array, which holds the interpreter, the other is encoded.
 _ENCODING_THREADS = 2
 _RECORD_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Documents of a file; of those that are taken more than `copy` times, one copy is meant."""
+    """Documents of a file. It stands for one copy of those whose weight gives more than `copy`."""
 
     documents: list[Document]
     file: CorpusFile
@@ -78,16 +78,16 @@ def _batches(files: Sequence[CorpusFile], rules: TokenisingRules, skip: int) -> 
 
 
 def _passes(files: Sequence[CorpusFile]) -> Iterator[tuple[CorpusFile, int]]:
-    """All files, then again those of a weight above 1, and so on, with the number of the pass.
+    """All files, then again those with a weight above 1, and so on, with the number of the pass.
 
-    Side by side in one sequence, a teacher would read a copy off the one before it.
+    If two copies were in one sequence, the teacher would read the second off the first.
     """
     for copy in range(max(math.ceil(file.weight) for file in files)):
         yield from ((file, copy) for file in files if file.weight > copy)
 
 
 class TokenBuilder:
-    """Appends documents to the files and keeps the record of how far they are good."""
+    """Appends documents to the files and records how far they are valid."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class TokenBuilder:
         self._streams: dict[tuple[str, str], Any] = {}
 
     def build(self, report: Report) -> None:
-        """Encode what is not there yet and write `store.json`."""
+        """Encode the remaining documents and write `store.json`."""
         self._resume()
         for split in SPLITS:
             for column in self._columns:
@@ -129,7 +129,7 @@ class TokenBuilder:
         return sum(sizes["tokens"] for sizes in self._sizes.values())
 
     def _resume(self) -> None:
-        """Cut the files back to the last record; without a record, to nothing."""
+        """Truncate the files to the last record; without a record, to nothing."""
         progress = self._folder / PROGRESS_NAME
         if progress.exists():
             content: Any = unseal(progress)
@@ -194,7 +194,7 @@ class TokenBuilder:
         sizes["documents"] += len(documents)
 
     def _record(self) -> None:
-        """Flush the files, then say how far they are good."""
+        """Flush the files, then record how far they are valid."""
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())

@@ -1,4 +1,4 @@
-"""Documents -> what a token store keeps of them; an error begins with the corpus file."""
+"""Documents -> the tokens that a store keeps; an error begins with the corpus file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_encoder(tokenizer: TeacherTokenizer) -> Encoder:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document as the store keeps it: content to tell it by, tokens [n], labels' mask [n]."""
+    """A document as the store keeps it: identifying content, tokens [n], label mask [n]."""
 
     content: bytes
     tokens: npt.NDArray[Any]
@@ -50,7 +50,7 @@ def encode_of_file(
 def encode(
     documents: Sequence[Document], encoder: Encoder, rules: TokenisingRules
 ) -> list[Encoded | None]:
-    """As `encode_of_file`, for documents that are known to do."""
+    """As `encode_of_file`, for documents that are known to encode."""
     texts = [document for document in documents if isinstance(document, str)]
     of_texts = iter(encode_texts(texts, encoder, rules.dtype))
     encoded: list[Encoded | None] = []

@@ -1,9 +1,8 @@
 """Which corpus a token store was made from, by content: files may be renamed and moved.
 
-A file's fingerprint is how it is read, its weight and the hash of its bytes; no name is in it. Time
-and inode are beside it, so that the hash of an unchanged file is not made again. A corpus whose
-renamed files would be read in another order is read in the order of the record: a store that is
-half made is continued as it was begun.
+A file's fingerprint is its kind, its weight and the hash of its bytes, without its name. The record
+also has time and inode, so that an unchanged file is not hashed again. If files were renamed, their
+order is that of the record, so that an unfinished store continues as it began.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def is_long(text: str) -> bool:
 
 
 def log_long_texts(path: Path, documents: Iterable[object]) -> None:
-    """Say of each text of a file that is long that it is encoded in pieces."""
+    """Log each text that is encoded in pieces."""
     for document in documents:
         if isinstance(document, str) and is_long(document):
             logger.info(

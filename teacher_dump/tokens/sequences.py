@@ -1,4 +1,4 @@
-"""Token store -> numbered sequences; the shift by one is prepared here, once.
+"""Token store -> numbered sequences. This is the only place that prepares the shift by one.
 
 A split's documents lie end to end. There are two ways to cut them into stretches:
 
@@ -10,11 +10,11 @@ And two ways to make a sequence of a stretch:
 
 - without BOS: the stretch and the token after it, a label only, if it has one. So every position
   but the very last has a label, and the first token of a separate document is never predicted.
-- with BOS: the beginning-of-sequence token and the stretch; all its tokens are labels. Where the
-  stretch begins with that token already, it serves. No token is a label in two sequences.
+- with BOS: the beginning-of-sequence token and the stretch; all its tokens are labels. If the
+  stretch begins with BOS itself, there is no second one. No token is a label in two sequences.
 
-No sequence has under two tokens. Number and content depend on the token store, L and BOS alone, so
-any machine can make any sequence, in any order, at any time.
+Every sequence has at least two tokens. Number and content depend only on the token store, L and
+BOS, so any machine can make any sequence, in any order, at any time.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from shards.row_group import Int64Array
 from shards.rows import BoolArray, Int32Array
 from teacher_dump.keep.rows import TokenSequence
 
-# Stretches of joined documents are counted once and found again from every so many of them, those
-# of separate documents block by block: 8 or 16 bytes of memory each.
+# How many joined stretches, or separate documents, lie between two marks from which others are
+# found: 8 or 16 bytes of memory per mark.
 _STRETCHES_PER_MARK = 4096
 _DOCUMENTS_PER_BLOCK = 1024
 
@@ -40,8 +40,8 @@ class SplitSequences(ABC):
     """The sequences of one split, addressed by number in O(log documents).
 
     `tokens` [N], `document_starts` [documents] and `label_mask` [N], which tokens count as labels,
-    may be memory maps: nothing is copied but the sequence asked for. `bos_token_id` is put before
-    every sequence, None: nothing is.
+    may be memory maps: only a requested sequence is copied. `bos_token_id` is inserted before every
+    sequence; None: no token.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SplitSequences(ABC):
         return self._length
 
     def sequences_within(self, num_positions: int) -> int:
-        """How many sequences from the front have at most so many labelled positions together."""
+        """How many sequences from the front have at most this many labelled positions together."""
         return bisect_right(range(len(self) + 1), num_positions, key=self.positions_of) - 1
 
     def __getitem__(self, number: int) -> TokenSequence:
@@ -124,7 +124,7 @@ class SplitSequences(ABC):
 
 
 class JoinedSequences(SplitSequences):
-    """Sequences that go on over the ends of documents: all full but the last."""
+    """Sequences that continue across the ends of documents: all full but the last."""
 
     def __len__(self) -> int:
         return -(-max(0, len(self._tokens) - 1) // self._length)
@@ -138,7 +138,7 @@ class JoinedSequences(SplitSequences):
 
 
 class JoinedWithBos(SplitSequences):
-    """Stretches of L tokens that go on over the ends of documents, each after BOS."""
+    """Stretches of L tokens that continue across the ends of documents, each after BOS."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -172,7 +172,7 @@ class JoinedWithBos(SplitSequences):
 
 
 class SeparateSequences(SplitSequences):
-    """Sequences of one document each; a document in which nothing is to be predicted has none."""
+    """Sequences of one document each; a document without a label has none."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

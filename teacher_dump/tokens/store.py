@@ -1,13 +1,13 @@
-"""Documents -> flat token arrays on disk, once per dataset, in O(1) addressable.
+"""Flat token arrays on disk, made once per dataset, with access in O(1).
 
-A text corpus has no random access, and neither a resumed pass nor a repaired shard may tokenise it
-from the start. So each split (`train`, `validation`) becomes two flat files: its tokens (uint16, or
+A text corpus has no random access, and a resumed pass or a repaired shard must not tokenise it from
+the start. So each split (`train`, `validation`) becomes two flat files: its tokens (uint16, or
 uint32 above 65,536 ids) with every document closed by the end-of-document token, and the int64
 position at which each document starts. Whole documents are held out, by a hash of their text and
 the seed: no document is in both splits, and the same text always falls on the same side.
 
-A corpus with a label mask has a third file, a byte per token. `store.json`, written last, makes a
-store count; `builder` writes it, `open_store` says when.
+A corpus with a label mask has a third file, a byte per token. The builder writes `store.json` last;
+only with it a store is complete (`open_store.py`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class Column:
-    """A flat file of a split: its name, its type, and whether it has an item per token or so."""
+    """A flat file of a split: its name, its type, and what it has one item for."""
 
     name: str
     dtype: np.dtype[Any]
