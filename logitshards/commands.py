@@ -180,7 +180,7 @@ def _all_options(kinds: Sequence[type[Any]]) -> dict[str, OptionField]:
             more = keep_options(option) if is_keep(option) else {name: option}
             twice = options.keys() & more.keys()
             if twice:
-                raise TypeError(f"{kind.__name__}: option {min(twice)} is there twice")
+                raise TypeError(f"{kind.__name__}: option {min(twice)} appears twice")
             options.update(more)
     return options
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -16,6 +17,11 @@ ROOT = Path(__file__).parent.parent
 DOCS = sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "benchmarks.md")
 PAGES = ["README.md", "CHANGELOG.md", *(f"docs/{name}" for name in DOCS)]
 HELPS = [None, *COMMANDS]
+MODULES = [
+    str(path.relative_to(ROOT))
+    for package in ("logitshards", "shards", "student_train", "teacher_dump")
+    for path in sorted((ROOT / package).rglob("*.py"))
+]
 
 # A pattern, and what to write instead. Capitals matter only where a pattern has them: these begin a
 # sentence.
@@ -30,6 +36,9 @@ STILTED = {
     r"\bnobody's\b": "say what does not happen",
     r"\bin their order\b": "in the same order",
     r"\bfurther epochs\b": "repeats the dataset",
+    r"\bthere twice\b": "appears twice",
+    r"\b(is|are|was|were) not there\b|: not there\b": "missing",
+    r"\bsomething else\b": "name it",
     r"\bmoved to the grid\b": "rounded to the grid",
     r"\bby a lock on it\b": "a lock keeps two runs from ...",
     r"\bwith the name of the difference\b": "the message names what differs",
@@ -72,6 +81,29 @@ def test_no_help_has_a_stilted_phrase(name: str | None) -> None:
     result = CliRunner().invoke(command, ["--help"])
     assert "Options:" in result.output
     assert stilted(" ".join(result.output.split())) == []
+
+
+def messages(path: Path) -> list[str]:
+    """The texts of a module that users read: of errors that it raises, and of its log."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        is_log = isinstance(node, ast.Call) and ast.unparse(node.func).startswith("logger.")
+        if is_log or isinstance(node, ast.Raise):
+            parts = [part for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            found.append(" ".join(str(part.value) for part in parts))
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_message_has_a_stilted_phrase(module: str) -> None:
+    for text in messages(ROOT / module):
+        assert stilted(text) == []
+
+
+def test_many_messages_are_read() -> None:
+    texts = [text for module in MODULES for text in messages(ROOT / module)]
+    assert len(texts) > 300
+    assert any("run the same command again to continue" in text for text in texts)
 
 
 @pytest.mark.parametrize(
