@@ -7,7 +7,7 @@ A complete line that cannot be read is an error.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +39,10 @@ def read_lines(file: Path) -> Iterator[FigureLine]:
 
 
 def is_number(value: object) -> bool:
-    """A number that can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number in the range of a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _parse(text: bytes, place: str) -> dict[str, Any]:

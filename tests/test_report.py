@@ -305,6 +305,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
         "nonsense", "[1]", "3", '{"step": 1}', '{"kind": "train"}',
         '{"step": "1", "kind": "train", "tokens": 1}', '{"step": 1, "kind": "train"}',
         '{"step": 1, "kind": "train", "tokens": NaN}',
+        '{"step": 1, "kind": "train", "tokens": 1' + "0" * 400 + "}",
     ],
 )  # fmt: skip
 def test_a_line_that_cannot_be_read_is_named(line: str, tmp_path: Path) -> None:
@@ -317,10 +318,12 @@ def test_a_line_that_cannot_be_read_is_named(line: str, tmp_path: Path) -> None:
 
 def test_a_figure_that_is_no_number_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
+    figures = f'"loss": NaN, "lm": null, "kd": 1{"0" * 400}'
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 13, "kind": "train", "tokens": 1300, "loss": NaN, "lm": null}\n')
+        file.write(f'{{"step": 13, "kind": "train", "tokens": 1300, {figures}}}\n')
     page = report(run, out=tmp_path / "report.html")
     assert len(page.values("Loss, (1 - alpha) lm + alpha kd")) == 12
+    assert len(page.values("Distillation loss (kd)")) == 12
     assert page.rows["Steps"] == ["13"]
 
 
