@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
@@ -30,7 +31,7 @@ def parse(kind: type[_T], value: object, parsers: Parsers | None = None) -> _T:
     unknown = sorted(map(str, set(value) - set(known)))
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     arguments = {}
     for name, f in known.items():
         if name in value:
@@ -38,6 +39,11 @@ def parse(kind: type[_T], value: object, parsers: Parsers | None = None) -> _T:
         elif f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"no key {name!r}")
     return kind(**arguments)
+
+
+@cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _at(name: str, hint: Any, value: object, parsers: Parsers) -> Any:
@@ -69,6 +75,8 @@ def _value(hint: Any, value: object, parsers: Parsers) -> Any:
         return {name: _at(name, part, inner, parsers) for name, inner in value.items()}
     if kind is Sequence and isinstance(value, list):
         (part,) = get_args(hint)
+        if isinstance(part, type) and set(map(type, value)) == {part}:
+            return tuple(value)  # most of a sidecar: a checksum for each column of a row group
         return tuple(_at(str(i), part, inner, parsers) for i, inner in enumerate(value))
     if kind is Any:
         return value
