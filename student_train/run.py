@@ -23,6 +23,7 @@ from shards.process.folder_lock import folder_lock
 from shards.spec import TRAIN
 from student_train.config import TrainConfig
 from student_train.data.lines import packed_length
+from student_train.evaluation.evaluate import check_counted
 from student_train.evaluation.tasks import (
     load_tasks,
     missing_tasks,
@@ -35,7 +36,7 @@ from student_train.model.blocks import prepare_blocks
 from student_train.model.model import check_sizes, default_learning_rate, export, make_student
 from student_train.model.packed_attention import block_at_joints
 from student_train.run_folder import RunFolder, describe_run, publish_folder
-from student_train.setup import check_counted, find_evaluation_dataset, open_datasets, plan_steps
+from student_train.setup import find_evaluation_dataset, open_datasets, plan_steps
 from student_train.step import autocast_for
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def _run(config: TrainConfig) -> dict[str, Json]:
     evaluation_dataset = find_evaluation_dataset(config, datasets[0])
     rate = config.learning_rate or default_learning_rate(config.student)
     config = replace(config, learning_rate=rate)
-    check_counted(datasets)
+    for dataset in datasets:
+        check_counted(dataset.split(TRAIN))
     folder = RunFolder(config.out)
     description = describe_run(config, datasets, evaluation_dataset)
     folder.check(description)

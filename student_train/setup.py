@@ -9,10 +9,10 @@ from shards.dataset import Dataset, Split
 from shards.errors import IdentityMismatchError, InputError
 from shards.keep import Keep
 from shards.schema import ENTROPIES
-from shards.spec import TRAIN, VALIDATION
+from shards.spec import VALIDATION
 from student_train.config import TrainConfig
 from student_train.data.batches import TAIL_COLUMNS, TARGET_COLUMNS, TOKEN_COLUMNS
-from student_train.evaluation.evaluate import counted_totals
+from student_train.evaluation.evaluate import check_counted
 from student_train.objective.distillation import Objective
 from student_train.objective.schedules import Alpha, LearningRate, learning_rate
 
@@ -196,14 +196,8 @@ def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | 
     if VALIDATION not in found.split_names:
         logger.info("%s: has no validation split, so the run evaluates nothing", found.path)
         return None
-    counted_totals(found.split(VALIDATION))
+    check_counted(found.split(VALIDATION))
     return found
-
-
-def check_counted(datasets: Sequence[Dataset]) -> None:
-    """InputError for a dataset whose training split has no position that counts."""
-    for dataset in datasets:
-        counted_totals(dataset.split(TRAIN))
 
 
 def _check_tokenizers(option: str, found: Dataset, dataset: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import islice, pairwise
 
 import pytest
@@ -16,6 +17,8 @@ LAYOUTS = [
     (64, Layout(sequences_per_shard=64, sequences_per_row_group=4)),
     (5, Layout(sequences_per_shard=100, sequences_per_row_group=8)),
     (100, Layout(sequences_per_shard=2, sequences_per_row_group=2)),
+    (5, Layout(sequences_per_shard=1000, sequences_per_row_group=2)),
+    (300, Layout(sequences_per_shard=1, sequences_per_row_group=1)),
 ]
 
 
@@ -68,3 +71,15 @@ def test_sequences_that_are_neighbours_on_disk_are_spread_over_a_window() -> Non
     found = stream(Order(num_sequences=num_sequences, layout=layout, seed=0), 0, 64)
     followed = sum(b == a + 1 for a, b in pairwise(found))
     assert followed < 16
+
+
+@pytest.mark.parametrize("start", [0, 123_456_789])
+def test_an_epoch_of_a_million_row_groups_takes_four_bytes_for_each(start: int) -> None:
+    layout = Layout(sequences_per_shard=1024, sequences_per_row_group=64)
+    order = Order(num_sequences=64_000_000, layout=layout, seed=0)
+    tracemalloc.start()
+    windows = order.windows(start)
+    next(windows)
+    current, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert current < 4.1e6

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 from typing import Self
 
 import numpy as np
@@ -53,12 +53,12 @@ def packed_length(spec: DatasetSpec) -> int | None:
 
 def lines_in_order(source: Source, columns: Sequence[str]) -> Generator[Line]:
     """Lines for training, without end. Closing the iterator ends what is decoded ahead."""
-    order, start = source.order, source.start
     length = packed_length(source.split.spec)
-    numbers = (g for window in order.windows(start) for g in window.row_groups)
+    windows, windows_ahead = tee(source.order.windows(source.start))
+    numbers = (g for window in windows_ahead for g in window.row_groups)
     ahead = _row_groups_ahead(source.split)
     with closing(decode_ahead(source.split, numbers, columns, ahead)) as row_groups:
-        for window in order.windows(start):
+        for window in windows:
             groups = list(islice(row_groups, len(window.row_groups)))
             for line in _lines_of(window, groups, length):
                 yield [(groups[member], offset) for member, offset in line]

@@ -101,13 +101,17 @@ def evaluate(
 
 def counted_totals(split: Split) -> Totals:
     """Sums over a split from its sidecars. InputError if none of its positions counts."""
-    totals = sum((sidecar.totals for sidecar in split.sidecars()), Totals())
-    if not totals.tokens:
+    check_counted(split)
+    return sum((sidecar.totals for sidecar in split.sidecars()), Totals())
+
+
+def check_counted(split: Split) -> None:
+    """InputError if none of a split's positions counts. Reads sidecars until one has some."""
+    if not any(sidecar.tokens for sidecar in split.sidecars()):
         raise InputError(
             f"{split.path}: no position counts as a label, so there is nothing to learn or to"
             " evaluate"
         )
-    return totals
 
 
 def _figures(
