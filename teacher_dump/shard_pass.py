@@ -18,6 +18,7 @@ from teacher_dump.coordinate import Planned
 from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
 from teacher_dump.pass_progress import PassProgress
+from teacher_dump.prefix_check import score_checked
 from teacher_dump.prepare import Prepared
 from teacher_dump.shard_queue import ShardQueue
 from teacher_dump.tokenizer import TeacherTokenizer
@@ -139,7 +140,7 @@ def run_pass(
     collector = ShardCollector(config.out, sizes, spec=spec, on_shard=on_shard)
     try:
         with collector:
-            for split_name, row in _rows(sequences(), engine, spec):
+            for split_name, row in _rows(sequences(), engine, config, spec):
                 collector.add(split_name, row)
                 entries = 0 if row.ids is None else len(row.ids)
                 progress.scored(len(row.tokens) - 1, entries)
@@ -152,14 +153,17 @@ def run_pass(
 
 
 def _rows(
-    sequences: Iterator[TokenSequence], engine: TeacherEngine | None, spec: DatasetSpec
+    sequences: Iterator[TokenSequence],
+    engine: TeacherEngine | None,
+    config: DumpConfig,
+    spec: DatasetSpec,
 ) -> Iterator[tuple[str, Row]]:
     """The rows of sequences with their splits, in any order."""
     if engine is None:
         for sequence in sequences:
             yield sequence.split, row_of_tokens(sequence)
         return
-    for sequence, selected in engine.score(sequences):
+    for sequence, selected in score_checked(engine, sequences, config):
         yield sequence.split, make_row(sequence, selected, spec.keep.logprob_step)
 
 

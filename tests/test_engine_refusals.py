@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from teacher_dump.engines.vllm_start import prepare_environment
+from teacher_dump.engines.vllm_start import check_arguments, prepare_environment
 from tests.tiny_families import make_family
 from tests.tiny_teacher import (
     BOUND,
@@ -150,6 +150,35 @@ def test_models_of_transformers_within_vllm_are_not_for_the_plugin(
     assert "model_impl=transformers" in result.output
     assert "vllm-logprobs" in result.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-logprobs"])
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("kv_sharing_fast_prefill=true", "wrong results for positions before the end of a prompt"),
+        ("prefill_context_parallel_size=2", "wrong results for positions before the end"),
+        ("swa_bounded_replay=true", "set by the pass itself"),
+        ("enable_prefix_caching=true", "set by the pass itself"),
+    ],
+)
+def test_arguments_that_would_make_targets_wrong_are_refused(
+    engine: str, argument: str, says: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    more = ("--engine", engine, "--engine-arg", argument)
+    command = dump_command(tiny_teacher, corpus, tmp_path / "out", *more)
+    result = CliRunner().invoke(cli.dump_logits, command[3:])
+    assert result.exit_code == 2
+    assert f"--engine-arg {argument.partition('=')[0]}" in result.output
+    assert says in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [("kv_sharing_fast_prefill", False),
+                                   ("prefill_context_parallel_size", 1)])  # fmt: skip
+def test_the_values_with_which_they_are_right_are_taken(value: tuple[str, object]) -> None:
+    check_arguments(dict([value]))
 
 
 def test_looking_for_a_gpu_leaves_a_process_that_engines_can_be_forked_from(

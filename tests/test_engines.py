@@ -123,6 +123,17 @@ def test_float32_rows_equal_the_dense_distribution_over_the_next_token(
         assert largest_error(row, np.roll(exact, shift, axis=0)) > 10 * BOUND
 
 
+def test_engines_are_right_in_the_middle_of_a_prompt(folder: Path) -> None:
+    begins = "the engine says the same in the middle of a prompt as at its end (within "
+    lines = (folder / "stderr").read_text(encoding="utf-8").splitlines()
+    within = [
+        float(line.removeprefix(begins).split()[0]) for line in lines if line.startswith(begins)
+    ]
+    assert len(within) == len(KEEPS) + 3  # every dump by vLLM
+    assert max(within) < 0.5  # the real teacher in bfloat16
+    assert sorted(within)[-2] < 1e-3
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_the_real_teacher_in_float32_is_exact_and_in_bfloat16_close(
     dtype: str, smollm2: Path, folder: Path

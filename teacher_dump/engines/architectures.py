@@ -1,5 +1,11 @@
-"""Which architectures can be teachers, by the end of their names; text alone, if multimodal."""
+"""What a teacher's configuration tells an engine: its architecture, how it scales positions."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# The ends of names of architectures that can be teachers; text alone, if multimodal.
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -8,3 +14,9 @@ def names_no_head(architecture: str) -> bool:
     return architecture.endswith("Model") and not architecture.endswith(
         ("LMHeadModel", "ChatModel")
     )
+
+
+def rope_parameters(text_config: Any) -> list[Mapping[str, Any]]:
+    """How positions are rotated: one mapping, or one for each type of layer beside it."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, Mapping))]

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 class TeacherEngine(Protocol):
-    """Runs a teacher over sequences."""
+    """Runs a teacher over sequences.
+
+    `prefixes_agree`: what it says at a position does not depend on how long the sequence is.
+    """
+
+    prefixes_agree: bool
 
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """Every sequence once, in any order, T = n - 1 positions each; consumed as it is needed.

@@ -14,7 +14,7 @@ _DECISIVE = ("quantization", "quantization_config", "kv_cache_dtype", "kv_cache_
              "load_format", "model_loader_extra_config", "model_weights", "ignore_patterns",
              "hf_config_path", "config_format", "model_impl", "disable_sliding_window",
              "mamba_cache_dtype", "mamba_ssm_cache_dtype", "enable_mamba_cache_stochastic_rounding",
-             "kv_sharing_fast_prefill", "enable_lora", "default_mm_loras")  # fmt: skip
+             "enable_lora", "default_mm_loras")  # fmt: skip
 
 
 def decisive(engine_args: Mapping[str, object]) -> dict[str, object]:

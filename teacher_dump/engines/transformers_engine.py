@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from shards.errors import InputError, RunError
 from shards.rows import Int32Array
-from teacher_dump.engines.architectures import CAUSAL_SUFFIXES
+from teacher_dump.engines.architectures import CAUSAL_SUFFIXES, rope_parameters
 from teacher_dump.engines.head import WideHead, block_rows
 from teacher_dump.engines.logit_blocks import LogitBlocks
 from teacher_dump.engines.options import EngineOptions
@@ -61,6 +61,13 @@ def _attention(config: Any) -> str | None:
     return None if capped is None else "eager"
 
 
+def _prefixes_agree(config: Any) -> bool:
+    """Whether positions are scaled alike in sequences of any length; a model's own code may not."""
+    types = [part.get("rope_type", "") for part in rope_parameters(config.get_text_config())]
+    of_length = any(kind == "longrope" or "dynamic" in kind for kind in types)
+    return not (of_length or getattr(config, "auto_map", None))
+
+
 def _not_loaded(folder: Path, error: Exception) -> InputError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return InputError(f"transformers does not load {folder}: {reason}")
@@ -95,6 +102,7 @@ class TransformersEngine:
             bias = getattr(head, "bias", None)
             wide = getattr(torch, options.head_dtype)
             model.set_output_embeddings(WideHead(head.weight, bias, wide))
+        self.prefixes_agree = _prefixes_agree(config)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self._selection, self._seed = options.selection, options.seed

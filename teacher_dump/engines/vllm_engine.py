@@ -79,6 +79,8 @@ def start(options: EngineOptions) -> VllmEngine:
 class VllmEngine:
     """A vLLM engine whose model is the teacher's architecture wrapped by `vllm_plugin`."""
 
+    prefixes_agree = True  # vLLM chooses by the longest prompt that it takes how to scale positions
+
     def __init__(self, options: EngineOptions) -> None:
         check(options)
         from vllm import PoolingParams

@@ -14,7 +14,7 @@ per token with 100 entries, and vLLM may hold the logits of all prompt positions
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from shards.errors import InputError, RunError
 from shards.rows import Float32Array, Int32Array
-from teacher_dump.engines.architectures import names_no_head
+from teacher_dump.engines.architectures import names_no_head, rope_parameters
 from teacher_dump.engines.options import EngineOptions
 from teacher_dump.engines.vllm_start import (
     SUPPORTED_VLLM,
@@ -98,11 +98,9 @@ def refusal(options: EngineOptions) -> str | None:
 
 def _places_where_rope_changes(config: Any) -> list[int]:
     """Lengths beyond which vLLM takes the long factors of longrope for every sequence."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
     return [
         int(part.get("original_max_position_embeddings") or 0)
-        for part in parts
+        for part in rope_parameters(config)
         if part.get("rope_type") == "longrope"
     ]
 
@@ -129,6 +127,8 @@ def start(options: EngineOptions) -> VllmLogprobsEngine:
 
 class VllmLogprobsEngine:
     """A vLLM engine with the stock model, asked for the largest log-probabilities."""
+
+    prefixes_agree = True
 
     def __init__(self, options: EngineOptions) -> None:
         check(options)

@@ -20,14 +20,24 @@ SUPPORTED_VLLM = (0, 32)
 _OWNED = ("model", "runner", "enable_prefix_caching", "skip_tokenizer_init", "dtype",
           "hf_overrides", "additional_config", "max_model_len", "model_class_overrides",
           "language_model_only", "trust_remote_code", "max_logprobs", "logprobs_mode",
-          "worker_extension_cls", "enable_batch_sharded_sampling")  # fmt: skip
+          "worker_extension_cls", "enable_batch_sharded_sampling",
+          "swa_bounded_replay")  # fmt: skip
+
+# Arguments that give positions in the middle of a prompt other rows than theirs, and the values
+# that do not.
+_WRONG_ROWS = {"kv_sharing_fast_prefill": False, "prefill_context_parallel_size": 1}
 
 
 def check_arguments(engine_args: Mapping[str, object]) -> None:
-    """InputError for an `--engine-arg` that is not the user's to set."""
-    for name in engine_args:
+    """InputError for an `--engine-arg` that is not the user's to set, or makes targets wrong."""
+    for name, value in engine_args.items():
         if name in _OWNED:
             raise InputError(f"--engine-arg {name}: set by the pass itself")
+        if value != _WRONG_ROWS.get(name, value):
+            raise InputError(
+                f"--engine-arg {name}={value}: vLLM then gives wrong results for positions before"
+                " the end of a prompt"
+            )
 
 
 def prepare_environment() -> None:
@@ -68,6 +78,7 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
     """
     import torch
     from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
 
     default = {} if torch.cuda.is_available() else {"enforce_eager": True}
     try:
@@ -80,6 +91,7 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
                 "enable_prefix_caching": False,
                 "skip_tokenizer_init": True,
                 "language_model_only": True,
+                **_every_row(EngineArgs),
                 **default,
                 **arguments,
                 **options.engine_args,
@@ -90,6 +102,11 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
             f"vLLM does not start with this teacher ({options.architecture}): {last_line(error)}"
             f" (--debug shows all; {fallback} is the fallback)"
         ) from error
+
+
+def _every_row(known: Any) -> dict[str, object]:
+    """What makes models run every position of a prompt, where this vLLM knows it."""
+    return {"swa_bounded_replay": False} if hasattr(known, "swa_bounded_replay") else {}
 
 
 def last_line(error: Exception) -> str:
