@@ -15,18 +15,22 @@ from shards.files.durable import NOT_SUPPORTED
 
 logger = logging.getLogger(__name__)
 
+_held: set[int] = set()  # descriptors of this process
+
 
 @contextmanager
 def folder_lock(folder: Path, holder: str) -> Iterator[None]:
     """Make a folder if it is not there, and hold it until the end of the block or of the process.
 
-    InputError if it cannot be made, or if another process holds it: "another `holder`".
+    Forked children do not hold it. InputError if the folder cannot be made, or if another process
+    holds it: "another `holder`".
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,4 +45,16 @@ def folder_lock(folder: Path, holder: str) -> Iterator[None]:
             )  # fmt: skip
         yield
     finally:
+        if descriptor in _held:  # not in a forked child that leaves the block
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _drop() -> None:
+    """Close the locks in a forked child: the lock lasts as long as any descriptor of it is open."""
+    for descriptor in _held:
         os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_drop)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from shards.process.children import become_engine_child
 from teacher_dump.engines.architectures import CAUSAL_SUFFIXES
 
 PREFIX = "Teacher"
@@ -23,9 +24,13 @@ _stock: dict[str, Any] = {}
 
 
 def register() -> None:
-    """Remember the stock classes of every causal LM that this vLLM knows, not yet loaded."""
+    """Remember the stock classes of every causal LM that this vLLM knows, not yet loaded.
+
+    In a process of an engine of ours it also sees to it that this ends with its parent.
+    """
     from vllm import ModelRegistry
 
+    become_engine_child()
     for architecture, entry in ModelRegistry.models.items():
         ours = getattr(entry, "module_name", None) == __name__
         if architecture.endswith(CAUSAL_SUFFIXES) and not ours:

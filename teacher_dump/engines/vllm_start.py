@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shards.errors import InputError
+from shards.process.children import engine_children
 from teacher_dump.engines.options import EngineOptions
 
 SUPPORTED_VLLM = (0, 32)
@@ -82,21 +83,22 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
 
     default = {} if torch.cuda.is_available() else {"enforce_eager": True}
     try:
-        return LLM(
-            **{
-                "model": str(options.teacher_folder),
-                "dtype": options.dtype,
-                "trust_remote_code": options.trust_remote_code,
-                "hf_overrides": {"head_dtype": options.head_dtype},
-                "enable_prefix_caching": False,
-                "skip_tokenizer_init": True,
-                "language_model_only": True,
-                **_every_row(EngineArgs),
-                **default,
-                **arguments,
-                **options.engine_args,
-            }
-        )
+        with engine_children():
+            return LLM(
+                **{
+                    "model": str(options.teacher_folder),
+                    "dtype": options.dtype,
+                    "trust_remote_code": options.trust_remote_code,
+                    "hf_overrides": {"head_dtype": options.head_dtype},
+                    "enable_prefix_caching": False,
+                    "skip_tokenizer_init": True,
+                    "language_model_only": True,
+                    **_every_row(EngineArgs),
+                    **default,
+                    **arguments,
+                    **options.engine_args,
+                }
+            )
     except Exception as error:  # a kernel's missing package, a weight with another name, ...
         raise InputError(
             f"vLLM does not start with this teacher ({options.architecture}): {last_line(error)}"
