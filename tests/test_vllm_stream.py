@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from teacher_dump.engines.vllm_errors import ErrorLog
+from teacher_dump.engines.vllm_start import Started
 from teacher_dump.engines.vllm_stream import VllmStream
 from teacher_dump.keep.rows import TokenSequence
 
@@ -46,7 +48,7 @@ def test_the_engine_has_four_batches_before_it_and_little_more(length: int) -> N
     def submit(request: str, sequence: TokenSequence) -> None:
         engine.waiting.append((request, len(sequence.tokens)))
 
-    stream = VllmStream(SimpleNamespace(llm_engine=engine))
+    stream = VllmStream(Started(SimpleNamespace(llm_engine=engine), ErrorLog()))
     found = [sequence.number for sequence, _ in stream.run(sequences, submit)]
     assert found == list(range(500))
     full = [given for given in engine.given[:-8] if given < 500 * length]

@@ -14,11 +14,11 @@ from shards.errors import InputError, RunError
 from shards.keep import Keep, TopPK
 from teacher_dump.engines import vllm_logprobs_engine
 from teacher_dump.engines.options import EngineOptions
+from teacher_dump.engines.vllm_errors import last_line
 from teacher_dump.engines.vllm_start import (
     SUPPORTED_VLLM,
     check_arguments,
     installed_version,
-    last_line,
     prepare_environment,
     start_llm,
 )
@@ -92,7 +92,7 @@ class VllmEngine:
         self._seed = options.seed
         self._labels_key, self._random_key = LABELS_KEY, RANDOM_KEY
         self._pooling_params = PoolingParams
-        llm = start_llm(
+        started = start_llm(
             options,
             {
                 "runner": "pooling",
@@ -102,7 +102,7 @@ class VllmEngine:
             },
             fallback=_fallbacks(selection.keep),
         )
-        self._stream = VllmStream(llm)
+        self._stream = VllmStream(started)
 
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""

@@ -24,11 +24,11 @@ from shards.errors import InputError, RunError
 from shards.rows import Float32Array, Int32Array
 from teacher_dump.engines.architectures import names_no_head, rope_parameters
 from teacher_dump.engines.options import EngineOptions
+from teacher_dump.engines.vllm_errors import last_line
 from teacher_dump.engines.vllm_start import (
     SUPPORTED_VLLM,
     check_arguments,
     installed_version,
-    last_line,
     prepare_environment,
     start_llm,
 )
@@ -134,7 +134,7 @@ class VllmLogprobsEngine:
         check(options)
         selection = self._selection = options.selection
         with _room_for_one_more():
-            llm = start_llm(
+            started = start_llm(
                 options,
                 {
                     "runner": "generate",
@@ -145,9 +145,10 @@ class VllmLogprobsEngine:
                 },
                 fallback="--engine transformers",
             )
+        llm = started.llm
         if llm.llm_engine.model_config.get_vocab_size() > selection.vocab_size:
             llm.collective_rpc("limit_vocabulary", args=(selection.vocab_size,))
-        self._stream = VllmStream(llm)
+        self._stream = VllmStream(started)
 
     def score(self, sequences: Iterable[TokenSequence]) -> Iterator[tuple[TokenSequence, Selected]]:
         """See `TeacherEngine.score`."""

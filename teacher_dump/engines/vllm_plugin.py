@@ -17,6 +17,7 @@ from typing import Any
 
 from shards.process.children import become_engine_child
 from teacher_dump.engines.architectures import CAUSAL_SUFFIXES
+from teacher_dump.engines.vllm_errors import collect_errors
 
 PREFIX = "Teacher"
 
@@ -26,11 +27,13 @@ _stock: dict[str, Any] = {}
 def register() -> None:
     """Remember the stock classes of every causal LM that this vLLM knows, not yet loaded.
 
-    In a process of an engine of ours it also sees to it that this ends with its parent.
+    In a process of an engine of ours it also sees to it that this ends with its parent, and that
+    its errors are read.
     """
     from vllm import ModelRegistry
 
     become_engine_child()
+    collect_errors()
     for architecture, entry in ModelRegistry.models.items():
         ours = getattr(entry, "module_name", None) == __name__
         if architecture.endswith(CAUSAL_SUFFIXES) and not ours:

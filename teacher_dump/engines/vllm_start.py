@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from shards.errors import InputError
 from shards.process.children import engine_children
+from shards.process.progress import duration
 from teacher_dump.engines.options import EngineOptions
+from teacher_dump.engines.vllm_errors import ErrorLog, not_started
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_VLLM = (0, 32)
 _OWNED = ("model", "runner", "enable_prefix_caching", "skip_tokenizer_init", "dtype",
@@ -72,7 +77,14 @@ def installed_version(engine: str) -> tuple[str, tuple[int, ...]]:
     return found, numbers
 
 
-def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback: str) -> Any:
+class Started(NamedTuple):
+    """vLLM's `LLM`, and what goes wrong in its processes."""
+
+    llm: Any
+    errors: ErrorLog
+
+
+def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback: str) -> Started:
     """An `LLM` of the options and an engine's own arguments; the user's win over vLLM's defaults.
 
     InputError for a model or arguments that it refuses: one line, naming `fallback`.
@@ -81,10 +93,13 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
-    default = {} if torch.cuda.is_available() else {"enforce_eager": True}
+    default: dict[str, object] = {} if torch.cuda.is_available() else {"enforce_eager": True}
+    errors = ErrorLog()
+    started = time.monotonic()
+    logger.info("starting vLLM ...")
     try:
-        with engine_children():
-            return LLM(
+        with engine_children(), errors.collecting():
+            llm = LLM(
                 **{
                     "model": str(options.teacher_folder),
                     "dtype": options.dtype,
@@ -100,20 +115,11 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
                 }
             )
     except Exception as error:  # a kernel's missing package, a weight with another name, ...
-        raise InputError(
-            f"vLLM does not start with this teacher ({options.architecture}): {last_line(error)}"
-            f" (--debug shows all; {fallback} is the fallback)"
-        ) from error
+        raise not_started(options.architecture, errors.cause_of(error), fallback) from error
+    logger.info("vLLM started in %s", duration(time.monotonic() - started))
+    return Started(llm, errors)
 
 
 def _every_row(known: Any) -> dict[str, object]:
     """What makes models run every position of a prompt, where this vLLM knows it."""
     return {"swa_bounded_replay": False} if hasattr(known, "swa_bounded_replay") else {}
-
-
-def last_line(error: Exception) -> str:
-    """What an error says; vLLM puts a traceback before it, pydantic its input and a link behind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("For further information")]
-    last = lines[-1] if lines else type(error).__name__
-    return last.split(" [type=")[0].removeprefix("Value error, ").rstrip(".")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from shards.errors import RunError
+from teacher_dump.engines.vllm_start import Started
 from teacher_dump.keep.rows import TokenSequence
 
 _LEAST_SEQUENCES = 8
@@ -18,8 +19,9 @@ _LEAST_SEQUENCES = 8
 class VllmStream:
     """The `LLMEngine` of an `LLM`, and how many tokens it is given ahead."""
 
-    def __init__(self, llm: Any) -> None:
-        self.engine = llm.llm_engine
+    def __init__(self, started: Started) -> None:
+        self.engine = started.llm.llm_engine
+        self._errors = started.errors
         batch = int(self.engine.vllm_config.scheduler_config.max_num_batched_tokens)
         # four full batches ahead: the scheduler never runs dry between two steps of ours
         self._tokens_ahead = 4 * batch
@@ -54,4 +56,5 @@ class VllmStream:
         try:
             return [output for output in self.engine.step() if output.finished]
         except Exception as error:
-            raise RunError(f"the engine stopped: {type(error).__name__}: {error}") from error
+            cause = self._errors.cause_of(error)
+            raise RunError(f"the engine stopped: {type(error).__name__}: {cause}") from error
