@@ -17,6 +17,7 @@ from typing import Any
 from shards.errors import InputError, one_line
 from teacher_dump.custom_code import custom_code_sha256
 from teacher_dump.json_object import read_json_object
+from teacher_dump.weights import has_plain_head
 
 _NOT_CONTENT = ("transformers_version", "_name_or_path")
 _NO_LM = (
@@ -43,8 +44,12 @@ class Teacher:
 
 
 def head_dtype(teacher: Teacher) -> str:
-    """float32: bf16 logits tie heavily. A quantised head cannot be cast and keeps the model's."""
-    return "model" if teacher.quantized else "float32"
+    """float32: bf16 logits tie heavily. A quantised head cannot be cast and keeps the model's.
+
+    Most quantised teachers have a head that is not.
+    """
+    plain = not teacher.quantized or has_plain_head(teacher.folder)
+    return "float32" if plain else "model"
 
 
 def find_tokenizer_folder(name: str) -> Path:

@@ -26,6 +26,9 @@ from teacher_dump.json_object import read_json_object
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the library safetensors
 _AGAIN = "download it again"
+# Modules that give the logits, by their names; an embedding does if there is no other.
+_HEADS = ("lm_head", "embed_tokens")
+_FLOATS = {"F32", "F16", "BF16"}
 
 
 def weights_sha256(folder: Path) -> str:
@@ -57,6 +60,28 @@ def check_weights(folder: Path) -> list[str]:
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     return list(named)
+
+
+def has_plain_head(folder: Path) -> bool:
+    """Whether the LM head, or the embedding that it is tied to, holds floats and nothing else.
+
+    A quantised one has integers, scales or zero points. False where that cannot be told: in files
+    that are no safetensors, and for a head of another name. Raises as `check_weights`.
+    """
+    tensors: dict[str, Any] = {}
+    for name in check_weights(folder):
+        if not name.endswith(".safetensors"):
+            return False
+        tensors |= _read_header(folder / name)
+    for module in _HEADS:
+        of_head = {
+            name.rpartition(".")[2]: about.get("dtype")
+            for name, about in tensors.items()
+            if module in name.split(".")[:-1]
+        }
+        if of_head:
+            return of_head.keys() <= {"weight", "bias"} and set(of_head.values()) <= _FLOATS
+    return False
 
 
 def _named_files(folder: Path) -> dict[str, list[str]]:
@@ -98,6 +123,16 @@ def _is_inside(name: str) -> bool:
 
 def _check_safetensors(path: Path, tensors: Sequence[str]) -> None:
     """InputError unless the header is one, fits the file's size, and has these tensors."""
+    entries = _read_header(path)
+    for tensor in tensors:
+        if tensor not in entries:
+            raise InputError(
+                f"{path}: has no tensor {tensor}, but the index places it there; {_AGAIN}"
+            )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its tensors; InputError unless it fits the file's size."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -119,11 +154,7 @@ def _check_safetensors(path: Path, tensors: Sequence[str]) -> None:
         ) from error
     if size != expected:
         raise InputError(_cut_off(path, str(expected), size))
-    for tensor in tensors:
-        if tensor not in entries:
-            raise InputError(
-                f"{path}: has no tensor {tensor}, but the index places it there; {_AGAIN}"
-            )
+    return entries
 
 
 def _check_pickle(path: Path) -> None:

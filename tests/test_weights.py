@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import cli
 from shards.errors import InputError
-from teacher_dump.weights import check_weights, weights_sha256
+from teacher_dump.weights import check_weights, has_plain_head, weights_sha256
 from tests.tiny_teacher import dump_command, write_corpus
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -226,3 +226,41 @@ def test_a_pointer_shows_before_the_corpus_is_tokenised(tiny_teacher: Path, tmp_
     assert str(weights) in line
     assert "git lfs pull" in line
     assert not out.exists()
+
+
+FLOATS = torch.zeros(2, 2, dtype=torch.bfloat16)
+WORDS = torch.zeros(2, 2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "plain"),
+    [
+        ({"lm_head.weight": FLOATS, "model.layers.0.mlp.qweight": WORDS}, True),
+        ({"language_model.lm_head.weight": FLOATS, "language_model.lm_head.bias": FLOATS}, True),
+        ({"model.embed_tokens.weight": FLOATS.half(), "layer.qweight": WORDS}, True),  # tied
+        ({"lm_head.qweight": WORDS, "lm_head.scales": FLOATS}, False),  # GPTQ, AWQ
+        ({"lm_head.weight_packed": WORDS, "lm_head.weight_scale": FLOATS}, False),
+        ({"lm_head.weight": FLOATS.to(torch.float8_e4m3fn)}, False),
+        ({"lm_head.weight": FLOATS, "lm_head.weight_scale": FLOATS}, False),
+        ({"lm_head.qweight": WORDS, "model.embed_tokens.weight": FLOATS}, False),
+        ({"model.embed_tokens.weight_packed": WORDS}, False),
+        ({"output_layer.weight": FLOATS}, False),  # a name that nobody here knows
+    ],
+)
+def test_a_head_is_plain_if_it_holds_floats_alone(
+    tensors: dict[str, torch.Tensor], plain: bool, tmp_path: Path
+) -> None:
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}  # no memory twice
+    save_file(copies, tmp_path / "model.safetensors")
+    assert has_plain_head(tmp_path) == plain
+
+
+def test_a_head_is_found_in_whichever_file_it_is(folder: Path) -> None:
+    save_file({"lm_head.weight": FLOATS}, folder / FILES[1])
+    write_index(folder, {"layer.0": FILES[0], "lm_head.weight": FILES[1]})
+    assert has_plain_head(folder)
+
+
+def test_a_head_that_is_no_safetensors_is_not_known_to_be_plain(tmp_path: Path) -> None:
+    torch.save({"lm_head.weight": FLOATS}, tmp_path / "pytorch_model.bin")
+    assert not has_plain_head(tmp_path)
