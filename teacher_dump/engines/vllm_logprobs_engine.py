@@ -25,6 +25,7 @@ from shards.rows import Float32Array, Int32Array
 from teacher_dump.engines.architectures import names_no_head, rope_parameters
 from teacher_dump.engines.options import EngineOptions
 from teacher_dump.engines.vllm_errors import last_line
+from teacher_dump.engines.vllm_parallel import check_tensor_parallel
 from teacher_dump.engines.vllm_start import (
     SUPPORTED_VLLM,
     check_arguments,
@@ -56,6 +57,7 @@ def check(options: EngineOptions) -> None:
         raise InputError(
             f"vLLM {found}, {options.architecture}: {reason}: use --engine transformers"
         )
+    check_tensor_parallel(options)
 
 
 def refusal(options: EngineOptions) -> str | None:

@@ -19,6 +19,7 @@ from shards.process.children import engine_children
 from shards.process.progress import duration
 from teacher_dump.engines.options import EngineOptions
 from teacher_dump.engines.vllm_errors import ErrorLog, not_started
+from teacher_dump.engines.vllm_parallel import cores_of_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _OWNED = ("model", "runner", "enable_prefix_caching", "skip_tokenizer_init", "dt
           "hf_overrides", "additional_config", "max_model_len", "model_class_overrides",
           "language_model_only", "trust_remote_code", "max_logprobs", "logprobs_mode",
           "worker_extension_cls", "enable_batch_sharded_sampling",
-          "swa_bounded_replay")  # fmt: skip
+          "swa_bounded_replay", "tensor_parallel_size")  # fmt: skip
 
 # Arguments that give positions in the middle of a prompt other rows than theirs, and the values
 # that do not.
@@ -38,7 +39,8 @@ def check_arguments(engine_args: Mapping[str, object]) -> None:
     """InputError for an `--engine-arg` that is not the user's to set, or makes targets wrong."""
     for name, value in engine_args.items():
         if name in _OWNED:
-            raise InputError(f"--engine-arg {name}: set by the pass itself")
+            by = "--tensor-parallel" if name == "tensor_parallel_size" else "the pass itself"
+            raise InputError(f"--engine-arg {name}: set by {by}")
         if value != _WRONG_ROWS.get(name, value):
             raise InputError(
                 f"--engine-arg {name}={value}: vLLM then gives wrong results for positions before"
@@ -59,9 +61,6 @@ def prepare_environment() -> None:
         return
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    # vLLM's own choice leaves one core of two unused
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)
 
 
 def installed_version(engine: str) -> tuple[str, tuple[int, ...]]:
@@ -94,11 +93,13 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
     from vllm.engine.arg_utils import EngineArgs
 
     default: dict[str, object] = {} if torch.cuda.is_available() else {"enforce_eager": True}
+    if options.tensor_parallel > 1:
+        default["distributed_executor_backend"] = "mp"  # vLLM's own choice may be Ray's
     errors = ErrorLog()
     started = time.monotonic()
     logger.info("starting vLLM ...")
     try:
-        with engine_children(), errors.collecting():
+        with engine_children(), errors.collecting(), cores_of_ranks(options.num_ranks):
             llm = LLM(
                 **{
                     "model": str(options.teacher_folder),
@@ -108,6 +109,7 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
                     "enable_prefix_caching": False,
                     "skip_tokenizer_init": True,
                     "language_model_only": True,
+                    "tensor_parallel_size": options.tensor_parallel,
                     **_every_row(EngineArgs),
                     **default,
                     **arguments,
