@@ -10,7 +10,7 @@ from shards.keep import Keep, Tokens, TopPK
 from shards.layout import Layout
 from shards.names import BOS_MODES
 from shards.options import OptionError, check, check_choices, option
-from teacher_dump.engines.interface import ENGINES
+from teacher_dump.engines.interface import ENGINES, num_ranks
 
 TARGET_SHARD_TOKENS = 2 << 20  # about 256 MiB at 120 bytes per token
 TARGET_ROW_GROUP_TOKENS = 128 << 10
@@ -73,7 +73,7 @@ class DumpConfig:
         metavar="KEY=VALUE",
     )
     tensor_parallel: int = option(
-        "GPUs of this machine that share the teacher, each with a part of every layer.", default=1
+        "GPUs of one machine that share the teacher; each holds a part of every layer.", default=1
     )
     dtype: str = option(
         "Dtype in which the teacher runs. auto: bfloat16, whatever dtype its files have.",
@@ -186,6 +186,11 @@ class DumpConfig:
                 f" {self.engine}: sees only the largest entries, but --keep {self.keep.method}"
                 f" needs the whole distribution; use {' or '.join(others)}, or --keep top-p-k",
             )
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that one engine takes, where there are any."""
+        return num_ranks(self.tensor_parallel, self.engine_arg)
 
     @property
     def sees_distribution(self) -> bool:

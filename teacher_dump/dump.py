@@ -56,7 +56,7 @@ def run(config: DumpConfig, cluster: ClusterOptions | None = None) -> DumpSummar
     if options.prepare:
         return _prepare(config, ready)
     if ready.teacher is not None and options.workers is None:
-        take_devices(rank, gpus_per_process=1)
+        take_devices(rank, gpus_per_process=config.gpus)
     if options.workers is not None:
         check_ray()
         return _head(config, ready, options.workers)
@@ -85,7 +85,7 @@ def _head(config: DumpConfig, ready: Prepared, num_workers: int) -> DumpSummary:
         planned = _plan_without_engine(config, ready)
 
         def write(queue: ShardQueue, plans: Iterator[ShardPlan]) -> DumpSummary:
-            return run_workers(config, queue, plans, planned, num_workers, gpus_per_worker=1)
+            return run_workers(config, queue, plans, planned, num_workers, config.gpus)
 
         return _write(config, planned, Rank(), write)
 

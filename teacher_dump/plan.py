@@ -141,7 +141,7 @@ def make_plan(config: DumpConfig, tokens: int | None, engines: int = 1) -> Plan:
         positions_per_s=num_positions / seconds,
         start_seconds=start_seconds,
         engines=engines,
-        gpus_per_engine=min(1, count_gpus()) if ready.teacher is not None else 0,
+        gpus_per_engine=min(config.gpus, count_gpus()) if ready.teacher is not None else 0,
         probe=probed,
     )
 

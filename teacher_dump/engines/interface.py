@@ -85,3 +85,9 @@ ENGINES: Mapping[str, EngineKind] = {
     ),
     "transformers": EngineKind(module="teacher_dump.engines.transformers_engine"),
 }
+
+
+def num_ranks(tensor_parallel: int, engine_args: Mapping[str, object]) -> int:
+    """Processes of vLLM that compute, each on a GPU of its own where there are GPUs."""
+    stages = engine_args.get("pipeline_parallel_size", 1)
+    return tensor_parallel * (stages if isinstance(stages, int) else 1)

@@ -41,9 +41,3 @@ class EngineOptions:
     engine_args: Mapping[str, object] = field(default_factory=dict)
     tensor_parallel: int = 1
     trust_remote_code: bool = False
-
-    @property
-    def num_ranks(self) -> int:
-        """Processes of vLLM that compute."""
-        stages = self.engine_args.get("pipeline_parallel_size", 1)
-        return self.tensor_parallel * (stages if isinstance(stages, int) else 1)

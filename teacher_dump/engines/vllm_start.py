@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from shards.errors import InputError
 from shards.process.children import engine_children
 from shards.process.progress import duration
+from teacher_dump.engines.interface import num_ranks
 from teacher_dump.engines.options import EngineOptions
 from teacher_dump.engines.vllm_errors import ErrorLog, not_started
 from teacher_dump.engines.vllm_parallel import cores_of_ranks
@@ -92,14 +93,15 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
+    ranks = num_ranks(options.tensor_parallel, options.engine_args)
     default: dict[str, object] = {} if torch.cuda.is_available() else {"enforce_eager": True}
-    if options.tensor_parallel > 1:
+    if ranks > 1:
         default["distributed_executor_backend"] = "mp"  # vLLM's own choice may be Ray's
     errors = ErrorLog()
     started = time.monotonic()
     logger.info("starting vLLM ...")
     try:
-        with engine_children(), errors.collecting(), cores_of_ranks(options.num_ranks):
+        with engine_children(), errors.collecting(), cores_of_ranks(ranks):
             llm = LLM(
                 **{
                     "model": str(options.teacher_folder),
