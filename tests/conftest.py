@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpus import has_gpu, hide_gpus
+
 ROOT = Path(__file__).parent.parent
 
+hide_gpus()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Torch reads it at import, here and in the processes that tests start. Tests run in one process per
 # core; with more threads than cores, threads mostly spin while they wait for each other.
@@ -31,9 +34,12 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, the others in their order."""
+    """Long files first, the others in their order; what needs a GPU is skipped without one."""
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if item.get_closest_marker("gpu") and not has_gpu():
+            item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
 
 
 @pytest.fixture(scope="session")

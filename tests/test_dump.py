@@ -20,6 +20,7 @@ from teacher_dump.tokenizer import load_tokenizer
 from teacher_dump.tokens.encoding import make_encoder
 from tests.command_runs import refused, run, the_line
 from tests.full_disk import largest_file
+from tests.gpus import environment
 from tests.tiny_teacher import (
     BOUND,
     STEP,
@@ -99,7 +100,7 @@ def test_a_dump_that_was_killed_continues_and_loses_and_repeats_nothing(
     kept: dict[Path, bytes] = {}
     for shards_before_the_kill in (1, 5):
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
         ) as process:
             _wait_for(
                 lambda n=shards_before_the_kill: len(list(killed.glob("train/*.json"))) >= n,

@@ -18,6 +18,7 @@ from shards.inspect import verify
 from shards.process.folder_lock import folder_lock
 from shards.rows import Row
 from teacher_dump.engines.vllm_parallel import divide_cores
+from tests import gpus
 from tests.test_children import ends
 from tests.tiny_teacher import (
     BOUND,
@@ -188,7 +189,7 @@ def test_a_killed_command_leaves_no_process_no_memory_and_no_lock(
     before = set(os.listdir("/dev/shm"))
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=3000)
     command = dump_command(tiny_teacher, corpus, tmp_path / "out", *FLOAT32, *more)
-    environment = {**os.environ, **environment}
+    environment = {**gpus.environment(), **environment}
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
     )

@@ -22,6 +22,7 @@ from teacher_dump.dump import run
 from teacher_dump.ranks import ClusterOptions
 from teacher_dump.ray_worker import Failure, RayWorker
 from teacher_dump.shard_pass import DumpSummary
+from tests.gpus import environment
 from tests.test_ranks import config_of
 from tests.tiny_teacher import ROOT, dump_command, write_corpus
 
@@ -131,7 +132,7 @@ def test_a_killed_worker_of_the_real_engine_costs_one_shard_written_again(
     corpus, out = write_corpus(tmp_path / "corpus.jsonl", num_documents=300), tmp_path / "out"
     command = [*dump_command(tiny_teacher, corpus, out), "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+                               start_new_session=True, env=environment())  # fmt: skip
     try:
         while not (killable := _ray_workers(process.pid)):
             assert process.poll() is None

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shards.dataset import Dataset
 from shards.rows import Row
+from tests.gpus import SMALL_ENGINE, environment, has_gpu
 
 ROOT = Path(__file__).parent.parent
 STEP = 1 / 16  # the default grid of log-probabilities, nats
@@ -151,15 +152,17 @@ def dump_command(
     teacher: Path, corpus: Path, out: Path, *more: str, keep: tuple[str, ...] = TOP_P_K
 ) -> list[str]:
     """The command line of a real `dump-logits` on a tiny scale."""
+    small = SMALL_ENGINE if has_gpu() and "transformers" not in more else ()
     return [
         *(sys.executable, str(ROOT / "cli.py"), "dump-logits", "--teacher", str(teacher)),
         *("--corpus", str(corpus), "--out", str(out), "--sequence-length", "32"),
-        *("--held-out", "0.1", "--sequences-per-shard", "8", *keep, *more),
+        *("--held-out", "0.1", "--sequences-per-shard", "8", *keep, *small, *more),
     ]
 
 
 def run_dump(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and return what it printed."""
+    """Run a command to its end and return what it printed; it may use the GPUs."""
+    options.setdefault("env", environment())
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
