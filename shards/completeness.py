@@ -20,6 +20,7 @@ from shards.listing import list_shards
 from shards.manifest import Manifest
 from shards.publication import adopt, check_not_alone
 from shards.row_group import Int64Array
+from shards.rows import BoolArray
 from shards.sidecar import Sidecar, sidecar_path
 from shards.writer import shard_name
 
@@ -73,18 +74,15 @@ def missing_shards(path: Path, manifest: Manifest, split: str) -> SomeShards:
     ShardCorruptError if the last shard's sidecar is damaged.
     """
     missing, _ = _find_missing(path, manifest, split)
-    return missing
+    return _shards_where(missing, manifest, split)
 
 
 def shards_to_write(path: Path, manifest: Manifest, split: str) -> SomeShards:
     """The missing shards, after those that only lack a sidecar got one. Raises as `is_missing`."""
     missing, begun = _find_missing(path, manifest, split)
-    adopted = [
-        shard
-        for shard, sequences in begun
-        if not is_missing(path, manifest, split, shard, sequences)
-    ]
-    return missing.without(adopted)
+    for shard, sequences in _shards_where(begun, manifest, split):
+        missing[shard] = is_missing(path, manifest, split, shard, sequences)
+    return _shards_where(missing, manifest, split)
 
 
 def is_missing(path: Path, manifest: Manifest, split: str, shard: int, sequences: range) -> bool:
@@ -101,8 +99,8 @@ def is_missing(path: Path, manifest: Manifest, split: str, shard: int, sequences
     return False
 
 
-def _find_missing(path: Path, manifest: Manifest, split: str) -> tuple[SomeShards, SomeShards]:
-    """The shards that do not count, and those among them that have a file."""
+def _find_missing(path: Path, manifest: Manifest, split: str) -> tuple[BoolArray, BoolArray]:
+    """Which shards do not count, and which of these have a file, both [shards]."""
     layout, num_sequences = manifest.spec.layout, manifest.splits[split].sequences
     num_shards = layout.num_shards(num_sequences)
     parquet, sidecars = list_shards(path / split, num_shards)
@@ -111,12 +109,15 @@ def _find_missing(path: Path, manifest: Manifest, split: str) -> tuple[SomeShard
         last = num_shards - 1
         sidecar = Sidecar.read(sidecar_path(path / split / shard_name(last)))
         counts[last] = sidecar.sequences == len(layout.shard_range(last, num_sequences))
-    begun = ~counts & (parquet | sidecars)
-    missing, with_file = (
-        SomeShards(numbers=np.flatnonzero(some), layout=layout, num_sequences=num_sequences)
-        for some in (~counts, begun)
+    return ~counts, ~counts & (parquet | sidecars)
+
+
+def _shards_where(chosen: BoolArray, manifest: Manifest, split: str) -> SomeShards:
+    return SomeShards(
+        numbers=np.flatnonzero(chosen),
+        layout=manifest.spec.layout,
+        num_sequences=manifest.splits[split].sequences,
     )
-    return missing, with_file
 
 
 def remove_shard(path: Path, split: str, shard: int) -> None:

@@ -47,8 +47,11 @@ def remove_old_temporaries(folder: Path, older_than_s: float = OLD_AFTER_S) -> N
     now = time.time()
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
+            # Most names of a large folder end here.
+            if not entry.name.startswith(".") or not is_temporary(entry.name):
+                continue
             with contextlib.suppress(OSError):
-                if not is_temporary(entry.name) or now - entry.stat().st_mtime < older_than_s:
+                if now - entry.stat().st_mtime < older_than_s:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
