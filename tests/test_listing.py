@@ -119,7 +119,7 @@ def test_missing_are_holes_half_pairs_and_a_last_shard_that_is_too_short(tmp_pat
     missing = missing_shards(path, manifest, "train")
     assert list(missing) == expected
     assert len(missing) == 4
-    with pytest.raises(ShardError, match=r"shard-000005.json: describes a shard that is not there"):
+    with pytest.raises(ShardError, match=r"shard-000005.json: describes a shard that is missing"):
         shards_to_write(path, manifest, "train")
     (folder / "shard-000005.json").unlink()
     with pytest.raises(ShardError, match=r"shard-000007.parquet: holds 1 sequences, expected 2"):
