@@ -118,7 +118,7 @@ def test_what_is_no_causal_language_model_is_refused_by_every_engine(
     command = dump_command(teacher, corpus, out, "--engine", engine)
     result = CliRunner().invoke(cli.dump_logits, command[3:])
     assert result.exit_code == 2
-    assert f"{architecture} is no causal language model" in result.output
+    assert f"{architecture} is not a causal language model" in result.output
     assert not out.exists()
 
 
