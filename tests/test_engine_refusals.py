@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from teacher_dump.engines.vllm_start import check_arguments, prepare_environment
+from teacher_dump.engines.vllm_start import check_arguments, defaults, prepare_environment
 from tests.tiny_families import make_family
 from tests.tiny_teacher import (
     BOUND,
@@ -179,6 +179,13 @@ def test_arguments_that_would_make_targets_wrong_are_refused(
                                    ("prefill_context_parallel_size", 1)])  # fmt: skip
 def test_the_values_with_which_they_are_right_are_taken(value: tuple[str, object]) -> None:
     check_arguments(dict([value]))
+
+
+def test_a_gpu_compiles_without_graphs_and_a_cpu_runs_eagerly() -> None:
+    assert defaults(1, on_gpu=False) == {"enforce_eager": True}
+    on_gpu = {"compilation_config": {"cudagraph_mode": "NONE"}}
+    assert defaults(1, on_gpu=True) == on_gpu
+    assert defaults(2, on_gpu=True) == {**on_gpu, "distributed_executor_backend": "mp"}
 
 
 def test_looking_for_a_gpu_leaves_a_process_that_engines_can_be_forked_from(

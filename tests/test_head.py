@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from teacher_dump.engines.head import WideHead, block_rows
+from teacher_dump.engines.head import GpuHead, WideHead, block_rows, make_head
 
 
 def products(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -42,6 +42,44 @@ def test_a_float32_head_of_bfloat16_states_is_not_rounded() -> None:
     _, weight, _ = products(torch.float32)
     logits = WideHead(weight, None, torch.float32)(hidden)
     assert (logits - hidden.double() @ weight.double().T).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_head_on_a_gpu_keeps_its_narrow_weight_and_gives_float32(with_bias: bool) -> None:
+    weight = torch.empty(1024, 576, dtype=torch.bfloat16, device="meta")
+    head = GpuHead(weight, weight[:, 0] if with_bias else None)
+    logits = head(torch.empty(1, 64, 576, dtype=torch.bfloat16, device="meta"))
+    assert logits.shape == (1, 64, 1024)
+    assert logits.dtype == torch.float32
+    assert head.weight.dtype == torch.bfloat16
+
+
+def test_states_that_are_wider_than_the_weight_are_not_rounded() -> None:
+    hidden, _, _ = products(torch.float32)
+    _, weight, _ = products(torch.bfloat16)
+    logits = GpuHead(weight, None)(hidden)
+    assert (logits - hidden.double() @ weight.double().T).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("device", "weight", "model", "wanted", "kind"),
+    [
+        ("cuda", torch.bfloat16, torch.bfloat16, torch.float32, GpuHead),
+        ("cuda", torch.float16, torch.float16, torch.float32, GpuHead),
+        ("cpu", torch.bfloat16, torch.bfloat16, torch.float32, WideHead),
+        ("cuda", torch.float32, torch.bfloat16, torch.float32, WideHead),  # nothing to round
+        ("cuda", torch.bfloat16, torch.float32, torch.float32, WideHead),
+        ("cuda", torch.float32, torch.float32, torch.float64, WideHead),
+    ],
+)
+def test_a_gpu_multiplies_narrow_factors_where_both_are(
+    device: str, weight: torch.dtype, model: torch.dtype, wanted: torch.dtype, kind: type
+) -> None:
+    made = make_head(
+        torch.zeros(4, 2, dtype=weight), None,
+        model_dtype=model, dtype=wanted, device=torch.device(device),
+    )  # fmt: skip
+    assert type(made) is kind
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from shards.errors import InputError, RunError
 from shards.rows import Int32Array
 from teacher_dump.engines.architectures import CAUSAL_SUFFIXES, rope_parameters
-from teacher_dump.engines.head import WideHead, block_rows
+from teacher_dump.engines.head import block_rows, make_head
 from teacher_dump.engines.logit_blocks import LogitBlocks
 from teacher_dump.engines.options import EngineOptions
 from teacher_dump.keep.packed import Selected, unpack
@@ -95,15 +95,20 @@ class TransformersEngine:
             )
         except Exception as error:
             raise _not_loaded(folder, error) from error
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if options.head_dtype not in ("model", options.dtype):
             head = model.get_output_embeddings()
             if head is None:
                 raise InputError(f"transformers finds no LM head in {type(model).__name__}")
-            bias = getattr(head, "bias", None)
-            wide = getattr(torch, options.head_dtype)
-            model.set_output_embeddings(WideHead(head.weight, bias, wide))
+            wide = make_head(
+                head.weight,
+                getattr(head, "bias", None),
+                model_dtype=getattr(torch, options.dtype),
+                dtype=getattr(torch, options.head_dtype),
+                device=self._device,
+            )
+            model.set_output_embeddings(wide)
         self.prefixes_agree = _prefixes_agree(config)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self._selection, self._seed = options.selection, options.seed
         self._select = selector_of(options.selection)

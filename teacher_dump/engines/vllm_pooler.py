@@ -92,7 +92,7 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
             ],
             axis=1,
         )
-        labels, keys = torch.from_numpy(words).to(hidden_states.device)
+        labels, keys = _on_device(words, hidden_states.device)
         packed = torch.split(self.score(hidden_states, labels, keys), scheduled)
         finished = cursor.get_finished_mask()
         lengths = cursor.prompt_lens_cpu.tolist()
@@ -102,6 +102,14 @@ class TeacherPooler(Pooler):  # type: ignore[misc]  # vLLM has no types here
                 pooling_metadata.pooling_states, packed, starts, lengths, finished, strict=True
             )
         ]
+
+
+def _on_device(words: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> torch.Tensor:
+    """A copy that does not wait for what the device is still doing."""
+    host = torch.from_numpy(words)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _labels_and_keys(params: Any, start: int, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:

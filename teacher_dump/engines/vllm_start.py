@@ -2,8 +2,8 @@
 
 On a machine without a GPU vLLM runs in this process and eagerly: compiling costs over 100 s of
 start there (measured), which a short run never earns back; `--engine-arg enforce_eager=false` turns
-that round. On a GPU vLLM's own defaults stand. Prefix caching is always off: cached positions would
-have nothing to score.
+that round. On a GPU vLLM's own defaults stand, but for CUDA graphs. Prefix caching is always off:
+cached positions would have nothing to score.
 """
 
 from __future__ import annotations
@@ -94,9 +94,6 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
     from vllm.engine.arg_utils import EngineArgs
 
     ranks = num_ranks(options.tensor_parallel, options.engine_args)
-    default: dict[str, object] = {} if torch.cuda.is_available() else {"enforce_eager": True}
-    if ranks > 1:
-        default["distributed_executor_backend"] = "mp"  # vLLM's own choice may be Ray's
     errors = ErrorLog()
     started = time.monotonic()
     logger.info("starting vLLM ...")
@@ -113,7 +110,7 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
                     "language_model_only": True,
                     "tensor_parallel_size": options.tensor_parallel,
                     **_every_row(EngineArgs),
-                    **default,
+                    **defaults(ranks, on_gpu=torch.cuda.is_available()),
                     **arguments,
                     **options.engine_args,
                 }
@@ -122,6 +119,20 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
         raise not_started(options.architecture, errors.cause_of(error), fallback) from error
     logger.info("vLLM started in %s", duration(time.monotonic() - started))
     return Started(llm, errors)
+
+
+def defaults(ranks: int, *, on_gpu: bool) -> dict[str, object]:
+    """Arguments that the user may override.
+
+    Steps of full prompts are larger than any that vLLM captures a CUDA graph of: capturing only
+    takes time and memory. Eager steps are for a CPU, see above.
+    """
+    arguments: dict[str, object] = {"enforce_eager": True}
+    if on_gpu:
+        arguments = {"compilation_config": {"cudagraph_mode": "NONE"}}
+    if ranks > 1:
+        arguments["distributed_executor_backend"] = "mp"  # vLLM's own choice may be Ray's
+    return arguments
 
 
 def _every_row(known: Any) -> dict[str, object]:

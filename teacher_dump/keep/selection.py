@@ -17,7 +17,7 @@ from teacher_dump.keep.top_p_k import TopPKSelector
 # takes 45, 34 and 39 us by 512 rows (top-p-k, draws, threshold), 52, 38 and 46 by 256, and 56, 43
 # and 52 by 128. The best size for a GPU has not been measured.
 CPU_SELECTION_BYTES = 96 << 20
-GPU_SELECTION_BYTES = 256 << 20
+GPU_SELECTION_BYTES = 1 << 30
 
 
 class Selector(Protocol):
