@@ -31,10 +31,10 @@ class _Check(NamedTuple):
 
     def text(self, group: RowGroup) -> str:
         """The first place and what is wrong there."""
-        place = int(self.wrong.argmax())
-        row = int(np.searchsorted(self.row_offsets, place, side="right")) - 1
+        position = int(self.wrong.argmax())
+        row = int(np.searchsorted(self.row_offsets, position, side="right")) - 1
         sequence = f"sequence {group.sequences[row]}"
-        if self.values is not None and np.isnan(self.values[place]):
+        if self.values is not None and np.isnan(self.values[position]):
             return f"{sequence}: {self.what} is nan: the teacher gave no number"
         return f"{sequence}: {self.what} is not valid"
 

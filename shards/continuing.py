@@ -119,10 +119,10 @@ def _create(path: Path, manifest: Manifest) -> bool:
 
 def check_spec(path: Path, asked: DatasetSpec, present: DatasetSpec) -> None:
     """IdentityMismatchError naming every difference between this command and the folder `path`."""
-    found = differences(asked, present)
-    if found:
+    mismatches = differences(asked, present)
+    if mismatches:
         raise IdentityMismatchError(
-            f"{path}: holds another dataset: {'; '.join(found)}"
+            f"{path}: holds another dataset: {'; '.join(mismatches)}"
             " (here: this command, there: the folder); give another folder"
         )
 

@@ -169,19 +169,19 @@ class Split(Closing):
         """Open a shard and make sure that it is this dataset's and stands where it belongs."""
         reader = ShardReader(self.path / shard_name(shard))
         try:
-            found = differences(self.spec, reader.spec)
-            if found:
+            mismatches = differences(self.spec, reader.spec)
+            if mismatches:
                 raise IdentityMismatchError(
                     f"{reader.path}: a shard of another dataset than the one around it:"
-                    f" {'; '.join(found)} (here: the dataset, there: the shard)"
+                    f" {'; '.join(mismatches)} (here: the dataset, there: the shard)"
                 )
             sequences = self._layout.shard_range(shard, self.num_sequences)
-            place = (self.path.name, sequences.start, len(sequences))
+            expected = (self.path.name, sequences.start, len(sequences))
             sidecar = reader.sidecar
-            if (sidecar.split, sidecar.first_sequence, sidecar.sequences) != place:
+            if (sidecar.split, sidecar.first_sequence, sidecar.sequences) != expected:
                 raise ShardCorruptError(
                     f"{reader.path}: holds {sidecar.sequences} sequences of split {sidecar.split}"
-                    f" from {sidecar.first_sequence} on; split, start and number must be {place}"
+                    f" from {sidecar.first_sequence} on; split, start and number must be {expected}"
                 )
         except ShardError:
             reader.close()

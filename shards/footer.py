@@ -55,21 +55,21 @@ class Footer:
                 f"{path}: format version {version!r}, this release reads version {FORMAT_VERSION}"
             )
         try:
-            found = parse(_Content, content)
-            if found.split not in SPLITS:
+            fields = parse(_Content, content)
+            if fields.split not in SPLITS:
                 raise ValueError(
-                    f"unknown split {found.split!r}, this release knows {', '.join(SPLITS)}"
+                    f"unknown split {fields.split!r}, this release knows {', '.join(SPLITS)}"
                 )
         except ValueError as error:
             raise ShardFormatError(f"{path}: footer: {error}") from error
-        spec = DatasetSpec.from_json(found.spec, f"{path}: footer: spec")
+        spec = DatasetSpec.from_json(fields.spec, f"{path}: footer: spec")
         names = parquet.schema_arrow.names
         if not parquet.schema_arrow.equals(schema(spec.columns), check_metadata=False):
             raise ShardFormatError(
                 f"{path}: has the columns {', '.join(names)}, but its footer describes"
                 f" {', '.join(spec.columns)}"
             )
-        return cls(spec=spec, split=found.split, shard=found.shard)
+        return cls(spec=spec, split=fields.split, shard=fields.shard)
 
 
 def parquet_writer(

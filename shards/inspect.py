@@ -43,9 +43,9 @@ def describe(path: Path) -> dict[str, Any]:
     """
     if path.is_file():
         with ShardReader(path) as reader:
-            place = {"split": reader.sidecar.split, "shard": reader.sidecar.shard}
+            identity = {"split": reader.sidecar.split, "shard": reader.sidecar.shard}
             spec = reader.spec
-        return {**_Sums.of_shard(path).figures(), **place, "spec": spec.to_json()}
+        return {**_Sums.of_shard(path).figures(), **identity, "spec": spec.to_json()}
     manifest = load_manifest(path)
     sums = {name: _Sums.of_split(path, manifest, name) for name in manifest.splits}
     return {

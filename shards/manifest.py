@@ -85,16 +85,16 @@ def load_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise ShardCorruptError(f"{file}: cannot be read: {error.strerror}") from error
     try:
-        found = parse(_Content, content)
-        for name in found.splits:
+        fields = parse(_Content, content)
+        for name in fields.splits:
             if name not in SPLITS:
                 raise ValueError(f"unknown split {name!r}, this release knows {', '.join(SPLITS)}")
     except ValueError as error:
         raise ShardFormatError(f"{file}: {error}") from error
     return Manifest(
-        spec=DatasetSpec.from_json(found.spec, f"{file}: spec"),
-        splits=found.splits,
-        recorded=tuple(found.recorded),
-        tokenizer_files=found.tokenizer_files,
-        complete=found.complete,
+        spec=DatasetSpec.from_json(fields.spec, f"{file}: spec"),
+        splits=fields.splits,
+        recorded=tuple(fields.recorded),
+        tokenizer_files=fields.tokenizer_files,
+        complete=fields.complete,
     )

@@ -116,34 +116,34 @@ def adopt(path: Path, footer: Footer, sequences: int) -> Sidecar:
     ShardCorruptError for a file that is damaged or another shard than `footer` says, or that holds
     another number of sequences.
     """
-    sidecar = sidecar_path(path)
-    if not sidecar.exists():
+    file = sidecar_path(path)
+    if not file.exists():
         try:
             _make_missing_sidecar(path, footer, sequences)
         except ShardCorruptError:
             # The bytes of another release of Arrow may differ; by now its own writer is done.
-            if not sidecar.exists():
+            if not file.exists():
                 raise
-    found = Sidecar.read(sidecar)
-    if found.sequences != sequences:
+    sidecar = Sidecar.read(file)
+    if sidecar.sequences != sequences:
         raise ShardCorruptError(
-            f"{path}: holds {found.sequences} sequences, expected {sequences}; delete it and its"
+            f"{path}: holds {sidecar.sequences} sequences, expected {sequences}; delete it and its"
             " .json, and the same dump-logits command writes it again"
         )
-    return found
+    return sidecar
 
 
 def _make_missing_sidecar(path: Path, footer: Footer, sequences: int) -> None:
-    sidecar = sidecar_path(path)
-    found = make_sidecar(path, footer, _checked_totals(path, footer, sequences))
-    temporary = durable.temporary_name(sidecar)
+    file = sidecar_path(path)
+    sidecar = make_sidecar(path, footer, _checked_totals(path, footer, sequences))
+    temporary = durable.temporary_name(file)
     try:
-        found.write(temporary)
-        durable.publish(temporary, sidecar)
+        sidecar.write(temporary)
+        durable.publish(temporary, file)
     except FileExistsError:
         pass  # another process has found the Parquet file too
     except OSError as error:
-        raise RunError(f"{sidecar}: cannot be written: {error.strerror or error}") from error
+        raise RunError(f"{file}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -171,11 +171,11 @@ def _totals(path: Path, buffer: pa.Buffer, footer: Footer) -> Totals:
     content = memoryview(buffer)
     footer_sha256(content)  # ValueError for what is no Parquet file at all
     with pq.ParquetFile(pa.BufferReader(buffer), page_checksum_verification=True) as parquet:
-        found = Footer.read(path, parquet)
-        wrong = differences(footer.spec, found.spec)
-        if wrong or (found.split, found.shard) != (footer.split, footer.shard):
-            place = f"shard {found.shard} of split {found.split}"
-            raise ValueError("; ".join([f"it is another shard: {place}", *wrong]))
+        own_footer = Footer.read(path, parquet)
+        wrong = differences(footer.spec, own_footer.spec)
+        if wrong or (own_footer.split, own_footer.shard) != (footer.split, footer.shard):
+            shard = f"shard {own_footer.shard} of split {own_footer.split}"
+            raise ValueError("; ".join([f"it is another shard: {shard}", *wrong]))
         first = footer.spec.layout.first_sequence(footer.shard)
         again = _SameBytes(content)
         metadata = {METADATA_KEY: parquet.metadata.metadata[METADATA_KEY]}

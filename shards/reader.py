@@ -94,8 +94,8 @@ class ShardReader(Closing):
         wanted = self._columns if columns is None else [c for c in self._columns if c in columns]
         for name in wanted:
             column = self._columns.index(name)
-            found = chunk_crc32(self._content, self._parquet.metadata, i, column)
-            if found != self.sidecar.chunks_crc32[i][column]:
+            crc32 = chunk_crc32(self._content, self._parquet.metadata, i, column)
+            if crc32 != self.sidecar.chunks_crc32[i][column]:
                 raise self._corrupt(
                     f"the checksum of column {name} in row group {i} does not match"
                 )

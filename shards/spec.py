@@ -189,9 +189,9 @@ class DatasetSpec:
             raise ShardFormatError(f"{where}: {error}") from error
 
 
-def differences(expected: DatasetSpec, found: DatasetSpec) -> list[str]:
-    """One text per differing key, dotted: "keep.top_k: 100 here, 50 there" (expected, found)."""
-    return json_differences(expected.to_json(), found.to_json())
+def differences(expected: DatasetSpec, actual: DatasetSpec) -> list[str]:
+    """One text per differing key, dotted: "keep.top_k: 100 here, 50 there" (expected, actual)."""
+    return json_differences(expected.to_json(), actual.to_json())
 
 
 def keep_to_json(keep: Keep) -> dict[str, Json]:

@@ -143,9 +143,9 @@ class ShardWriter:
 
     def _check_columns(self, group: RowGroup) -> None:
         """ValueError unless the rows have the columns of the dataset, no less and no more."""
-        found = [name for name in ALL_COLUMNS if getattr(group, _field(name)) is not None]
-        if found != self._columns.names:
-            raise ValueError(f"rows with columns {found}, expected {self._columns.names}")
+        names = [name for name in ALL_COLUMNS if getattr(group, _field(name)) is not None]
+        if names != self._columns.names:
+            raise ValueError(f"rows with columns {names}, expected {self._columns.names}")
 
     def _check_place(self, group: RowGroup) -> None:
         done, layout = self._totals.sequences, self._layout

@@ -16,16 +16,16 @@ def canonical_json(value: Json) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def json_differences(expected: Mapping[str, Json], found: Mapping[str, Json]) -> list[str]:
-    """One text per differing key, dotted: "keep.top_k: 100 here, 50 there" (expected, found)."""
+def json_differences(expected: Mapping[str, Json], actual: Mapping[str, Json]) -> list[str]:
+    """One text per differing key, dotted: "keep.top_k: 100 here, 50 there" (expected, actual)."""
     lines: list[str] = []
-    for key in sorted({*expected, *found}):
-        here, there = expected.get(key), found.get(key)
+    for key in sorted({*expected, *actual}):
+        here, there = expected.get(key), actual.get(key)
         if isinstance(here, Mapping) and isinstance(there, Mapping):
             lines += [f"{key}.{line}" for line in json_differences(here, there)]
-        elif key not in expected or key not in found or not _same(here, there):
+        elif key not in expected or key not in actual or not _same(here, there):
             here_text = _short(here) if key in expected else _ABSENT
-            there_text = _short(there) if key in found else _ABSENT
+            there_text = _short(there) if key in actual else _ABSENT
             lines.append(f"{key}: {here_text} here, {there_text} there")
     return lines
 

@@ -165,11 +165,11 @@ def _check_added_tokens(path: Path, text: str, tokenizer: Any) -> None:
     ids = set(tokenizer.get_vocab(with_added_tokens=False).values())
     for token in json.loads(text).get("added_tokens") or []:
         content, expected = token["content"], token["id"]
-        found = tokenizer.token_to_id(content)
-        if found != expected:
+        token_id = tokenizer.token_to_id(content)
+        if token_id != expected:
             raise InputError(
                 f"{path}: added token {content!r} has id {expected} in the file, but the library"
-                f" tokenizers gives it {found}; close the gaps between the ids"
+                f" tokenizers gives it {token_id}; close the gaps between the ids"
             )
         if expected in ids and tokenizer.model.token_to_id(content) is None:
             raise InputError(

@@ -60,13 +60,13 @@ def check_tokenizer(dataset: Path, expected: Mapping[str, str]) -> None:
     """ShardCorruptError unless the files of a dataset's tokenizer are those of its manifest."""
     folder = dataset / TOKENIZER
     try:
-        found = hash_files(folder)
+        hashes = hash_files(folder)
     except OSError as error:
         raise _damaged(folder, f"cannot be read ({error.strerror})") from error
     for name, sha256 in expected.items():
-        if name not in found:
+        if name not in hashes:
             raise _damaged(folder / name, "missing")
-        if found[name] != sha256:
+        if hashes[name] != sha256:
             raise _damaged(folder / name, "does not match its hash in the manifest")
 
 
@@ -76,12 +76,12 @@ def check_content(dataset: Path, sha256: str) -> None:
     if not file.is_file():
         return  # `check_tokenizer` says what is missing
     try:
-        found = tokenizer_sha256(file.read_text(encoding="utf-8"))
+        file_sha256 = tokenizer_sha256(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _damaged(file, f"cannot be read ({one_line(error)})") from error
-    if found != sha256:
+    if file_sha256 != sha256:
         raise _damaged(
-            file, f"is another tokenizer ({found[:12]}) than the dataset's ({sha256[:12]})"
+            file, f"is another tokenizer ({file_sha256[:12]}) than the dataset's ({sha256[:12]})"
         )
 
 
