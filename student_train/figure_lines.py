@@ -45,7 +45,7 @@ def is_number(value: object) -> bool:
     return abs(value) <= sys.float_info.max
 
 
-def _parse(text: bytes, place: str) -> dict[str, Any]:
+def _parse(text: bytes, location: str) -> dict[str, Any]:
     try:
         line: dict[str, Any] = json.loads(text)
         sound = isinstance(line["step"], int) and isinstance(line["kind"], str)
@@ -54,6 +54,6 @@ def _parse(text: bytes, place: str) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise InputError(
-        f"{place}: not a line of figures (step, kind, tokens); delete the line, and the run and its"
-        " report do without it"
+        f"{location}: not a line of figures (step, kind, tokens); delete the line, and the run and"
+        " its report do without it"
     )

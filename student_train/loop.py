@@ -88,8 +88,8 @@ class Training:
         self._objective = make_objective(config, splits[0])
         self._model = model.train()
         self._optimizer = make_optimizer(model, config)
-        found = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
-        self._progress = found or Progress(step=0, tokens=0, sequences=[0] * len(splits))
+        progress = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
+        self._progress = progress or Progress(step=0, tokens=0, sequences=[0] * len(splits))
         self._bytes_of_tokens = (
             None if evaluation_dataset is None else token_bytes(evaluation_dataset)
         )

@@ -78,9 +78,9 @@ def cut_back(file: Path, step: int, *, evaluated: bool = True) -> None:
     if not file.exists():
         return
     kept = []
-    for text, found in read_lines(file):
-        is_evaluation = found["step"] == step and found["kind"] == VALIDATION
-        if found["step"] > step or (is_evaluation and not evaluated):
+    for text, figures in read_lines(file):
+        is_evaluation = figures["step"] == step and figures["kind"] == VALIDATION
+        if figures["step"] > step or (is_evaluation and not evaluated):
             break
         kept.append(text.decode())
     durable.replace(file, "".join(kept))

@@ -95,15 +95,16 @@ class RunFolder:
         durable.replace(self.path / _SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def _check_same(self, here: Mapping[str, Json], there: Mapping[str, Any]) -> None:
-        found = json_differences(_compared(here), _compared(there))
-        if not found:
+        differences = json_differences(_compared(here), _compared(there))
+        if not differences:
             return
         reason = ""
-        if any(line.startswith("config.tokens:") for line in found):
+        if any(line.startswith("config.tokens:") for line in differences):
             reason = "; another --tokens changes the learning rate of every step"
         raise InputError(
-            f"{self.path}: holds a run with other settings: {'; '.join(found)} (here: this command,"
-            f" there: the folder){reason}; repeat its command to continue it, or give another --out"
+            f"{self.path}: holds a run with other settings: {'; '.join(differences)}"
+            f" (here: this command, there: the folder){reason}; repeat its command to continue it,"
+            " or give another --out"
         )
 
 

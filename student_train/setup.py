@@ -191,20 +191,22 @@ def find_evaluation_dataset(config: TrainConfig, dataset: Dataset) -> Dataset | 
 
     InputError if no position of the split counts.
     """
-    found = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
-    _check_tokenizers("--eval-shards", found, dataset)
-    if VALIDATION not in found.split_names:
-        logger.info("%s: has no validation split, so the run evaluates nothing", found.path)
+    evaluation_dataset = dataset if config.eval_shards is None else Dataset.open(config.eval_shards)
+    _check_tokenizers("--eval-shards", evaluation_dataset, dataset)
+    if VALIDATION not in evaluation_dataset.split_names:
+        logger.info(
+            "%s: has no validation split, so the run evaluates nothing", evaluation_dataset.path
+        )
         return None
-    check_counted(found.split(VALIDATION))
-    return found
+    check_counted(evaluation_dataset.split(VALIDATION))
+    return evaluation_dataset
 
 
-def _check_tokenizers(option: str, found: Dataset, dataset: Dataset) -> None:
+def _check_tokenizers(option: str, other_dataset: Dataset, dataset: Dataset) -> None:
     """IdentityMismatchError unless both have the same tokenizer."""
-    expected, other = dataset.spec.tokenizer.sha256, found.spec.tokenizer.sha256
+    expected, other = dataset.spec.tokenizer.sha256, other_dataset.spec.tokenizer.sha256
     if expected != other:
         raise IdentityMismatchError(
-            f"{option} {found.path}: has another tokenizer ({other[:12]}) than"
+            f"{option} {other_dataset.path}: has another tokenizer ({other[:12]}) than"
             f" {dataset.path} ({expected[:12]})"
         )

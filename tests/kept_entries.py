@@ -19,7 +19,7 @@ def make_entries(ids: Tensor, logprobs: Tensor) -> KeptEntries:
         offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
         ids=torch.cat([ids[kept].int(), torch.zeros(most, dtype=torch.int32)]),
         logprobs=torch.cat([logprobs[kept], torch.full((most,), -torch.inf)]),
-        most=most,
+        max_entries=most,
     )
 
 
@@ -51,6 +51,6 @@ def all_padded(entries: KeptEntries) -> tuple[Tensor, Tensor]:
 def batch_entries(batch: Batch) -> tuple[Tensor, Tensor]:
     """ids and logprobs [B, L, K] of a batch that has them."""
     assert batch.entries is not None
-    shape = (*batch.labels.shape, batch.entries.most)
+    shape = (*batch.labels.shape, batch.entries.max_entries)
     ids, logprobs = all_padded(batch.entries)
     return ids.view(shape), logprobs.view(shape)

@@ -49,7 +49,7 @@ def test_every_position_has_its_entries_and_then_padding(
             del pairs[:count]
     expected += [[]] * data.draw(st.integers(0, 2))
     entries = KeptEntries.gather(runs, len(expected))
-    assert entries.most == max((max(of_run, default=0) for of_run in counts), default=0)
+    assert entries.max_entries == max((max(of_run, default=0) for of_run in counts), default=0)
     assert_padded(entries, expected)
 
 

@@ -38,7 +38,7 @@ TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
 TAIL_COLUMNS = (*TARGET_COLUMNS, TAIL_LOGMASS)
 
 
-class _Spot(NamedTuple):
+class _PlacedRow(NamedTuple):
     """Where a row begins among all positions of a batch, and its positions among its group's."""
 
     start: int
@@ -141,20 +141,20 @@ def make_batch(
     positions = [[_positions(group, r) for group, r in line] for line in lines]
     width = max(sum(map(len, line)) for line in positions) if packed is None else packed
     shape = (len(lines), width)
-    spots = list(_spots(lines, positions, shape[1]))
+    rows = list(_placed_rows(lines, positions, shape[1]))
     size = shape[0] * shape[1]
     input_ids = np.zeros(size, np.int64)
     labels = np.full(size, IGNORE_INDEX, np.int64)
     num_valid = 0
-    for start, group, r, place in spots:
-        length = len(place)
+    for start, group, r, span in rows:
+        length = len(span)
         first = require(TOKENS, group.token_offsets)[r]
         tokens = require(TOKENS, group.tokens)[first : first + length + 1]
         input_ids[start : start + length] = tokens[:-1]
         labels[start : start + length] = tokens[1:]
         num_valid += length
         if group.loss_mask is not None:
-            masked = ~group.loss_mask[place.start : place.stop]
+            masked = ~group.loss_mask[span.start : span.stop]
             labels[start : start + length][masked] = IGNORE_INDEX
             num_valid -= int(np.count_nonzero(masked))
     return Batch(
@@ -163,21 +163,21 @@ def make_batch(
         num_valid=num_valid,
         num_sequences=num_sequences,
         position_ids=None if packed is None else _position_ids(positions, shape),
-        entries=_entries(spots, size),
-        tail_logmass=_per_position(spots, shape, TAIL_LOGMASS, -np.inf),
-        entropies=_per_position(spots, shape, ENTROPIES, 0.0),
+        entries=_entries(rows, size),
+        tail_logmass=_per_position(rows, shape, TAIL_LOGMASS, -np.inf),
+        entropies=_per_position(rows, shape, ENTROPIES, 0.0),
     )
 
 
-def _spots(
+def _placed_rows(
     lines: Sequence[Line], positions: Sequence[Sequence[range]], width: int
-) -> Iterator[_Spot]:
+) -> Iterator[_PlacedRow]:
     """Where the rows of all lines are in the flat batch."""
     for b, line in enumerate(lines):
         start = b * width
-        for (group, r), place in zip(line, positions[b], strict=True):
-            yield _Spot(start, group, r, place)
-            start += len(place)
+        for (group, r), span in zip(line, positions[b], strict=True):
+            yield _PlacedRow(start, group, r, span)
+            start += len(span)
 
 
 def _position_ids(positions: Sequence[Sequence[range]], shape: tuple[int, int]) -> Tensor:
@@ -190,44 +190,44 @@ def _position_ids(positions: Sequence[Sequence[range]], shape: tuple[int, int]) 
     return torch.from_numpy(position_ids)
 
 
-def _entries(spots: Sequence[_Spot], size: int) -> KeptEntries | None:
+def _entries(rows: Sequence[_PlacedRow], size: int) -> KeptEntries | None:
     """Those of all positions; None if not read."""
-    if spots[0].group.ids is None:
+    if rows[0].group.ids is None:
         return None
-    return KeptEntries.gather((_run(*place) for place in _runs(spots)), size)
+    return KeptEntries.gather((_run(*run) for run in _runs(rows)), size)
 
 
-def _run(start: int, group: RowGroup, place: range) -> Run:
-    counts = group.entry_counts[place.start : place.stop]
+def _run(start: int, group: RowGroup, span: range) -> Run:
+    counts = group.entry_counts[span.start : span.stop]
     offsets = require("ids", group.entry_offsets)
-    entries = slice(offsets[place.start], offsets[place.stop])
+    entries = slice(offsets[span.start], offsets[span.stop])
     ids, logprobs = require("ids", group.ids), require("logprobs", group.logprobs)
     return Run(start, counts, ids[entries], logprobs[entries])
 
 
-def _runs(spots: Sequence[_Spot]) -> Iterator[tuple[int, RowGroup, range]]:
+def _runs(rows: Sequence[_PlacedRow]) -> Iterator[tuple[int, RowGroup, range]]:
     """(start, row group, positions), one for rows that follow each other here and there."""
-    start, group, _, place = spots[0]
-    for spot in spots[1:]:
-        follows = spot.start == start + len(place) and spot.positions.start == place.stop
-        if follows and spot.group is group:
-            place = range(place.start, spot.positions.stop)
+    start, group, _, span = rows[0]
+    for row in rows[1:]:
+        follows = row.start == start + len(span) and row.positions.start == span.stop
+        if follows and row.group is group:
+            span = range(span.start, row.positions.stop)
             continue
-        yield start, group, place
-        start, group, _, place = spot
-    yield start, group, place
+        yield start, group, span
+        start, group, _, span = row
+    yield start, group, span
 
 
 def _per_position(
-    spots: Sequence[_Spot], shape: tuple[int, int], column: str, padding: float
+    rows: Sequence[_PlacedRow], shape: tuple[int, int], column: str, padding: float
 ) -> Tensor | None:
     """A column of one number per position [B, L]; None if it was not read or is not there."""
-    if getattr(spots[0].group, column) is None:
+    if getattr(rows[0].group, column) is None:
         return None
     padded = np.full(shape[0] * shape[1], padding, np.float32)
-    for start, group, _, place in spots:
-        row = require(column, getattr(group, column))[place.start : place.stop]
-        padded[start : start + len(row)] = row
+    for start, group, _, span in rows:
+        values = require(column, getattr(group, column))[span.start : span.stop]
+        padded[start : start + len(values)] = values
     return torch.from_numpy(padded.reshape(shape))
 
 
@@ -239,18 +239,18 @@ def _positions(group: RowGroup, r: int) -> range:
 
 def _next_batch(lines: Iterator[Line], size: int, packed: int | None) -> Batch | None:
     """The next lines as a batch, None after the last; keeps no row group alive."""
-    found = list(islice(lines, size))
-    if not found:
+    batch_lines = list(islice(lines, size))
+    if not batch_lines:
         return None
-    return make_batch(found, packed=packed, num_sequences=(sum(map(len, found)),))
+    return make_batch(batch_lines, packed=packed, num_sequences=(sum(map(len, batch_lines)),))
 
 
 def _mixed_batch(
     sources: Sequence[Iterator[Line]], chosen: Sequence[int], packed: int | None
 ) -> Batch:
     """The next line of every chosen source; keeps no row group alive."""
-    found = [next(sources[number]) for number in chosen]
+    lines = [next(sources[number]) for number in chosen]
     num_sequences = [0] * len(sources)
-    for number, line in zip(chosen, found, strict=True):
+    for number, line in zip(chosen, lines, strict=True):
         num_sequences[number] += len(line)
-    return make_batch(found, packed=packed, num_sequences=tuple(num_sequences))
+    return make_batch(lines, packed=packed, num_sequences=tuple(num_sequences))

@@ -39,8 +39,8 @@ def decode_ahead(
                 own.split = splits.enter_context(split.reopened())
 
         def decode(group: int) -> RowGroup:
-            found: RowGroup = own.split.read_row_group(group, columns, use_threads=False)
-            return found
+            row_group: RowGroup = own.split.read_row_group(group, columns, use_threads=False)
+            return row_group
 
         with ThreadPoolExecutor(
             min(depth, pa.cpu_count()), thread_name_prefix="decode", initializer=open_split

@@ -21,9 +21,9 @@ def pack(lengths: npt.NDArray[np.integer], capacity: int) -> list[list[int]]:
     room: list[tuple[int, int]] = []  # (what is left, line), ascending
     for index in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[index])
-        found = bisect_left(room, (length, 0))
-        if found < len(room):
-            left, line = room.pop(found)
+        position = bisect_left(room, (length, 0))
+        if position < len(room):
+            left, line = room.pop(position)
         else:
             left, line = capacity, len(lines)
             lines.append([])

@@ -43,11 +43,11 @@ class ReadAhead(Generic[_T]):
         """The next item. Raises what the thread raised; after that, and at the end, stops."""
         if self._stopped.is_set():
             raise StopIteration
-        found = self._queue.get()
-        if isinstance(found, tuple):
-            return found[0]
+        outcome = self._queue.get()
+        if isinstance(outcome, tuple):
+            return outcome[0]
         self._stopped.set()
-        raise found
+        raise outcome
 
     def _work(self) -> None:
         try:
@@ -63,11 +63,11 @@ class ReadAhead(Generic[_T]):
             if close is not None:
                 close()
 
-    def _put(self, found: tuple[_T] | BaseException) -> bool:
+    def _put(self, outcome: tuple[_T] | BaseException) -> bool:
         """Wait for room; False if nobody will take it any more."""
         while not self._stopped.is_set():
             try:
-                self._queue.put(found, timeout=_CHECK_EVERY_S)
+                self._queue.put(outcome, timeout=_CHECK_EVERY_S)
             except queue.Full:
                 continue
             return True

@@ -62,12 +62,12 @@ def prepare_blocks(
 def decoder_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The outermost modules that transformers never splits over devices: decoder blocks."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    found: list[torch.nn.Module] = []
+    blocks: list[torch.nn.Module] = []
     waiting: list[torch.nn.Module] = [model]
     while waiting:
         module = waiting.pop()
         if type(module).__name__ in names:
-            found.append(module)
+            blocks.append(module)
         else:
             waiting.extend(module.children())
-    return found
+    return blocks

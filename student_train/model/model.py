@@ -203,11 +203,11 @@ def check_sizes(student: str, model: PreTrainedModel, dataset: Dataset) -> None:
             f"--student {student}: has a vocabulary of {num_rows}, but {dataset.path} needs"
             f" {vocab_size}"
         )
-    most = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config, "max_position_embeddings", None)
     length = dataset.spec.sequence_length
-    if most is not None and most < length:
+    if limit is not None and limit < length:
         raise InputError(
-            f"--student {student}: takes at most {most} positions, but the sequences of"
+            f"--student {student}: takes at most {limit} positions, but the sequences of"
             f" {dataset.path} have {length}"
         )
 

@@ -90,11 +90,11 @@ def _error_of_packing(
             if attention is not None:
                 model.set_attn_implementation(attention)
             packed = hidden_states(model, tokens, restarting)
-    noise, most, off = (
+    noise, joined_error, off = (
         torch.linalg.vector_norm((states - exact).double(), order).item()
         for states in (rounded, joined, packed)
     )
-    return float(max(0.0, off - 2 * noise) / max(most, 1e-30))
+    return float(max(0.0, off - 2 * noise) / max(joined_error, 1e-30))
 
 
 def _go_backwards(

@@ -27,11 +27,11 @@ def check_tokenizer(folder: Path, dataset: Dataset) -> None:
 
     InputError, one line, where no tokenizer can be read from the folder.
     """
-    found = _sha256(folder)
+    sha256 = _sha256(folder)
     expected = dataset.spec.tokenizer.sha256
-    if found != expected:
+    if sha256 != expected:
         raise IdentityMismatchError(
-            f"--student {folder}: has another tokenizer ({found[:12]}) than {dataset.path}"
+            f"--student {folder}: has another tokenizer ({sha256[:12]}) than {dataset.path}"
             f" ({expected[:12]}), so the ids in the shards mean other tokens to it"
         )
 

@@ -44,13 +44,13 @@ class KeptEntries(NamedTuple):
     """Position n has `[offsets[n] : offsets[n + 1]]` of ids and logprobs; offsets [N + 1] int64.
 
     ids int32 and logprobs float32, nats, are both [E + K]: K times 0 and -inf follow the last
-    entry, so that K can be read from where any position begins. `most` is K.
+    entry, so that K can be read from where any position begins. `max_entries` is K.
     """
 
     offsets: Tensor
     ids: Tensor
     logprobs: Tensor
-    most: int
+    max_entries: int
 
     @classmethod
     def gather(cls, runs: Iterable[Run], num_positions: int) -> Self:
@@ -71,16 +71,19 @@ class KeptEntries(NamedTuple):
                     f"counts of {expected} entries, but {len(run.ids)} ids and"
                     f" {len(run.logprobs)} logprobs"
                 )
-        most = int(counts.max(initial=0))
+        max_entries = int(counts.max(initial=0))
         num_entries = int(offsets[-1])
-        ids = _recycled(num_entries + most, np.int32)
-        logprobs = _recycled(num_entries + most, np.float32)
+        ids = _recycled(num_entries + max_entries, np.int32)
+        logprobs = _recycled(num_entries + max_entries, np.float32)
         ids[num_entries:], logprobs[num_entries:] = 0, -math.inf
         if runs:
             np.concatenate([run.ids for run in runs], out=ids[:num_entries])
             np.concatenate([run.logprobs for run in runs], out=logprobs[:num_entries])
         return cls(
-            torch.from_numpy(offsets), torch.from_numpy(ids), torch.from_numpy(logprobs), most
+            torch.from_numpy(offsets),
+            torch.from_numpy(ids),
+            torch.from_numpy(logprobs),
+            max_entries,
         )
 
     def padded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,15 +100,15 @@ class KeptEntries(NamedTuple):
         """
         if not blocks:
             return
-        most, rows = self.most, torch.cat(list(blocks))
+        k, rows = self.max_entries, torch.cat(list(blocks))
         starts = self.offsets.index_select(0, rows)
-        missing = (starts - self.offsets[1:].index_select(0, rows)).add_(most)
+        missing = (starts - self.offsets[1:].index_select(0, rows)).add_(k)
         # Every position reads K values, its own entries and those that follow: whole rows, which
         # takes a third of the time of looking up each. -0.0 leaves what it is added to, even a 0.
-        edge = self.logprobs.new_full((2 * most,), -0.0)  # from m on, K of it leave m entries out
-        edge[most:] = -math.inf
-        windows = [values.unfold(0, most, 1) for values in (self.ids, self.logprobs, edge)]
-        groups = _grouped([len(block) for block in blocks], most)
+        edge = self.logprobs.new_full((2 * k,), -0.0)  # from m on, K of it leave m entries out
+        edge[k:] = -math.inf
+        windows = [values.unfold(0, k, 1) for values in (self.ids, self.logprobs, edge)]
+        groups = _grouped([len(block) for block in blocks], k)
         lengths = [sum(sizes) for sizes in groups]
         spaces = [_space_for(values, max(lengths)) for values in windows]
         for sizes, start, gap in zip(
@@ -125,9 +128,9 @@ class KeptEntries(NamedTuple):
         )
 
 
-def _grouped(sizes: list[int], most: int) -> list[list[int]]:
+def _grouped(sizes: list[int], k: int) -> list[list[int]]:
     """Numbers of rows of blocks, those together that are padded at once, K of them a row."""
-    together = max(1, _PLACES_AT_ONCE // max(1, max(sizes) * most))
+    together = max(1, _PLACES_AT_ONCE // max(1, max(sizes) * k))
     return [sizes[i : i + together] for i in range(0, len(sizes), together)]
 
 

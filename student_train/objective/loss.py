@@ -126,9 +126,9 @@ class _FusedLoss(torch.autograd.Function):
         return hidden.mul_(scale), weight.mul_(scale), None, None, None, None
 
 
-def split_evenly(rows: Tensor, most: int) -> tuple[Tensor, ...]:
-    """Indices of rows [N] in the fewest parts of about equal size with at most `most` rows."""
-    return rows.tensor_split(-(-len(rows) // max(1, most))) if len(rows) else ()
+def split_evenly(rows: Tensor, limit: int) -> tuple[Tensor, ...]:
+    """Indices of rows [N] in the fewest parts of about equal size with at most `limit` rows."""
+    return rows.tensor_split(-(-len(rows) // max(1, limit))) if len(rows) else ()
 
 
 class _Kept(NamedTuple):

@@ -59,9 +59,9 @@ def _side_by_side(columns: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
 
 def _chart(runs: Sequence[Run], figure: Figure) -> dict[str, Any]:
     """Vega-Lite of a figure of all runs, which takes its width and its colours from the page."""
-    most = max(_LEAST_POINTS, min(_MOST_POINTS, _MOST_TOGETHER // len(runs)))
+    limit = max(_LEAST_POINTS, min(_MOST_POINTS, _MOST_TOGETHER // len(runs)))
     key = figure.key
-    curves = {i: thin(r.series[key], most) for i, r in enumerate(runs) if key in r.series}
+    curves = {i: thin(r.series[key], limit) for i, r in enumerate(runs) if key in r.series}
     teacher = key.replace("/", "/teacher_")
     teachers = sorted({float(run.series[teacher][-1, 1]) for run in runs if teacher in run.series})
     domain = _y_domain(figure.high, list(curves.values()), teachers)
@@ -101,12 +101,12 @@ def _chart(runs: Sequence[Run], figure: Figure) -> dict[str, Any]:
     return chart.to_dict() | {"datasets": {"runs": data, "teachers": lines}}
 
 
-def thin(series: Array, most: int) -> Array:
-    """At most `most` points of neighbouring steps; a spike of one step is the highest of a point.
+def thin(series: Array, limit: int) -> Array:
+    """At most `limit` points of neighbouring steps; a spike of one step is the highest of a point.
 
     Returns [points, 4]: the mean of the tokens; mean, lowest and highest of the values, 6 digits.
     """
-    starts = np.arange(0, len(series), -(-len(series) // most))
+    starts = np.arange(0, len(series), -(-len(series) // limit))
     means = np.add.reduceat(series, starts) / np.diff(starts, append=len(series))[:, None]
     extremes = [each.reduceat(series[:, 1], starts) for each in (np.minimum, np.maximum)]
     points = np.column_stack([means, *extremes])

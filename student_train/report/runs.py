@@ -86,11 +86,11 @@ class Run(NamedTuple):
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in these folders, in order. InputError if one is no run or is given twice."""
-    places = [path.resolve() for path in paths]
-    if twice := [path for path in paths if places.count(path.resolve()) > 1]:
+    folders = [path.resolve() for path in paths]
+    if twice := [path for path in paths if folders.count(path.resolve()) > 1]:
         raise InputError(f"{twice[-1]}: given twice")
-    shared = os.path.commonpath([place.parent for place in places])
-    return [_read_run(RunFolder(place), os.path.relpath(place, shared)) for place in places]
+    shared = os.path.commonpath([folder.parent for folder in folders])
+    return [_read_run(RunFolder(folder), os.path.relpath(folder, shared)) for folder in folders]
 
 
 def _read_run(folder: RunFolder, name: str) -> Run:
