@@ -51,8 +51,8 @@ class BosProbe:
     @property
     def is_worse(self) -> bool:
         """Whether another mode is better than the chosen one."""
-        found = self.cross_entropies
-        return found[self.chosen] - found[self.best] > WORSE_BY_NATS
+        nats = self.cross_entropies
+        return nats[self.chosen] - nats[self.best] > WORSE_BY_NATS
 
     def to_json(self) -> dict[str, object]:
         """For the manifest's record."""
@@ -91,7 +91,7 @@ def probe(
     RunError for a teacher that returns NaN or infinity.
     """
     chosen = ready.documents.bos
-    found: dict[str, float] = {}
+    nats: dict[str, float] = {}
     positions: dict[str, int] = {}
     # A sequence of one token cannot have another one before it.
     both = [BOS_BOTH] if config.sequence_length > 1 else []
@@ -107,13 +107,13 @@ def probe(
                 f"{config.teacher}: the teacher's negative log-likelihood of the corpus is {nll};"
                 " check its weights and --dtype"
             )
-        found[mode] = nll / positions[mode]
-    result = BosProbe(chosen=chosen, cross_entropies=found, positions=positions)
+        nats[mode] = nll / positions[mode]
+    result = BosProbe(chosen=chosen, cross_entropies=nats, positions=positions)
     logger.info("%s", result.text())
     if result.is_worse:
         text = (
-            f" {chosen}: the teacher's cross-entropy on a sample is {found[chosen]:.2f} nats per"
-            f" token, but {found[result.best]:.2f} with --bos {result.best}"
+            f" {chosen}: the teacher's cross-entropy on a sample is {nats[chosen]:.2f} nats per"
+            f" token, but {nats[result.best]:.2f} with --bos {result.best}"
         )
         few = min(positions.values()) < TRUSTED_POSITIONS
         if config.bos == BOS_AUTO and not few:

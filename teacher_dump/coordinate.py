@@ -229,8 +229,8 @@ def _tokens(out: Path, ready: Prepared, cores: set[int], sign: SignOfLife) -> To
                 shutil.rmtree(folder)
                 return _open_or_build(out, ready, report, hashed)
     except OSError as error:
-        place = error.filename or folder
-        raise RunError(f"{place}: {error.strerror or error}") from error
+        path = error.filename or folder
+        raise RunError(f"{path}: {error.strerror or error}") from error
     finally:
         line.clear()
 

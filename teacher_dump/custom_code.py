@@ -24,7 +24,7 @@ def custom_code_sha256(folder: Path, *, trusted: bool) -> str | None:
 
     Raises InputError where the code is not trusted, and where it lies outside of the folder.
     """
-    maps = {name: found for name in _NAMING if (found := _auto_map(folder / name))}
+    maps = {name: auto_map for name in _NAMING if (auto_map := _auto_map(folder / name))}
     if not maps:
         return None
     if not trusted:
@@ -32,8 +32,8 @@ def custom_code_sha256(folder: Path, *, trusted: bool) -> str | None:
             f"{folder}: contains Python code (auto_map in {' and '.join(maps)}); "
             "read it, and give --trust-remote-code to run it"
         )
-    for name, found in maps.items():
-        for reference in _references(found):
+    for name, auto_map in maps.items():
+        for reference in _references(auto_map):
             if "--" in reference:
                 raise InputError(
                     f"{folder / name}: {reference} is code of another repository, so the dataset"
@@ -47,12 +47,12 @@ def custom_code_sha256(folder: Path, *, trusted: bool) -> str | None:
 
 
 def _auto_map(path: Path) -> dict[str, Any]:
-    found = read_json_object(path, optional=True).get("auto_map") or {}
-    if isinstance(found, list):  # an older way of a tokenizer_config.json
-        return {"AutoTokenizer": found}
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: auto_map is {json.dumps(found)[:40]}, expected a JSON object")
-    return found
+    auto_map = read_json_object(path, optional=True).get("auto_map") or {}
+    if isinstance(auto_map, list):  # an older way of a tokenizer_config.json
+        return {"AutoTokenizer": auto_map}
+    if not isinstance(auto_map, dict):
+        raise InputError(f"{path}: auto_map is {json.dumps(auto_map)[:40]}, expected a JSON object")
+    return auto_map
 
 
 def _references(auto_map: dict[str, Any]) -> Iterator[str]:

@@ -74,8 +74,8 @@ def _about(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
     """Versions of the packages that compute."""
-    found = {}
+    versions = {}
     for name in ("torch", "transformers", "tokenizers", "pyarrow", *packages):
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

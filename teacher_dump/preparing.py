@@ -84,7 +84,7 @@ def wait_for(folder: Path, look: Callable[[], _T | None], patience: Patience | N
     last: tuple[str, str] | None = None
     changed_at = time.monotonic()
     try:
-        while (found := look()) is None:
+        while (result := look()) is None:
             sign = _read(folder / PREPARING_NAME)
             if sign is not None and sign != last:
                 last, changed_at = sign, time.monotonic()
@@ -96,7 +96,7 @@ def wait_for(folder: Path, look: Callable[[], _T | None], patience: Patience | N
             time.sleep(waits.look_every)
     finally:
         line.clear()
-    return found
+    return result
 
 
 def _nobody(folder: Path, last: tuple[str, str] | None, limit: float) -> str:

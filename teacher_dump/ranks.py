@@ -102,15 +102,15 @@ def find_rank(options: ClusterOptions, environ: Mapping[str, str] = os.environ) 
                 " start it once, or without --workers",
             )
         return Rank()
-    found = _given(options, environ) or _of_torchrun(environ) or _of_slurm(environ) or Rank()
-    if not 0 <= found.rank < found.world_size:
+    rank = _given(options, environ) or _of_torchrun(environ) or _of_slurm(environ) or Rank()
+    if not 0 <= rank.rank < rank.world_size:
         raise InputError(
-            f"{found.source}: {found} is no rank; give --rank and --world-size (0 and 1 for a"
+            f"{rank.source}: {rank} is no rank; give --rank and --world-size (0 and 1 for a"
             " dataset that one process writes)"
         )
-    if found.source and found.world_size > 1:
-        logger.info("%s (from %s)", found, found.source)
-    return found
+    if rank.source and rank.world_size > 1:
+        logger.info("%s (from %s)", rank, rank.source)
+    return rank
 
 
 def _given(options: ClusterOptions, environ: Mapping[str, str]) -> Rank | None:

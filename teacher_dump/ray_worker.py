@@ -40,8 +40,8 @@ class Board:
 
     def add(self, sequences: int, positions: int, entries: int) -> None:
         """Count what a worker has scored since its last report."""
-        for place, number in enumerate((sequences, positions, entries)):
-            self._totals[place] += number
+        for index, number in enumerate((sequences, positions, entries)):
+            self._totals[index] += number
 
     def totals(self) -> list[int]:
         """Sequences, positions and entries of all workers."""

@@ -83,11 +83,11 @@ def read_documents_of_sample(ready: Prepared, characters: int) -> list[Document]
     This encodes them once, because only here an error can name the file.
     """
     encoder = make_encoder(ready.tokenizer)
-    found: list[Document] = []
+    sample: list[Document] = []
     for file, documents, _ in _documents(ready, characters):
         encode_of_file(file.path, documents, encoder, ready.rules)
-        found += documents
-    return found
+        sample += documents
+    return sample
 
 
 def sample_of(documents: Sequence[Document], ready: Prepared, rules: TokenisingRules) -> Sample:
@@ -118,7 +118,7 @@ def _sample(pieces: Sequence[Encoded], *, num_tokens: int, share: float) -> Samp
     )
 
 
-def _spread(files: Sequence[CorpusFile], most: int) -> list[CorpusFile]:
-    if len(files) <= most:
+def _spread(files: Sequence[CorpusFile], limit: int) -> list[CorpusFile]:
+    if len(files) <= limit:
         return list(files)
-    return [files[number * len(files) // most] for number in range(most)]
+    return [files[number * len(files) // limit] for number in range(limit)]

@@ -120,7 +120,7 @@ class ShardQueue:
 def _being_written(out: Path, splits: list[str]) -> set[tuple[str, int]]:
     """(split, number) of the shards that have a fresh temporary file."""
     now = time.time()
-    found = set()
+    shards = set()
     for split in splits:
         with contextlib.suppress(FileNotFoundError), os.scandir(out / split) as entries:
             for entry in entries:
@@ -129,5 +129,5 @@ def _being_written(out: Path, splits: list[str]) -> set[tuple[str, int]]:
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     if now - entry.stat().st_mtime < _WRITTEN_WITHIN_S:
-                        found.add((split, int(shard[1])))
-    return found
+                        shards.add((split, int(shard[1])))
+    return shards

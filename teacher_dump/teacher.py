@@ -94,8 +94,8 @@ def _architecture(config: Mapping[str, Any], path: Path) -> str:
     if not architectures:
         raise InputError(f"{path}: names no architecture")
     if not isinstance(architectures, list) or not all(type(a) is str for a in architectures):
-        found = json.dumps(architectures)[:40]
-        raise InputError(f"{path}: architectures is {found}, expected a list of class names")
+        text = json.dumps(architectures)[:40]
+        raise InputError(f"{path}: architectures is {text}, expected a list of class names")
     name: str = architectures[0]
     if config.get("is_encoder_decoder") or name.endswith(_NO_LM) or _is_encoder_decoder(name):
         raise InputError(f"{path}: {name} is not a causal language model; expected ...ForCausalLM")
@@ -127,8 +127,8 @@ def _find(config: Mapping[str, Any], path: Path, *keys: str) -> int | None:
             value = part.get(key)
             if value is not None:
                 if type(value) is not int:
-                    found = json.dumps(value)[:40]
-                    raise InputError(f"{path}: {key} is {found}, expected a whole number")
+                    text = json.dumps(value)[:40]
+                    raise InputError(f"{path}: {key} is {text}, expected a whole number")
                 return value
     return None
 

@@ -92,18 +92,18 @@ class TeacherTokenizer:
 
     def _agrees_with_auto(self, files: Mapping[str, str]) -> bool:
         """Whether AutoTokenizer gives a text our ids, apart from special tokens it spells."""
-        found = _auto_json(files)
-        if found is None:
+        content = _auto_json(files)
+        if content is None:
             return False
         ours = {token["content"] for token in json.loads(self.backend.to_str())["added_tokens"]}
-        found["added_tokens"] = [
+        content["added_tokens"] = [
             token
-            for token in found["added_tokens"]
+            for token in content["added_tokens"]
             if token["content"] in ours
             or not token["special"]
             or self.backend.token_to_id(token["content"]) != token["id"]
         ]
-        return tokenizer_sha256(json.dumps(found)) == self.sha256
+        return tokenizer_sha256(json.dumps(content)) == self.sha256
 
     def _plain_settings(self) -> dict[str, Any]:
         settings = {key: self.settings[key] for key in _PLAIN_SETTINGS if key in self.settings}

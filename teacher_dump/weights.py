@@ -167,8 +167,8 @@ def _check_pickle(path: Path) -> None:
         raise InputError(f"{path}: truncated, the end of its zip archive is missing; {_AGAIN}")
 
 
-def _cut_off(path: Path, expected: str, found: int) -> str:
-    return f"{path}: expected {expected} bytes, found {found}; {_AGAIN}"
+def _cut_off(path: Path, expected: str, size: int) -> str:
+    return f"{path}: expected {expected} bytes, found {size}; {_AGAIN}"
 
 
 class _HashCache:

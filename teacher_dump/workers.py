@@ -171,20 +171,20 @@ class _Head:
 
     def _finish(self, reference: Any, job: _Job) -> None:
         try:
-            found = self._ray.get(reference)
+            result = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             raise RunError(f"a worker failed: {one_line(error.cause)}") from error
         except self._ray.exceptions.RayError as error:
             self._lost(job, error)
             return
-        if isinstance(found, Failure):
-            raise (InputError if found.exit_code == 2 else RunError)(found.text)
-        if found is None:
+        if isinstance(result, Failure):
+            raise (InputError if result.exit_code == 2 else RunError)(result.text)
+        if result is None:
             self._progress.started()
         else:
-            totals = Totals(tokens=found.tokens, entries=found.entries)
-            self._progress.wrote(totals, found.bytes, found.shards)
-            self._done.append((found.sequences, found.positions, found.entries))
+            totals = Totals(tokens=result.tokens, entries=result.entries)
+            self._progress.wrote(totals, result.bytes, result.shards)
+            self._done.append((result.sequences, result.positions, result.entries))
         plan = self._next()
         if plan is None:
             self._ray.kill(job.worker)
@@ -214,9 +214,9 @@ class _Head:
             plan = self._again.popleft()
             if self._queue.is_missing(plan):
                 return plan
-        found = next(self._plans, None)
-        self._exhausted = found is None
-        return found
+        next_plan = next(self._plans, None)
+        self._exhausted = next_plan is None
+        return next_plan
 
     def _show(self) -> None:
         self._progress.set(*self._ray.get(self._board.totals.remote()))

@@ -46,13 +46,13 @@ class Chosen:
     splits: Sequence[Path] = ()
 
 
-def select(base: Path, found: Sequence[Path], walk: Walk) -> Chosen:
+def select(base: Path, paths: Sequence[Path], walk: Walk) -> Chosen:
     """The corpus files among those found below `base`; InputError where they are not one corpus."""
-    for path in found:
+    for path in paths:
         if path.name == _SEVERAL_SPLITS:
             _refuse_saved_splits(path.parent)
     files = []
-    for path in sorted(found):
+    for path in sorted(paths):
         reason = _why_not_alone(path) if is_index(path.name) else why_left_out(path.name)
         if reason is not None:
             walk.leave_out(reason, path)

@@ -49,10 +49,10 @@ class Lines:
         This consumes lines: only reading further shows how well the file compresses. A block that
         was read but not yet decompressed is small beside that.
         """
-        found = self._taken
-        while found < self._taken + _AHEAD_BYTES and (ahead := self._stream.read(_STEP_BYTES)):
-            found += len(ahead)
-        return min(1.0, self._taken / found * self._raw.tell() / self._path.stat().st_size)
+        num_bytes = self._taken
+        while num_bytes < self._taken + _AHEAD_BYTES and (ahead := self._stream.read(_STEP_BYTES)):
+            num_bytes += len(ahead)
+        return min(1.0, self._taken / num_bytes * self._raw.tell() / self._path.stat().st_size)
 
 
 @contextmanager

@@ -96,9 +96,9 @@ def _paths_of(given: Path, walk: Walk) -> tuple[Path, Chosen]:
     """The folder that names are relative to, and the files to read."""
     status = status_of(given)
     if status is None and is_pattern(given):
-        found = walk.files_of_pattern(given)
-        base = Path(os.path.commonpath([path.parent for path in found]))
-        return base, select(base, found, walk)
+        paths = walk.files_of_pattern(given)
+        base = Path(os.path.commonpath([path.parent for path in paths]))
+        return base, select(base, paths, walk)
     if status is None:
         raise InputError(f"{given}: no such corpus file or folder")
     if stat.S_ISDIR(status.st_mode):

@@ -31,11 +31,11 @@ def refuse_wide_text(path: Path, start: bytes) -> None:
 
     Without a mark, text that is mostly Latin shows by the zero bytes at every second place.
     """
-    found = next((name for mark, name in _WIDE_MARKS.items() if start.startswith(mark)), None)
+    encoding = next((name for mark, name in _WIDE_MARKS.items() if start.startswith(mark)), None)
     for half in (start[:_LOOKED_AT_BYTES:2], start[1:_LOOKED_AT_BYTES:2]):
-        if found is None and len(half) > 1 and half.count(0) > len(half) // 2:
-            found = "UTF-16"
-    if found is not None:
+        if encoding is None and len(half) > 1 and half.count(0) > len(half) // 2:
+            encoding = "UTF-16"
+    if encoding is not None:
         raise InputError(
-            f"{path}: {found} text, expected UTF-8; `iconv -f {found} -t UTF-8` converts it"
+            f"{path}: {encoding} text, expected UTF-8; `iconv -f {encoding} -t UTF-8` converts it"
         )

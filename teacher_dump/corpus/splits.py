@@ -40,14 +40,14 @@ def refuse_splits(base: Path, files: Sequence[Path]) -> list[Path]:
     Text documents have names about anything, so that a part of theirs between dots must be nothing
     but a split's. A validation or test split counts beside data without a split, too.
     """
-    named = {path: found for path in files if (found := _named(base, path)) is not None}
+    named = {path: name for path in files if (name := _named(base, path)) is not None}
     give: dict[str, str] = {}
-    for found in named.values():
-        give.setdefault(found.split, found.give)
+    for name in named.values():
+        give.setdefault(name.split, name.give)
     has_others = any(path not in named and kind_of(path.name) is not Kind.TEXT for path in files)
     is_held_out = any(
-        found.is_exact and found.split != _TRAIN and kind_of(path.name) is not Kind.TEXT
-        for path, found in named.items()
+        name.is_exact and name.split != _TRAIN and kind_of(path.name) is not Kind.TEXT
+        for path, name in named.items()
     )
     names = sorted(give)
     if len(names) > 1 or (has_others and is_held_out):
@@ -85,8 +85,8 @@ def _named(base: Path, path: Path) -> _Named | None:
     for number in range(len(parts) - 2, -1, -1):
         folder = parts[number].lower()
         whole = _NAMED_AFTER.fullmatch(folder)
-        found = whole or (None if is_text else _MENTIONED.search(folder))
-        if found is not None:
+        match = whole or (None if is_text else _MENTIONED.search(folder))
+        if match is not None:
             give = str(base.joinpath(*parts[: number + 1]))
-            return _Named(_SPLIT_OF_WORD[found[1]], give, whole is not None)
+            return _Named(_SPLIT_OF_WORD[match[1]], give, whole is not None)
     return None

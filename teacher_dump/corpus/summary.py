@@ -70,11 +70,11 @@ class CorpusSummary:
         splits_read: Sequence[str] = (),
     ) -> CorpusSummary:
         """From the kind and bytes of every file, and names by the reason for leaving them out."""
-        found: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for kind, num_bytes in sizes:
-            found.setdefault(kind, []).append(num_bytes)
+            groups.setdefault(kind, []).append(num_bytes)
         return cls(
-            kinds={kind: FilesOfKind(files=len(of), bytes=sum(of)) for kind, of in found.items()},
+            kinds={kind: FilesOfKind(files=len(of), bytes=sum(of)) for kind, of in groups.items()},
             left_out=LeftOut.of(left_out),
             cards_read=tuple(cards_read),
             splits_read=tuple(splits_read),

@@ -76,8 +76,8 @@ def flat_lists(
     """
     starts, values = _flat_values(path, columns, key, first_row)
     if values.dtype.kind not in "iu":
-        found = columns[key].type
-        raise InputError(f"{path}: column {key!r} is {found}, expected lists of integers")
+        arrow_type = columns[key].type
+        raise InputError(f"{path}: column {key!r} is {arrow_type}, expected lists of integers")
     return starts, values
 
 
@@ -87,9 +87,9 @@ def flat_masks(
     """Where a column's masks start [rows + 1], and all their values: booleans, or 0 and 1."""
     starts, values = _flat_values(path, columns, key, first_row)
     if values.dtype.kind not in "biu":
-        found = columns[key].type
+        arrow_type = columns[key].type
         raise InputError(
-            f"{path}: column {key!r} is {found}, expected lists of booleans or 0 and 1"
+            f"{path}: column {key!r} is {arrow_type}, expected lists of booleans or 0 and 1"
         )
     wrong = np.flatnonzero((values != 0) & (values != 1))
     if len(wrong):
@@ -116,12 +116,12 @@ def _open_arrow(source: Any) -> Iterator[Any]:
         yield from stream
 
 
-def _check_names(path: Path, found: Sequence[str], keys: Sequence[str]) -> None:
+def _check_names(path: Path, columns: Sequence[str], keys: Sequence[str]) -> None:
     for key in keys:
-        if list(found).count(key) > 1:
+        if list(columns).count(key) > 1:
             raise InputError(f"{path}: column {key!r} appears twice")
-        if key not in found:
-            names = ", ".join(map(repr, found[:8]))
+        if key not in columns:
+            names = ", ".join(map(repr, columns[:8]))
             raise InputError(
                 f"{path}: no column {key!r}, found {names} (--text-key, --token-key and --mask-key"
                 " name the columns)"
@@ -162,9 +162,9 @@ def _flat_values(
         or types.is_large_list_view(column.type)
     )
     if not is_list or column.null_count:
-        place = f"row {first_row + _first_null(column)}: " if is_list else ""
+        prefix = f"row {first_row + _first_null(column)}: " if is_list else ""
         raise InputError(
-            f"{path}: {place}column {key!r} is {column.type}, expected lists without nulls"
+            f"{path}: {prefix}column {key!r} is {column.type}, expected lists without nulls"
         )
     lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

@@ -84,10 +84,10 @@ class Walk:
         if not above or folder.is_symlink():
             self._check_out(folder, identity)
         for entry in self._entries(folder):
-            found = self._status_of_entry(entry)
-            if found is None:
+            entry_status = self._status_of_entry(entry)
+            if entry_status is None:
                 continue
-            if stat.S_ISDIR(found.st_mode):
+            if stat.S_ISDIR(entry_status.st_mode):
                 yield from self.files_below(entry, (*above, identity))
             else:
                 yield entry
@@ -102,10 +102,10 @@ class Walk:
         files: set[Path] = set()
         if status is not None and stat.S_ISDIR(status.st_mode):
             for match in self._matches(base, parts[start:], ()):
-                found = self._status_of_entry(match)
-                if found is not None and stat.S_ISDIR(found.st_mode):
+                match_status = self._status_of_entry(match)
+                if match_status is not None and stat.S_ISDIR(match_status.st_mode):
                     files.update(self.files_below(match))
-                elif found is not None:
+                elif match_status is not None:
                     files.add(match)
         if not files:
             raise InputError(f"{pattern}: no file matches this pattern (* ** ? [...])")
@@ -121,11 +121,11 @@ class Walk:
             yield from self._matches_below(folder, parts, above)
             return
         if not _MAGIC.search(part):
-            found = [folder / part] if status_of(folder / part) is not None else []
+            paths = [folder / part] if status_of(folder / part) is not None else []
         else:
             names = self._entries(folder, hidden=part.startswith("."))
-            found = [entry for entry in names if fnmatchcase(entry.name, part)]
-        for path in found:
+            paths = [entry for entry in names if fnmatchcase(entry.name, part)]
+        for path in paths:
             if not rest:
                 yield path
             elif path.is_dir():
@@ -137,17 +137,17 @@ class Walk:
         status = folder.stat()
         above = (*above, (status.st_dev, status.st_ino))
         for entry in self._entries(folder):
-            found = self._status_of_entry(entry)
-            if found is None or not stat.S_ISDIR(found.st_mode):
+            entry_status = self._status_of_entry(entry)
+            if entry_status is None or not stat.S_ISDIR(entry_status.st_mode):
                 continue
-            if (found.st_dev, found.st_ino) not in above:
+            if (entry_status.st_dev, entry_status.st_ino) not in above:
                 yield from self._matches(entry, parts, above)
 
     def _entries(self, folder: Path, *, hidden: bool = False) -> list[Path]:
         """What is in a folder, sorted, without hidden and temporary names."""
         try:
-            with os.scandir(folder) as found:
-                entries = sorted(Path(folder, entry.name) for entry in found)
+            with os.scandir(folder) as listing:
+                entries = sorted(Path(folder, entry.name) for entry in listing)
         except OSError as error:
             raise unreadable(folder, error) from error
         kept = []

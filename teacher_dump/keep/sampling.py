@@ -50,13 +50,13 @@ class SamplingSelector:
         if keep.temperature != 1:
             tempered = self._sweep(self._tempered(logits))
         if isinstance(keep, Threshold):
-            found = _threshold(tempered, keys, keep, self.selection)
+            entries = _threshold(tempered, keys, keep, self.selection)
         else:
-            found = _draws(tempered, keys, keep, self.selection)
+            entries = _draws(tempered, keys, keep, self.selection)
 
         packed = empty_packed(num_rows, self.selection, logits.device)
-        write_header(packed, found.counts, label_logprobs, whole.entropy)
-        write_entries(packed, found.ids, found.logprobs)
+        write_header(packed, entries.counts, label_logprobs, whole.entropy)
+        write_entries(packed, entries.ids, entries.logprobs)
         return packed
 
     def _tempered(self, logits: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class SamplingSelector:
         return buffer
 
 
-class _Found(NamedTuple):
+class _Entries(NamedTuple):
     """counts [T], ids and logprobs [T, <= K]."""
 
     counts: torch.Tensor
@@ -75,7 +75,7 @@ class _Found(NamedTuple):
     logprobs: torch.Tensor
 
 
-def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold, selection: Selection) -> _Found:
+def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold, selection: Selection) -> _Entries:
     """The sweep of logits [T, V] at the method's temperature."""
     threshold = keep.threshold
     num_certain = min(int(1.0001 / threshold), selection.vocab_size)
@@ -105,10 +105,10 @@ def _threshold(swept: Sweep, keys: torch.Tensor, keep: Threshold, selection: Sel
     kept = torch.cat([certain, hit], dim=-1)
     steps, ids = order_entries(steps, torch.cat([large, small], dim=-1), kept)
     steps, ids = steps[:, : selection.max_entries], ids[:, : selection.max_entries]
-    return _Found(kept.sum(-1), ids, steps.to(torch.float32) * -keep.logprob_step)
+    return _Entries(kept.sum(-1), ids, steps.to(torch.float32) * -keep.logprob_step)
 
 
-def _draws(swept: Sweep, keys: torch.Tensor, keep: Draws, selection: Selection) -> _Found:
+def _draws(swept: Sweep, keys: torch.Tensor, keep: Draws, selection: Selection) -> _Entries:
     """The sweep of logits [T, V] at the method's temperature."""
     num = keep.draws
     line = _Line(swept)
@@ -122,7 +122,7 @@ def _draws(swept: Sweep, keys: torch.Tensor, keep: Draws, selection: Selection) 
     ids = torch.zeros_like(drawn).scatter_(1, run, drawn)
     missed, ids = order_entries(num - times, ids, times > 0)
     missed, ids = missed[:, : selection.max_entries], ids[:, : selection.max_entries]
-    return _Found(starts.sum(-1), ids, ((num - missed).clamp(min=1) / num).log())
+    return _Entries(starts.sum(-1), ids, ((num - missed).clamp(min=1) / num).log())
 
 
 class _Line:

@@ -53,8 +53,8 @@ class Sweep(NamedTuple):
         num_rows, vocab = self.logits.shape
         first = torch.arange(num_rows, device=groups.device)[:, None] * (vocab // GROUP)
         all_groups = self.logits.view(-1, GROUP)
-        found = all_groups.index_select(0, (first + groups).view(-1))  # whole rows, unlike `gather`
-        return found.view(*groups.shape, GROUP)
+        rows = all_groups.index_select(0, (first + groups).view(-1))  # whole rows, unlike `gather`
+        return rows.view(*groups.shape, GROUP)
 
     def mass(self, logits: torch.Tensor) -> torch.Tensor:
         """What logits of these rows weigh, [T, any] or [T, any, any]."""
@@ -73,8 +73,8 @@ class Sweep(NamedTuple):
         sets = members(large, num_large)
         maxima = self.maxima.gather(1, sets)
         best = places_of_top(maxima, min(k, maxima.shape[1]), in_order=False)
-        found = sets.gather(1, best)
-        return found, members(found, num_sets)
+        best_sets = sets.gather(1, best)
+        return best_sets, members(best_sets, num_sets)
 
 
 class Sweeper:

@@ -38,8 +38,8 @@ def select_from_largest(
     counts = kept.sum(-1)
 
     beside = mass[:, k:].sum(-1) + torch.where(kept, 0.0, mass[:, :k]).sum(-1)
-    most = (selection.vocab_size - mass.shape[1]) * mass[:, -1]
-    rest = torch.minimum((1.0 - mass.sum(-1)).clamp(min=0.0), most)
+    limit = (selection.vocab_size - mass.shape[1]) * mass[:, -1]
+    rest = torch.minimum((1.0 - mass.sum(-1)).clamp(min=0.0), limit)
 
     steps = steps_below_zero(values[:, :k], keep.logprob_step)
     steps, ordered = order_entries(steps, torch.from_numpy(ids[:, :k]).long(), kept)

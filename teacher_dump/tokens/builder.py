@@ -207,9 +207,9 @@ class TokenBuilder:
 
     def _finish(self) -> None:
         if self._sizes[TRAIN]["tokens"] < 2:
-            found = f"{self._documents_read} documents, {self._num_tokens()} tokens"
+            summary = f"{self._documents_read} documents, {self._num_tokens()} tokens"
             raise InputError(
-                f"the corpus leaves nothing to train on ({found} with --held-out"
+                f"the corpus leaves nothing to train on ({summary} with --held-out"
                 f" {self._rules.held_out})"
             )
         self._refuse_mask_of_nothing()

@@ -85,10 +85,10 @@ def columns_of(dtype: np.dtype[Any], has_mask: bool) -> list[Column]:
 
 
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> Any:
-    found = path.stat().st_size if path.exists() else 0
-    if found != count * dtype.itemsize:
+    num_bytes = path.stat().st_size if path.exists() else 0
+    if num_bytes != count * dtype.itemsize:
         raise RunError(
-            f"{path}: has {found} bytes, expected {count * dtype.itemsize}; delete the folder"
+            f"{path}: has {num_bytes} bytes, expected {count * dtype.itemsize}; delete the folder"
             f" {path.parent}, and the same command makes it again"
         )
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype=dtype)
