@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from logitshards.option_values import (
-    found,
     is_mapping,
     item_of,
     read_mapping,
     read_sequence,
     scalar,
     shown,
+    value_text,
 )
 from logitshards.yaml_text import TwiceError, load_yaml
 from shards.errors import InputError
@@ -67,5 +67,5 @@ def _load(path: Path) -> Mapping[object, object]:
     if content is None:
         return {}
     if not isinstance(content, Mapping):
-        raise InputError(f"{path}: expected option names and values, found {found(content)}")
+        raise InputError(f"{path}: expected option names and values, found {value_text(content)}")
     return content

@@ -44,7 +44,7 @@ class Scalar:
             return self.from_yaml(value)
         except ValueError:
             hint = "; quotes make it text" if self._lacks_quotes(value) else ""
-            raise ValueError(f"expected {self.expected}, found {found(value)}{hint}") from None
+            raise ValueError(f"expected {self.expected}, found {value_text(value)}{hint}") from None
 
     def _lacks_quotes(self, value: object) -> bool:
         return self.name in ("text", "path") and isinstance(value, bool | int | float | date)
@@ -86,11 +86,11 @@ def split_commas(item: Scalar, text: str) -> tuple[Any, ...]:
 def read_mapping(value: object) -> dict[str, object]:
     """A mapping of a YAML file, from names to what JSON has."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"expected a mapping, found {found(value)}")
+        raise ValueError(f"expected a mapping, found {value_text(value)}")
     arguments = {}
     for key, part in value.items():
         if not isinstance(key, str) or not key:
-            raise ValueError(f"expected a name as the key, found {found(key)}")
+            raise ValueError(f"expected a name as the key, found {value_text(key)}")
         try:
             arguments[key.replace("-", "_")] = _json(part)
         except ValueError as error:
@@ -112,7 +112,7 @@ def split_pair(text: str) -> tuple[str, object]:
     return key.replace("-", "_"), _json(setting)
 
 
-def found(value: object) -> str:
+def value_text(value: object) -> str:
     """A value of a YAML file in a message, short."""
     if value is None:
         return "nothing"
