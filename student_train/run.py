@@ -25,7 +25,7 @@ from student_train.config import TrainConfig
 from student_train.data.lines import packed_length
 from student_train.evaluation.evaluate import check_counted
 from student_train.evaluation.tasks import (
-    load_tasks,
+    check_tasks,
     missing_tasks,
     read_tasks,
     run_tasks,
@@ -64,17 +64,19 @@ def _run(config: TrainConfig) -> dict[str, Json]:
     description = describe_run(config, datasets, evaluation_dataset)
     folder.check(description)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    content = read_tasks(folder.tasks)
-    tasks = load_tasks(missing_tasks(config.eval_tasks, content), content)
+    tasks = list(dict.fromkeys(config.eval_tasks))
+    missing = missing_tasks(tasks, read_tasks(folder.tasks))
+    manager = check_tasks(tasks) if missing else None
     summary = folder.summary()
     if summary is None:
         summary = _train(config, datasets, evaluation_dataset, folder, description, device)
-    elif not tasks:
+    elif not missing:
         logger.info("%s: already finished, nothing to do", config.out)
-    if tasks:
+    if missing:
         with folder_lock(folder.path, "train-student"):
             run_tasks(
                 tasks,
+                manager,
                 folder.model,
                 folder.tasks,
                 spec=datasets[0].spec,

@@ -109,33 +109,47 @@ def test_a_finished_run_is_evaluated_on_a_task_of_local_data_once(
     assert 0 < accuracy < 1
     error = np.sqrt(accuracy * (1 - accuracy) / (NUM_QUESTIONS - 1))
     assert summary["next_word_acc_stderr"] == pytest.approx(error)
-    (entry,) = tasks.read_tasks(RunFolder(config.out).tasks).values()
-    assert entry["examples"] == {"next_word": NUM_QUESTIONS}
+    content = tasks.read_tasks(RunFolder(config.out).tasks)
+    assert content["results"]["next_word"]["sample_len"] == NUM_QUESTIONS
     with monkeypatch.context() as patch:
-        patch.setattr("student_train.run.run_tasks", None)  # nothing is left to do
+        patch.setattr("student_train.run.check_tasks", None)  # nothing is left to do
         assert run(asked) == summary
-    Path(task).write_text(Path(task).read_text() + "# changed\n")
-    assert tasks.missing_tasks([task], {task: entry}) == [task]
     out = tmp_path / "report.html"
     command = ["report", str(config.out), str(make_run(tmp_path / "other")), "--out", str(out)]
     assert CliRunner().invoke(cli.train_student, command).exit_code == 0
     shown = f"{accuracy:.4f} \N{PLUS-MINUS SIGN} {error:.4f}"
     assert Page(out.read_text()).rows["next_word acc"] == [shown, "\N{EN DASH}"]
+    other = write_task(tmp_path, "other_name")
+    both = run(replace(config, eval_tasks=[other]))
+    assert both == summary | {name.replace("next_word", "other_name"): value
+                              for name, value in summary.items()}  # fmt: skip
+    Path(task).write_text(Path(task).read_text() + "# changed\n")
+    assert tasks.missing_tasks([task], content) == [task]
 
 
 def test_tasks_that_cannot_be_run_are_refused_before_training(
     config: TrainConfig, tmp_path: Path
 ) -> None:
     fresh = replace(config, out=tmp_path / "out")
-    group = tmp_path / "group.yaml"
-    group.write_text("group: mine\ntask: [arc_easy]\n")
-    for task, match in (
-        ("no_such_task", "no_such_task: no task of lm-evaluation-harness and no YAML file"),
-        (write_task(tmp_path, "no_data", data=False), "cannot be loaded: Unable to find"),
-        (str(group), "defines a group"),
+    (tmp_path / "empty").mkdir()
+    no_data = write_task(tmp_path / "empty", "no_data", data=False)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: [broken\n")
+    code = tmp_path / "code.yaml"
+    code.write_text(Path(write_task(tmp_path, "code")).read_text() + "unsafe_code: true\n")
+    same = [write_task(tmp_path, "same"), str(tmp_path / "another.yaml")]
+    shutil.copy(*same)
+    for asked, match in (
+        (["no_such_task"], "no_such_task: cannot be loaded: .* is not a registered task"),
+        ([str(tmp_path / "no.yaml")], "no.yaml: cannot be loaded: .* or valid YAML path"),
+        ([no_data], "no_data.yaml: cannot be loaded: Unable to find"),
+        ([str(broken)], "broken.yaml: cannot be loaded: while parsing"),
+        ([str(code)], "code runs generated code"),
+        (same, r"another\.yaml: its task same is also in .*same\.yaml"),
     ):
-        with pytest.raises(InputError, match=match):
-            run(replace(fresh, eval_tasks=[task]))
+        with pytest.raises(InputError, match=match) as caught:
+            run(replace(fresh, eval_tasks=asked))
+        assert "\n" not in str(caught.value)
         assert not fresh.out.exists()
 
 
@@ -148,15 +162,17 @@ def test_without_the_harness_its_extra_is_named(
         run(replace(config, eval_tasks=["some.yaml"]))
 
 
-def test_a_task_that_fails_leaves_what_came_before_it(config: TrainConfig, tmp_path: Path) -> None:
-    good = write_task(tmp_path, "good")
-    bad = tmp_path / "bad.yaml"
+def test_a_task_that_fails_is_tried_again(config: TrainConfig, tmp_path: Path) -> None:
+    task = Path(write_task(tmp_path, "bad"))
+    good = task.read_text()
     first = questions()[0]["answer"]  # which the harness tries when it loads a task
-    bad.write_text(Path(good).read_text().replace("task: good", "task: bad").replace(
-        "'{{answer}}'", f"'{{{{answer if answer == {first} else answer / 0}}}}'"))  # fmt: skip
+    bad = f"'{{{{answer if answer == {first} else answer / 0}}}}'"
+    task.write_text(good.replace("'{{answer}}'", bad))
+    asked = replace(config, eval_tasks=[str(task)])
     with pytest.raises(RunError, match=r"bad\.yaml: ZeroDivision.*; the student is complete"):
-        run(replace(config, eval_tasks=[str(bad), good]))
-    assert good in tasks.read_tasks(RunFolder(config.out).tasks)
+        run(asked)
+    task.write_text(good)
+    assert run(asked)["bad_acc"] == pytest.approx(expected_accuracy(config.out / "model"))
 
 
 @pytest.mark.parametrize(("bos", "prefix"), [(False, 0), (True, 5)])
@@ -178,27 +194,11 @@ def test_the_student_reads_as_in_training(
     assert not torch.equal(logits, logits.bfloat16().float())  # the head's, at least, are not
 
 
-def test_two_tasks_of_one_name_are_refused(config: TrainConfig, tmp_path: Path) -> None:
-    same = [write_task(tmp_path, "same"), str(tmp_path / "other.yaml")]
-    shutil.copy(*same)
-    with pytest.raises(InputError, match=r"is named same inside, as .*same\.yaml is"):
-        run(replace(config, eval_tasks=same))
-
-
-def test_a_group_shows_its_own_figures_and_not_those_of_its_tasks() -> None:
-    entry = {"results": {"group": {"acc": 0.5}, "one": {"acc": 0.4}, "other": {"acc": 0.6}}}
-    assert tasks.task_figures({"group": entry}) == {"group": {"acc": 0.5}}
-    entry = {"results": {"group": {}, "one": {"acc": 0.4}}}
-    assert tasks.task_figures({"group": entry}) == {"group": {}, "one": {"acc": 0.4}}
-
-
 def test_the_filter_of_a_metric_stands_behind_its_name() -> None:
-    found = tasks._metrics({
+    values = {
         "alias": "x", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.1,
         "exact_match,strict": 1, "exact_match_stderr,strict": "N/A", "f1_stderr,strict": 0.25,
-        "mean,none": np.float32(0.5),
-    })  # fmt: skip
-    assert found == {
-        "acc": 0.5, "acc_stderr": 0.1, "exact_match strict": 1.0, "f1 strict_stderr": 0.25,
-        "mean": 0.5,
     }  # fmt: skip
+    assert tasks.task_figures({"results": {"x": values, "no_figure": {"alias": "y"}}}) == {
+        "x": {"acc": 0.5, "acc_stderr": 0.1, "exact_match strict": 1, "f1 strict_stderr": 0.25}
+    }
