@@ -10,6 +10,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ class Command(_OneLineErrors):
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         for noisy in ("httpx", "filelock", "urllib3", "fsspec"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        # Warnings from C++, which torch reads this for when it is imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         name_the_user()
         arguments = dict(ctx.params)
         values = {name: arguments.pop(name) for name in self.options}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -58,6 +59,9 @@ def prepare_environment() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
+    # What vLLM meets in the libraries it uses is not for the user, who cannot change it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # there is none on a CPU
     if torch.cuda.is_available():
         return
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -108,6 +112,7 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
                     "enable_prefix_caching": False,
                     "skip_tokenizer_init": True,
                     "language_model_only": True,
+                    "use_tqdm_on_load": False,
                     "tensor_parallel_size": options.tensor_parallel,
                     **_every_row(EngineArgs),
                     **defaults(ranks, on_gpu=torch.cuda.is_available()),
