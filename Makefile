@@ -1,5 +1,5 @@
 # make setup     .venv with everything this machine can use; does nothing when repeated
-# make demo      a real teacher, real shards, a distilled student and a page of curves
+# make demo      a real teacher, real shards, two small students and a report
 # make test      lint, types, import rules and the fast tests
 # make test-all  the slow tests too
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -93,6 +94,15 @@ def folder(tiny_teacher: Path, smollm2: Path, tmp_path_factory: pytest.TempPathF
         result = run("dump-logits", *of("transformers", keep)[3:])
         assert result.exit_code == 0, result.output
     return folder
+
+
+def test_no_warning_or_progress_bar_of_a_library_is_on_the_screen(folder: Path) -> None:
+    own = re.compile(
+        r"corpus  |train sequence 0 begins: |\d+ of \d+ sequences, |--threshold: |warning: each document"
+        r"|starting vLLM|vLLM started|the engine says the same|teacher cross-entropy, nats"
+    )
+    lines = (folder / "stderr").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not own.match(line)] == []
 
 
 @pytest.mark.parametrize("engine", ["vllm", "vllm-logprobs", "transformers"])
