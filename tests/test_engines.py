@@ -188,7 +188,7 @@ def _sampled(row: Row, log_threshold: float) -> set[tuple[int, int]]:
 def test_threshold_sampling_is_the_same_on_both_engines_and_true_to_the_teacher(
     tiny_teacher: Path, folder: Path
 ) -> None:
-    assert "--threshold: 0.00980366" in (folder / "stderr").read_text()
+    assert "--threshold: using 0.00980366" in (folder / "stderr").read_text()
     outs = [folder / f"{engine}-threshold" for engine in ("vllm", "transformers")]
     assert [inspect.verify(out) for out in outs] == [[], []]
     log_threshold = -74 * STEP

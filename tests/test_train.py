@@ -276,7 +276,7 @@ def test_a_signal_ends_a_run_after_a_step_and_an_evaluation_is_made_up_for(
         ) as found:
             run(config)
         (stopped,) = signals
-        assert f"after step {stopped}," in str(found.value)
+        assert f"after step {stopped};" in str(found.value)
         assert stopped == (step if comes != "in the evaluation" or step != 3 else 4)
         validated = [line["step"] for line in lines(config.out, "validation")]
         assert validated == [n for n in (2, 4, 6) if n < stopped]
