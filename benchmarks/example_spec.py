@@ -16,7 +16,7 @@ def example_spec(
     seed: int = 0,
     entropies: bool = True,
 ) -> DatasetSpec:
-    """Joined documents of a teacher that is not there."""
+    """Joined documents of an imaginary teacher."""
     return DatasetSpec(
         teacher=Model(
             config_sha256="",

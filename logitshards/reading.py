@@ -128,8 +128,8 @@ class Split(Sequence[Row], Closing):
 class Dataset(Mapping[str, Split], Closing):
     """A complete dataset: a mapping of the names of its splits to their sequences.
 
-    `dataset["train"]` is the same `Split` each time; KeyError for a name that is not there. A
-    context manager that closes all splits.
+    `dataset["train"]` is the same `Split` each time; KeyError for an unknown name. A context
+    manager that closes all splits.
     """
 
     def __init__(self, dataset: stored.Dataset) -> None:

@@ -167,8 +167,8 @@ class Row:
         All 0 where `loss_mask` is false: nothing is stored there.
 
         `vocab_size` is V, by default `spec.tokenizer.vocab_size`; a larger one, of a model whose
-        head is padded, adds zeros. ValueError for a smaller one, IndexError for a position that is
-        not there, ShardError for a dataset of tokens alone.
+        head is padded, adds zeros. ValueError for a smaller one, IndexError for a position out
+        of range, ShardError for a dataset of tokens alone.
         """
         ids, logprobs = self.ids[t], self.logprobs[t]
         known = self.spec.tokenizer.vocab_size

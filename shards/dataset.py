@@ -30,7 +30,7 @@ _MAX_OPEN_READERS = 8
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset of which no shard is missing."""
+    """A complete dataset."""
 
     path: Path
     manifest: Manifest

@@ -53,9 +53,9 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a foreign exception's reason; its class where it gives no reason.
+    """The first line of another library's exception; its class if it has no message.
 
-    Of an error in compiled code, that of its cause (torch's `inner_exception`).
+    For an error in compiled code, the first line of its cause (torch's `inner_exception`).
     """
     try:
         lines = str(getattr(error, "inner_exception", error)).splitlines()

@@ -84,7 +84,7 @@ def verify(path: Path) -> list[str]:
 def find_row(path: Path, split: str | None, number: int) -> Row:
     """A sequence by its number in a split (None: train) of a dataset, or in a shard file.
 
-    OptionError for one that is not there; ShardError if `path` is neither.
+    OptionError for a number out of range; ShardError if `path` is neither.
     """
     if path.is_file():
         with ShardReader(path) as reader:
@@ -140,14 +140,14 @@ class _Sums:
 
     @classmethod
     def of_shard(cls, path: Path) -> _Sums:
-        """Of one file."""
+        """The sums of one file."""
         with ShardReader(path) as reader:
             sidecar = reader.sidecar
             return cls(sidecar.totals, sidecar.bytes, Counter(reader.column_bytes()))
 
     @classmethod
     def of_split(cls, path: Path, manifest: Manifest, split: str) -> _Sums:
-        """Of the shards that a split has."""
+        """The sums of the shards that a split has."""
         present, missing = _present(path, manifest, split)
         shards = (cls.of_shard(path / split / shard_name(shard)) for shard in present)
         return sum(shards, cls(missing_shards=missing))

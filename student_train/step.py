@@ -70,7 +70,7 @@ def optimizer_step(
 ) -> StepResult:
     """Train on the micro batches of one step, which may be on another device than the model.
 
-    `loss_of` gives the summed loss of a batch, `batch_loss` unless something else is compared.
+    `loss_of` gives the summed loss of a batch, `batch_loss` unless a benchmark compares another.
     torch.OutOfMemoryError leaves the weights as they were; RunError if memory ran out after that.
     """
     optimizer.zero_grad(set_to_none=True)

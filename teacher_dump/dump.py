@@ -1,10 +1,10 @@
-"""A dump: what is asked for, what is there, what is missing; run that, write, continue later.
+"""A dump: check, plan the dataset, write the missing shards.
 
-Order matters and is the same every time. A process checks options, teacher and tokenizer before it
-writes anything. Rank 0 plans the dataset (`coordinate.py`), the other ranks wait for that. A new
-dataset starts its engine first, so that a teacher that cannot run costs no tokenising, and probes
-where the BOS token goes. Then every rank writes shards. The same command again does what is left
-and nothing twice.
+The order is always the same. A process checks options, teacher and tokenizer before it writes
+anything. Rank 0 plans the dataset (`coordinate.py`), and the other ranks wait for it. For a new
+dataset it first starts the engine, so that a teacher that cannot run costs no tokenising, and
+probes where the BOS token goes. Then every rank writes shards. The same command again does what is
+left and nothing twice.
 """
 
 from __future__ import annotations

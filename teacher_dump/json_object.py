@@ -13,7 +13,7 @@ from shards.files.git_lfs import refuse_lfs_pointer
 def read_json_object(path: Path, *, optional: bool = False) -> dict[str, Any]:
     """The object in a JSON file; InputError, one line, for anything else.
 
-    `optional`: a file that is not there is an empty object.
+    `optional`: a missing file is an empty object.
     """
     try:
         refuse_lfs_pointer(path)

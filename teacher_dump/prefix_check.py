@@ -34,13 +34,13 @@ PREFIX_ENDS = tuple(number / 32 for number in (1, 2, 3, 4, 6, 8, 12, 20))
 COMPARED = 32  # positions at the end of a prefix
 EXCHANGED = 3  # prefixes, the shortest, that are sent with another last token, too
 
-# A sequence of full length is checked, or the longest of so many, or of so many tokens.
+# The check uses a sequence of full length, or the longest of this many sequences or tokens.
 LOOKED_AT = 64
 LOOKED_AT_TOKENS = 1 << 20
 
 # Nats. Prompts of another length are computed in another order.
 TOLERANCES = {"float32": 0.05, "bfloat16": 0.5}
-# Of some positions. A mixture of experts may send single tokens to other experts.
+# The share of positions that may differ: a mixture of experts may route single tokens differently.
 MOST_DIFFERENT = 0.25
 
 

@@ -33,7 +33,7 @@ class DumpSummary:
     """What a run did, in the shards that it published.
 
     Positions are labelled ones, all that the teacher scored; tokens are those that count. `missing`
-    counts the shards that were not there at its end. `prepared`: it wrote none, the counts are of
+    counts the shards that were missing at its end. `prepared`: it wrote none, the counts are of
     the dataset.
     """
 

@@ -1,9 +1,11 @@
-"""What users read is plain English: short sentences, the actor first, no stilted phrases."""
+"""What people read is plain English: short sentences, the actor first, no stilted phrases."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,22 @@ def messages(path: Path) -> list[str]:
 def test_no_message_has_a_stilted_phrase(module: str) -> None:
     for text in messages(ROOT / module):
         assert stilted(text) == []
+
+
+def explanations(path: Path) -> list[str]:
+    """The docstrings and comments of a module."""
+    text = path.read_text(encoding="utf-8")
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    return [*filter(None, map(ast.get_docstring, nodes)), *comments]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_docstring_and_no_comment_has_a_stilted_phrase(module: str) -> None:
+    for text in explanations(ROOT / module):
+        assert stilted(" ".join(text.split())) == []
 
 
 def test_many_messages_are_read() -> None:

@@ -20,7 +20,7 @@ _held: set[int] = set()  # descriptors of this process
 
 @contextmanager
 def folder_lock(folder: Path, holder: str) -> Iterator[None]:
-    """Make a folder if it is not there, and hold it until the end of the block or of the process.
+    """Make a folder if needed, and hold it until the end of the block or of the process.
 
     Forked children do not hold it. InputError if the folder cannot be made, or if another process
     holds it: "another `holder`".

@@ -221,7 +221,7 @@ def _runs(rows: Sequence[_PlacedRow]) -> Iterator[tuple[int, RowGroup, range]]:
 def _per_position(
     rows: Sequence[_PlacedRow], shape: tuple[int, int], column: str, padding: float
 ) -> Tensor | None:
-    """A column of one number per position [B, L]; None if it was not read or is not there."""
+    """A column of one number per position [B, L]; None if it is missing or was not read."""
     if getattr(rows[0].group, column) is None:
         return None
     padded = np.full(shape[0] * shape[1], padding, np.float32)

@@ -175,5 +175,5 @@ def _student(model: Path, spec: DatasetSpec, dtype: str, device: str) -> Any:
 
 
 def _file_sha256(task: str) -> str | None:
-    """Of the YAML file that defines a task; None for one of the harness's own."""
+    """The hash of the YAML file that defines a task; None for one of the harness's own."""
     return path_sha256(Path(task)) if Path(task).is_file() else None

@@ -57,7 +57,7 @@ def num_rows(path: Path) -> int:
 
 
 def read_table_texts(path: Path, text_key: str) -> Iterator[str]:
-    """The texts of a column; InputError for one that is null, or a column of something else."""
+    """The texts of a column; InputError for a null, or a column of another type."""
     row = 0
     for columns in read_columns(path, (text_key,)):
         for text in _as_strings(path, columns[text_key], text_key).to_pylist():

@@ -15,7 +15,7 @@ _VOCABULARY_MULTIPLE = 64
 
 
 def check_tensor_parallel(options: EngineOptions) -> None:
-    """InputError for a number of devices that are not there, or that the teacher does not fit."""
+    """InputError for more devices than there are, or for a number that the teacher does not fit."""
     size = options.tensor_parallel
     if size == 1:
         return

@@ -30,7 +30,7 @@ def open_or_build(
 
     `report(documents, tokens)` is called now and then, and `hashed(done_bytes, of_bytes)` after
     every file that had to be hashed. Raises IdentityMismatchError if the folder
-    holds a store of something else, InputError for a corpus without text or with a bad record.
+    holds another store, InputError for a corpus without text or with a bad record.
     """
     recorded = _recorded(folder)
     if recorded is not None:
