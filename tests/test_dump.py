@@ -73,7 +73,7 @@ def _wait_for(condition, process: subprocess.Popen[str], limit_s: float = 240) -
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() - started < limit_s
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def _printed(engine: str, command: list[str]) -> str:

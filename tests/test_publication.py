@@ -6,7 +6,6 @@ threads are held at a step while another writer goes on, and real processes get 
 
 import errno
 import hashlib
-import multiprocessing
 import os
 import random
 import signal
@@ -32,6 +31,7 @@ from shards.reader import ShardReader, verify_shard
 from shards.schema import writer_options
 from shards.sidecar import Sidecar, sidecar_path
 from shards.writer import ShardWriter, shard_name
+from tests.forked import FORKED
 from tests.strategies import assert_rows_equal, example_row, make_spec, write_shard
 from tests.tiny_dataset import without_teacher
 
@@ -279,9 +279,6 @@ def publish_slowly(folder, rows, seed, ready):
 
 
 def test_processes_that_are_killed_at_any_moment_leave_what_the_next_completes(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    # pandas, if it is there, is imported by Arrow: half a second in each process otherwise.
-    context.set_forkserver_preload(["tests.test_publication", "pandas"])
     rng = random.Random(0)
     outcomes = []
     for i in range(30):
@@ -289,9 +286,9 @@ def test_processes_that_are_killed_at_any_moment_leave_what_the_next_completes(t
         watch = Watch(folder)
         processes = []
         for rows in (ROWS, OTHER_ROWS):
-            ready = context.Event()
+            ready = FORKED.Event()
             arguments = (folder, rows, rng.random(), ready)
-            processes.append((context.Process(target=publish_slowly, args=arguments), ready))
+            processes.append((FORKED.Process(target=publish_slowly, args=arguments), ready))
         for process, _ in processes:
             process.start()
         for process, ready in processes:

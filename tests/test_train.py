@@ -74,8 +74,10 @@ LEARNING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("alpha", "dtype"),
+    [(0.0, "float32"), (0.5, "float32"), (1.0, "float32"), (0.5, "bfloat16")],
+)
 def test_a_student_learns_from_labels_from_the_teacher_and_from_both(
     many_shards: Path, student: str, tmp_path: Path, alpha: float, dtype: str
 ) -> None:

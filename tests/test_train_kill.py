@@ -1,4 +1,4 @@
-"""`kill -9` of a real training process at its worst moments, then the same command again."""
+"""`kill -9` of a real training process at its worst moments, then the same run again."""
 
 from __future__ import annotations
 
@@ -6,38 +6,48 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
+from shards.errors import LogitshardsError
 from shards.process.folder_lock import folder_lock
+from student_train.config import TrainConfig
+from student_train.run import run
+from tests.forked import FORKED
 from tests.tiny_dataset import SEQUENCE_LENGTH, make_dataset
 
-# One thread: a bit-identical result is promised for the same number of threads only.
-PROGRAM = """
-import sys, json
-from pathlib import Path
-from student_train.config import TrainConfig
-from shards.errors import LogitshardsError
-from student_train.run import run
-
-shards, student, out = sys.argv[1:]
-try:
-    run(TrainConfig(shards=[Path(shards)], student=student, out=Path(out), tokens=160 * 128,
-        batch_tokens=128, micro_batch_sequences=3, learning_rate=1e-2, dtype="float32",
-        save_every=40, eval_every=30))
-except LogitshardsError as error:  # as the command line does it
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
-"""
-ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 300
 KINDS = ("train", "validation")
+
+
+def train(shards: str, student: str, out: Path, errors: Path) -> None:
+    """What a process does."""
+    with errors.open("wb") as stream:
+        os.dup2(stream.fileno(), sys.stderr.fileno())
+    try:
+        run(
+            TrainConfig(
+                shards=[Path(shards)],
+                student=student,
+                out=out,
+                tokens=160 * 128,
+                batch_tokens=128,
+                micro_batch_sequences=3,
+                learning_rate=1e-2,
+                dtype="float32",
+                save_every=40,
+                eval_every=30,
+            )
+        )
+    except LogitshardsError as error:  # as the command line does it
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
 
 
 @pytest.fixture(scope="module")
@@ -57,36 +67,45 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(shards), str((folder / "config.json").rename(folder / "student.json"))
 
 
-def start(arguments: tuple[str, str], out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments, str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-    )
+def errors_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}-errors")
+
+
+def start(arguments: tuple[str, str], out: Path) -> ForkServerProcess:
+    out.parent.mkdir(exist_ok=True)
+    process = FORKED.Process(target=train, args=(*arguments, out, errors_of(out)))
+    process.start()
+    return process
+
+
+def end(process: ForkServerProcess, out: Path) -> list[str]:
+    """The lines that a process wrote on standard error, once it has ended."""
+    process.join(TIMEOUT_S)
+    assert process.exitcode is not None
+    return errors_of(out).read_text(encoding="utf-8").splitlines()
 
 
 def finish(arguments: tuple[str, str], out: Path) -> None:
     process = start(arguments, out)
-    _, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, errors.decode()
+    errors = end(process, out)
+    assert process.exitcode == 0, errors
 
 
-def wait(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+def wait(process: ForkServerProcess, reached: Callable[[], bool]) -> None:
     """Until something is true, while the process runs."""
     deadline = time.monotonic() + TIMEOUT_S
     while not reached():
-        assert process.poll() is None, "it ended too early"
+        assert process.exitcode is None, "it ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.0005)
 
 
-def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+def kill_when(process: ForkServerProcess, reached: Callable[[], bool]) -> None:
     """Kill a process, which must still be running, as soon as something is true."""
     wait(process, reached)
     process.kill()
-    process.communicate()
-    assert process.returncode == -9
+    process.join(TIMEOUT_S)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def num_lines(out: Path) -> int:
@@ -143,12 +162,11 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_step(
     out = tmp_path / "out"
     process = start(arguments, out)
     wait(process, lambda: num_lines(out) > 10)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 128 + number
-    (line,) = [
-        line for line in errors.decode().splitlines() if "run the same command again" in line
-    ]
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    errors = end(process, out)
+    assert process.exitcode == 128 + number
+    (line,) = [line for line in errors if "run the same command again" in line]
     step = int(line.split(f"{number.name} after step ")[1].split(";")[0])
     assert 10 < step < 40
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{step:08}"]
@@ -161,9 +179,9 @@ def test_two_runs_do_not_write_into_one_folder(arguments: tuple[str, str], tmp_p
     out = tmp_path / "out"
     with folder_lock(out, "test"):
         process = start(arguments, out)
-        _, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 2
-    assert "another train-student is writing to it" in errors.decode().splitlines()[-1]
+        errors = end(process, out)
+    assert process.exitcode == 2
+    assert "another train-student is writing to it" in errors[-1]
     assert not any(out.iterdir())
 
 
@@ -181,9 +199,9 @@ def test_a_shard_that_goes_bad_is_named_and_the_steps_before_it_are_kept(
     with shard.open("r+b") as stream:  # in place, as a failing disk changes it under the map
         stream.seek(len(content) // 3)
         stream.write(bytes(255 - byte for byte in content[len(content) // 3 :][:64]))
-    _, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1
-    assert "shard-000003.parquet" in errors.decode().splitlines()[-1]
+    errors = end(process, out)
+    assert process.exitcode == 1
+    assert "shard-000003.parquet" in errors[-1]
     newest = max((out / "checkpoints").iterdir())
     assert int(newest.name.removeprefix("step-")) > 40
     shard.write_bytes(content)
