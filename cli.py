@@ -17,7 +17,7 @@ from logitshards.option_types import path_type
 from logitshards.show_options import InspectOptions, PlanOptions, ReportOptions
 from student_train.config import TrainConfig
 from teacher_dump.config import DumpConfig
-from teacher_dump.ranks import ClusterOptions
+from teacher_dump.processes.ranks import ClusterOptions
 
 _RUNS = click.Argument(["runs"], type=path_type(), nargs=-1, required=True, metavar="RUN...")
 _PATH = click.Argument(["path"], type=path_type(), metavar="PATH")

@@ -33,13 +33,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.example_spec import example_spec
-from shards.completeness import shards_to_write
-from shards.continuing import create_or_continue, record_completeness, remove_old_temporaries
 from shards.dataset import Dataset
 from shards.errors import ShardError
+from shards.folder.completeness import shards_to_write
+from shards.folder.continuing import create_or_continue, record_completeness, remove_old_temporaries
+from shards.folder.listing import has_shards
 from shards.keep import TopPK
 from shards.layout import Layout
-from shards.listing import has_shards
 from shards.manifest import Manifest, SplitSize, load_manifest
 from shards.sidecar import Sidecar, sidecar_path
 from shards.spec import SPLITS, TRAIN

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.example_spec import example_spec
-from shards.completeness import shards_to_write
-from shards.continuing import create_or_continue, record_completeness
 from shards.dataset import Dataset
+from shards.folder.completeness import shards_to_write
+from shards.folder.continuing import create_or_continue, record_completeness
 from shards.keep import TopPK
 from shards.layout import Layout
 from shards.manifest import SplitSize

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.closing import Closing
-from shards.completeness import missing_shards
 from shards.errors import IdentityMismatchError, ShardCorruptError, ShardError
+from shards.folder.completeness import missing_shards
 from shards.manifest import Manifest, SplitSize, load_manifest
 from shards.reader import RowGroup, ShardReader
 from shards.rows import Row

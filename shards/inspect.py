@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from shards.completeness import missing_shards
 from shards.dataset import Dataset, Split
 from shards.errors import ShardError
+from shards.folder.completeness import missing_shards
 from shards.manifest import Manifest, load_manifest
 from shards.names import TRAIN
 from shards.options import OptionError

@@ -4,9 +4,9 @@
     DIR/tokenizer/, tokens/    made before the first shard
     DIR/<split>/shard-000000.parquet, shard-000000.json, ...
 
-The manifest does not say which shards exist: the shards themselves do (`completeness.py`), so that
-writing a shard never touches a file that other processes write. Once no shard is missing the
-manifest says so, and opening the dataset then lists no folder.
+The manifest does not say which shards exist: the shards themselves do (`folder/completeness.py`),
+so that writing a shard never touches a file that other processes write. Once no shard is missing
+the manifest says so, and opening the dataset then lists no folder.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ made it: shapes and order of the sequences (ValueError: a mistake in the calling
 teacher's values (RunError naming the sequence).
 
 It writes and flushes both files under temporary names before it publishes the first. So a shard is
-without its sidecar for two system calls only (`publication.py`).
+without its sidecar for two system calls only (`folder/publication.py`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards import publication
 from shards.arrow import to_table
 from shards.checks import problem_with_values
 from shards.errors import RunError
 from shards.files.durable import temporary_name
+from shards.folder import publication
 from shards.footer import Footer, parquet_writer
 from shards.row_group import RowGroup, Totals
 from shards.rows import Row

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shards.continuing import (
+from shards.errors import IdentityMismatchError, InputError, RunError, ShardCorruptError
+from shards.files.durable import check_links
+from shards.folder.continuing import (
     check_folder,
     check_spec,
     create_or_continue,
     remove_old_temporaries,
 )
-from shards.errors import IdentityMismatchError, InputError, RunError, ShardCorruptError
-from shards.files.durable import check_links
 from shards.layout import Layout
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
 from shards.process.folder_lock import folder_lock
@@ -31,7 +31,7 @@ from shards.tokenizer.files import TOKENIZER, check_tokenizer, hash_texts, write
 from teacher_dump.config import DumpConfig
 from teacher_dump.dataset_spec import make_record, make_spec
 from teacher_dump.prepare import Prepared
-from teacher_dump.preparing import SignOfLife
+from teacher_dump.processes.preparing import SignOfLife
 from teacher_dump.tokens.open_store import open_or_build
 from teacher_dump.tokens.sequences import SplitSequences
 from teacher_dump.tokens.store import STORE_NAME, TokenStore

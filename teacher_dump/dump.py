@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 
-from shards.continuing import record_completeness
+from shards.folder.continuing import record_completeness
 from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import (
@@ -27,12 +27,14 @@ from teacher_dump.coordinate import (
     plan_dataset,
     planned_by_another,
 )
-from teacher_dump.devices import take_devices
 from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.pass_progress import PassProgress
 from teacher_dump.prepare import Prepared, prepare
-from teacher_dump.preparing import sign_of_life, wait_for
-from teacher_dump.ranks import ClusterOptions, Rank, find_rank
+from teacher_dump.processes.devices import take_devices
+from teacher_dump.processes.preparing import sign_of_life, wait_for
+from teacher_dump.processes.ranks import ClusterOptions, Rank, find_rank
+from teacher_dump.processes.shard_queue import ShardQueue
+from teacher_dump.processes.workers import check_ray, run_workers
 from teacher_dump.shard_pass import (
     DumpSummary,
     expect_own,
@@ -40,8 +42,6 @@ from teacher_dump.shard_pass import (
     run_pass,
     start_and_probe,
 )
-from teacher_dump.shard_queue import ShardQueue
-from teacher_dump.workers import check_ray, run_workers
 
 
 def run(config: DumpConfig, cluster: ClusterOptions | None = None) -> DumpSummary:

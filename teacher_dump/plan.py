@@ -23,10 +23,10 @@ from shards.writer import ShardWriter
 from teacher_dump.bos import BosProbe, probe, read_probe_sample
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus.summary import CorpusSummary
-from teacher_dump.devices import count_gpus
 from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
 from teacher_dump.prepare import Prepared, prepare
+from teacher_dump.processes.devices import count_gpus
 from teacher_dump.sample import read_corpus_sample
 from teacher_dump.tokens.sequences import SplitSequences
 

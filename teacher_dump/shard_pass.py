@@ -20,7 +20,7 @@ from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
 from teacher_dump.pass_progress import PassProgress
 from teacher_dump.prefix_check import score_checked
 from teacher_dump.prepare import Prepared
-from teacher_dump.shard_queue import ShardQueue
+from teacher_dump.processes.shard_queue import ShardQueue
 from teacher_dump.tokenizer import TeacherTokenizer
 
 logger = logging.getLogger(__name__)

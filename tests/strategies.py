@@ -11,8 +11,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from shards import schema
-from shards.completeness import shards_to_write
-from shards.continuing import create_or_continue, record_completeness
+from shards.folder.completeness import shards_to_write
+from shards.folder.continuing import create_or_continue, record_completeness
 from shards.keep import Keep, Threshold, TopPK
 from shards.layout import Layout
 from shards.manifest import SplitSize

@@ -10,13 +10,6 @@ from dataclasses import replace
 import pytest
 
 from shards import dataset as dataset_module
-from shards.completeness import missing_shards, remove_shard, shards_to_write
-from shards.continuing import (
-    check_folder,
-    create_or_continue,
-    record_completeness,
-    remove_old_temporaries,
-)
 from shards.dataset import Dataset
 from shards.errors import (
     IdentityMismatchError,
@@ -29,6 +22,13 @@ from shards.errors import (
 from shards.files import durable
 from shards.files.durable import temporary_name
 from shards.files.sealed import seal
+from shards.folder.completeness import missing_shards, remove_shard, shards_to_write
+from shards.folder.continuing import (
+    check_folder,
+    create_or_continue,
+    record_completeness,
+    remove_old_temporaries,
+)
 from shards.layout import Layout
 from shards.manifest import SplitSize, load_manifest
 from shards.sidecar import Sidecar
@@ -486,7 +486,8 @@ def test_listing_a_large_dataset_reads_one_sidecar(path, monkeypatch):
     reads = []
     read = Sidecar.read
     monkeypatch.setattr(
-        "shards.completeness.Sidecar.read", lambda path: reads.append(path.name) or read(path)
+        "shards.folder.completeness.Sidecar.read",
+        lambda path: reads.append(path.name) or read(path),
     )
     assert missing(path) == []
     assert reads == ["shard-000002.json"]

@@ -8,14 +8,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from shards import listing
-from shards.completeness import SomeShards, missing_shards, shards_to_write
-from shards.continuing import create_or_continue
 from shards.dataset import Dataset
 from shards.errors import ShardError
+from shards.folder import listing
+from shards.folder.completeness import SomeShards, missing_shards, shards_to_write
+from shards.folder.continuing import create_or_continue
+from shards.folder.listing import has_shards, list_shards
 from shards.inspect import describe, verify
 from shards.layout import Layout
-from shards.listing import has_shards, list_shards
 from shards.manifest import SplitSize, load_manifest
 from tests.strategies import example_row, make_spec, write_dataset, write_shard
 

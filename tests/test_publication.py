@@ -18,15 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards import publication
-from shards.completeness import shards_to_write
-from shards.continuing import create_or_continue
 from shards.errors import RunError, ShardCorruptError, ShardError
 from shards.files import durable
+from shards.folder import publication
+from shards.folder.completeness import shards_to_write
+from shards.folder.continuing import create_or_continue
+from shards.folder.publication import PARQUET_NAMED, STEPS, StoppedError, adopt
 from shards.footer import Footer
 from shards.keep import Threshold, Tokens
 from shards.manifest import SplitSize
-from shards.publication import PARQUET_NAMED, STEPS, StoppedError, adopt
 from shards.reader import ShardReader, verify_shard
 from shards.schema import writer_options
 from shards.sidecar import Sidecar, sidecar_path

@@ -23,9 +23,9 @@ from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import asked_spec, planned_by_another
 from teacher_dump.dump import run
 from teacher_dump.prepare import prepare
-from teacher_dump.preparing import PREPARING_NAME, Patience, sign_of_life, wait_for
-from teacher_dump.ranks import ClusterOptions, Rank, find_rank
-from teacher_dump.shard_queue import ShardQueue
+from teacher_dump.processes.preparing import PREPARING_NAME, Patience, sign_of_life, wait_for
+from teacher_dump.processes.ranks import ClusterOptions, Rank, find_rank
+from teacher_dump.processes.shard_queue import ShardQueue
 from tests.tiny_teacher import make_tokenizer, write_corpus
 
 NO_OPTIONS = ClusterOptions()

@@ -15,12 +15,12 @@ from shards import inspect
 from shards.errors import LogitshardsError, RunError
 from shards.manifest import load_manifest
 from shards.options import OptionError
-from teacher_dump import workers
 from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.dump import run
-from teacher_dump.ranks import ClusterOptions
-from teacher_dump.ray_worker import Failure, RayWorker
+from teacher_dump.processes import workers
+from teacher_dump.processes.ranks import ClusterOptions
+from teacher_dump.processes.ray_worker import Failure, RayWorker
 from teacher_dump.shard_pass import DumpSummary
 from tests.gpus import environment
 from tests.test_ranks import config_of

@@ -14,8 +14,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from shards.completeness import shards_to_write
-from shards.continuing import create_or_continue, record_completeness
+from shards.folder.completeness import shards_to_write
+from shards.folder.continuing import create_or_continue, record_completeness
 from shards.keep import Keep, Threshold, Tokens, TopPK
 from shards.layout import Layout
 from shards.manifest import SplitSize

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from shards.completeness import shards_to_write
-from shards.continuing import create_or_continue, record_completeness
+from shards.folder.completeness import shards_to_write
+from shards.folder.continuing import create_or_continue, record_completeness
 from shards.keep import Threshold, Tokens, TopPK
 from shards.layout import Layout
 from shards.manifest import SplitSize

@@ -15,10 +15,10 @@ from shards.errors import LogitshardsError, RunError
 from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import Planned, asked_spec, has_shards, planned_by_another
-from teacher_dump.devices import take_cores
 from teacher_dump.engines.interface import TeacherEngine
 from teacher_dump.pass_progress import PassProgress
 from teacher_dump.prepare import prepare
+from teacher_dump.processes.devices import take_cores
 from teacher_dump.shard_pass import DumpSummary, run_pass, start_and_probe
 
 _REPORT_EVERY_S = 1.0

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from shards.files.durable import sync_folder
+from shards.folder.listing import list_shards
+from shards.folder.publication import adopt, check_not_alone
 from shards.footer import Footer
 from shards.layout import Layout
-from shards.listing import list_shards
 from shards.manifest import Manifest
-from shards.publication import adopt, check_not_alone
 from shards.row_group import Int64Array
 from shards.rows import BoolArray
 from shards.sidecar import Sidecar, sidecar_path

@@ -25,9 +25,9 @@ from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import Planned
 from teacher_dump.pass_progress import PassProgress
-from teacher_dump.ray_worker import Board, Failure, RayWorker
+from teacher_dump.processes.ray_worker import Board, Failure, RayWorker
+from teacher_dump.processes.shard_queue import ShardQueue
 from teacher_dump.shard_pass import DumpSummary, expect_own
-from teacher_dump.shard_queue import ShardQueue
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 
-from teacher_dump.ranks import Rank
+from teacher_dump.processes.ranks import Rank
 
 logger = logging.getLogger(__name__)
 

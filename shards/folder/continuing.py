@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shards.completeness import missing_shards, remove_shard
 from shards.errors import IdentityMismatchError, InputError, RunError
 from shards.files import durable
 from shards.files.json_text import Json
+from shards.folder.completeness import missing_shards, remove_shard
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
 from shards.spec import SPLITS, DatasetSpec, differences
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from shards.completeness import SomeShards, is_missing, missing_shards
 from shards.files.durable import is_temporary
+from shards.folder.completeness import SomeShards, is_missing, missing_shards
 from shards.manifest import Manifest
 from teacher_dump.collector import ShardPlan
-from teacher_dump.ranks import Rank
+from teacher_dump.processes.ranks import Rank
 
 # A writer adds a row group to its temporary file at least this often, unless it was killed.
 _WRITTEN_WITHIN_S = 900.0
