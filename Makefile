@@ -2,6 +2,8 @@
 # make demo      a real teacher, real shards, two small students and a report
 # make test      lint, types, import rules and the fast tests
 # make test-all  the slow tests too
+# make gpu-check, gpu-check-vllm
+#                what only a GPU can show, without vLLM and with it; ends with one JSON object
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +15,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # files keep the order of tests/conftest.py: xdist would put those of few tests, which take long, last.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-all lint
+# A machine with a GPU may have the packages and no .venv.
+INSTALLED_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+.PHONY: setup demo test test-all lint gpu-check gpu-check-vllm
 
 setup: $(INSTALLED)
 
@@ -44,3 +49,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest $(PARALLEL)
+
+gpu-check:
+	$(INSTALLED_PYTHON) benchmarks/gpu_check.py
+
+gpu-check-vllm:
+	$(INSTALLED_PYTHON) benchmarks/gpu_check.py --vllm

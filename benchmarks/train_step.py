@@ -193,7 +193,7 @@ class Student:
         self.clock = StepClock(device, peak)
 
     def step(self) -> dict[str, float]:
-        """Figures of one step, `seconds` and `data_wait` among them."""
+        """Figures of one step, `loss`, `seconds` and `data_wait` among them."""
         result = optimizer_step(
             self.model,
             self.optimizer,
@@ -202,7 +202,7 @@ class Student:
             gradient_clip=1.0,
             autocast=self.autocast,
         )
-        return self.clock.step_done(result.num_tokens)
+        return {**self.clock.step_done(result.num_tokens), "loss": result.loss}
 
 
 def _columns(variant: str) -> tuple[str, ...]:

@@ -60,3 +60,12 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_teacher import make_tiny_teacher
 
     return make_tiny_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests that use a GPU in this process where it is hidden (`tests/gpus.py`)."""
+    if item.path.stem == "test_gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("make gpu-check runs it on a machine with a GPU")

@@ -1,7 +1,8 @@
 """GPUs of the machine: hidden from tests, but for vLLM's engines and for tests marked `gpu`.
 
 Training is the same bit for bit on a CPU, and tests say so. A process cannot show itself a GPU that
-was hidden from it, so whatever needs one runs in a process of its own, with `environment()`.
+was hidden from it, so whatever needs one runs in a process of its own, with `environment()`, or in
+one of `make gpu-check`, which hides none.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cache
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _HIDDEN = "LOGITSHARDS_TESTS_HID"  # what was visible; processes of pytest-xdist inherit it
 _ALL = "all"
+SHOWN = "LOGITSHARDS_TESTS_SHOW_GPUS"  # set by make gpu-check, which hides none
 
 # vLLM takes nine tenths of a GPU, and compiles for minutes.
 SMALL_ENGINE = ("--engine-arg", "gpu_memory_utilization=0.2", "--engine-arg", "enforce_eager=true")
@@ -30,7 +32,7 @@ def has_gpu() -> bool:
 
 def hide_gpus() -> None:
     """Make this process and those that it starts see none, on a machine that has some."""
-    if has_gpu() and _HIDDEN not in os.environ:
+    if has_gpu() and SHOWN not in os.environ and _HIDDEN not in os.environ:
         os.environ[_HIDDEN] = os.environ.get(_VISIBLE, _ALL)
         os.environ[_VISIBLE] = ""
 
