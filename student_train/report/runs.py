@@ -132,16 +132,16 @@ def _read_series(folder: RunFolder) -> tuple[int, float, dict[str, Array]]:
     for file in (folder.metrics, folder.speed):
         tokens = 0.0
         for _, line in read_lines(file):
-            if line["kind"] != "validation":  # its tokens are those of the validation split
-                tokens = line["tokens"]
-            step, end = max(step, line["step"]), max(end, tokens)
+            kind, trained = line.pop("kind"), line.pop("tokens", 0.0)
+            if kind != "validation":  # its tokens are those of the validation split
+                tokens = trained
+            step, end = max(step, line.pop("step")), max(end, tokens)
             for figure, value in line.items():
                 # kd is not computed where alpha is 0, and written as 0
                 if is_number(value) and (value or figure != "kd"):
-                    pairs[f"{line['kind']}/{figure}"].extend((tokens, value))
-    units = {key: (1, 1 << 30 if key.endswith("_bytes") else 1) for key in pairs}
-    series = {key: np.frombuffer(pairs[key]).reshape(-1, 2) / units[key] for key in pairs}
-    return step, end, series
+                    unit = 1 << 30 if figure.endswith("_bytes") else 1
+                    pairs[f"{kind}/{figure}"].extend((tokens, value / unit))
+    return step, end, {key: np.frombuffer(pairs[key]).reshape(-1, 2) for key in pairs}
 
 
 def _flat(value: Any, key: str = "") -> dict[str, str]:
