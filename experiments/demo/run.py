@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -33,7 +34,8 @@ STUDENTS = {"distilled": 0.9, "labels only": 0.0}
 def command(*words: object, show_summary: bool = True) -> None:
     """Show one of the project's commands and run it."""
     texts = list(map(str, words))
-    print(f"\n$ {shlex.join(texts)}", flush=True)
+    lines = textwrap.wrap(shlex.join(texts), 96, subsequent_indent="    ", break_on_hyphens=False)
+    print("\n$ " + " \\\n".join(lines), flush=True)
     summary = None if show_summary else subprocess.DEVNULL
     subprocess.run([sys.executable, "cli.py", *texts], check=True, stdout=summary)
 
