@@ -17,7 +17,10 @@ import click
 from benchmarks.gpu.check import CHECKS, ROOT, VLLM_CHECKS, NotHereError
 
 RESULT = "result.json"
-_HELPERS = (__file__, str(Path(__file__).with_name("check.py")))
+_HELPERS = (
+    __file__,
+    *(str(Path(__file__).with_name(name)) for name in ("check.py", "commands.py")),
+)
 _MESSAGE_LENGTH = 500
 
 

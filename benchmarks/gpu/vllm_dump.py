@@ -30,7 +30,7 @@ EAGER = ("--engine-arg", "enforce_eager=true", "--engine-arg", "gpu_memory_utili
 CHUNKS = ("--engine-arg", "max_num_batched_tokens=96", "--engine-arg", "max_num_seqs=8")
 FLOAT32 = ("--dtype", "float32")
 # Largest errors of a kept entry or a label beyond half a step of the grid, nats.
-FLOAT32_ERROR, BFLOAT16_ERROR = 0.05, 1.0
+FLOAT32_ERROR, BFLOAT16_ERROR = 0.05, 0.5
 SHARDS_BEFORE_THE_KILL = 3
 ROWS_COMPARED = 20
 
@@ -103,7 +103,7 @@ def _compare(teacher: Path, rows: Iterable[Row], limit: float) -> Figures:
     worst = float(np.concatenate(errors).max())
     expect(worst <= limit, f"off by {worst:.2f} nats, expected at most {limit}")
     typical = float(np.median(np.concatenate(shifted)))
-    expect(typical > 3 * BFLOAT16_ERROR, f"rows one place off differ by {typical:.2f} nats only")
+    expect(typical > 6 * BFLOAT16_ERROR, f"rows one place off differ by {typical:.2f} nats only")
     return {
         "positions": sum(map(len, errors)),
         "largest_error": worst,
