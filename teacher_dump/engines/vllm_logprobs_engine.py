@@ -143,7 +143,6 @@ class VllmLogprobsEngine:
                     "max_model_len": options.sequence_length + 1,
                     "max_logprobs": num_known(selection),
                     "logprobs_mode": "raw_logprobs",
-                    "worker_extension_cls": "teacher_dump.engines.vllm_vocabulary.VocabularyLimit",
                 },
                 fallback="--engine transformers",
             )

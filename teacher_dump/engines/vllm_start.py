@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from shards.errors import InputError
 from shards.process.children import engine_children
 from shards.process.progress import duration
+from teacher_dump.engines import vllm_worker
 from teacher_dump.engines.interface import num_ranks
 from teacher_dump.engines.options import EngineOptions
 from teacher_dump.engines.vllm_errors import ErrorLog, not_started
@@ -114,6 +115,7 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
                     "language_model_only": True,
                     "use_tqdm_on_load": False,
                     "tensor_parallel_size": options.tensor_parallel,
+                    "worker_extension_cls": vllm_worker.NAME,
                     **_every_row(EngineArgs),
                     **defaults(ranks, on_gpu=torch.cuda.is_available()),
                     **arguments,
@@ -122,6 +124,8 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
             )
     except Exception as error:  # a kernel's missing package, a weight with another name, ...
         raise not_started(options.architecture, errors.cause_of(error), fallback) from error
+    if ranks > 1:
+        llm.collective_rpc("forget_shared_memory")
     logger.info("vLLM started in %s", duration(time.monotonic() - started))
     return Started(llm, errors)
 
