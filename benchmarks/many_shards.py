@@ -35,7 +35,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.example_spec import example_spec
 from shards.dataset import Dataset
 from shards.errors import ShardError
-from shards.folder.completeness import shards_to_write
 from shards.folder.continuing import create_or_continue, record_completeness, remove_old_temporaries
 from shards.folder.listing import has_shards
 from shards.keep import TopPK
@@ -46,6 +45,8 @@ from shards.spec import SPLITS, TRAIN
 from shards.tokenizer.files import write_tokenizer
 from shards.writer import shard_name
 from student_train.data.order import Order
+from teacher_dump.processes.ranks import Rank
+from teacher_dump.processes.shard_queue import ShardQueue
 
 SEQUENCE_LENGTH = 2048
 LAYOUT = Layout(sequences_per_shard=1024, sequences_per_row_group=64)
@@ -111,17 +112,17 @@ def reject(path: Path) -> None:
 
 
 def resume(path: Path) -> None:
-    """The calls of `teacher_dump/dump.py`, and what its pass counts before the first shard."""
+    """The calls of `teacher_dump`, and what its pass counts before the first shard."""
     present = load_manifest(path)
     any(has_shards(path / split) for split in SPLITS)
     manifest = create_or_continue(
         path, present.spec, present.splits, present.recorded[0], present.tokenizer_files
     )
     remove_old_temporaries(path)
-    missing = {split: shards_to_write(path, manifest, split) for split in SPLITS}
-    assert sum(len(run) for shards in missing.values() for run in shards.runs())
-    shard, sequences = next(iter(missing[TRAIN]))
-    assert (shard, sequences) == (0, range(LAYOUT.sequences_per_shard))
+    queue = ShardQueue(path, manifest, Rank())
+    plan = next(iter(queue))
+    assert (plan.shard, plan.sequences) == (0, range(LAYOUT.sequences_per_shard))
+    assert sum(len(run) for shards in queue.own.values() for run in shards.runs())
 
 
 ACTIONS: dict[str, Callable[[Path], None]] = {
