@@ -16,6 +16,7 @@ from typing import Any
 
 from shards.errors import IdentityMismatchError, InputError, RunError, ShardCorruptError
 from shards.files.durable import check_links
+from shards.folder import listing
 from shards.folder.continuing import (
     check_folder,
     check_spec,
@@ -91,13 +92,7 @@ def has_shards(out: Path) -> bool:
     """Whether a dataset with at least one shard is in the folder."""
     if not (out / MANIFEST_NAME).exists():
         return False
-    for split in SPLITS:
-        folder = out / split
-        if folder.is_dir():
-            with os.scandir(folder) as entries:
-                if any(entry.name.endswith(".parquet") for entry in entries):
-                    return True
-    return False
+    return any(listing.has_shards(out / split) for split in SPLITS)
 
 
 def check_disk(out: Path) -> None:

@@ -7,11 +7,12 @@ is read: extending a dataset removes a short shard that stops being the last (`c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from shards.files.durable import sync_folder
 from shards.folder.listing import list_shards
@@ -47,9 +48,9 @@ class SomeShards:
         """The sequences of a shard."""
         return self.layout.shard_range(shard, self.num_sequences)
 
-    def without(self, shards: Collection[int]) -> SomeShards:
-        """All but these."""
-        return replace(self, numbers=np.setdiff1d(self.numbers, list(shards)))
+    def without(self, numbers: npt.ArrayLike) -> SomeShards:
+        """All but those with these numbers."""
+        return replace(self, numbers=np.setdiff1d(self.numbers, numbers))
 
     def owned_by(self, rank: int, world_size: int, first: int) -> SomeShards:
         """Those whose number, counted from `first`, is `rank` modulo `world_size`."""

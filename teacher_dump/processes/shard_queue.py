@@ -66,13 +66,12 @@ class ShardQueue:
         ShardCorruptError for a Parquet file without a sidecar that is damaged, ShardError for a
         sidecar without its Parquet file.
         """
-        taken: set[tuple[str, int]] = set()
         for split, shards in self.own.items():
             for shard, sequences in shards:
                 plan = ShardPlan(split=split, shard=shard, sequences=sequences)
                 if self.is_missing(plan):
-                    taken.add((split, shard))
                     yield plan
+        taken: set[tuple[str, int]] = set()  # of other ranks; all its own a rank has taken by now
         while (other := self._other(taken)) is not None:
             taken.add((other.split, other.shard))
             if self.is_missing(other):
@@ -98,7 +97,9 @@ class ShardQueue:
             return None
         written = _being_written(self.out, list(self.manifest.splits))
         missing = {
-            split: shards.without([shard for name, shard in taken if name == split])
+            split: shards.without(self.own[split].numbers).without(
+                [shard for name, shard in taken if name == split]
+            )
             for split, shards, _ in self._missing()
         }
         free = {
