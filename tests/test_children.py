@@ -52,9 +52,8 @@ from pathlib import Path
 from shards.process.folder_lock import folder_lock
 try:
     with folder_lock(Path(sys.argv[1]), "test"):
-        child = os.fork()
-        if child:
-            print(child, flush=True)
+        if not os.fork():
+            print(os.getpid(), flush=True)  # by now it has dropped the lock
         time.sleep(600)
 except BaseException:
     os._exit(1)

@@ -203,7 +203,7 @@ def test_what_comes_from_files_is_text_and_nothing_else(tmp_path: Path) -> None:
         tmp_path / HOSTILE.replace("/", ""), student=HOSTILE, **{HOSTILE: {"<b>": HOSTILE}}
     )
     (run / "tasks.json").write_text(
-        json.dumps({"a": {"file_sha256": None, "results": {HOSTILE: {HOSTILE: 0.5}}}})
+        json.dumps({"tasks": {HOSTILE: None}, "results": {HOSTILE: {f"{HOSTILE},none": 0.5}}})
     )
     page = report(run, out=tmp_path / "report.html")
     assert run.name in page.text

@@ -57,7 +57,7 @@ def test_a_plan_and_masked_tokens_work(tiny_teacher: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--keep", "draws"], "--keep draws needs the whole distribution: use --engine vllm"),
+        (["--keep", "draws"], "--keep draws needs the whole distribution; use --engine vllm"),
         (["--keep", "threshold"], "--keep threshold needs the whole distribution"),
         (["--engine-arg", "max_logprobs=5"], "--engine-arg max_logprobs: set by the pass itself"),
         (["--engine-arg", "logprobs_mode=raw_logits"], "set by the pass itself"),
