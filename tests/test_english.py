@@ -15,8 +15,7 @@ import cli
 from tests.command_runs import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-# benchmarks.md is being made anew.
-DOCS = sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "benchmarks.md")
+DOCS = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "CHANGELOG.md", *(f"docs/{name}" for name in DOCS)]
 HELPS = [None, *COMMANDS]
 MODULES = [
