@@ -211,7 +211,7 @@ def test_a_killed_command_leaves_no_process_no_memory_and_no_lock(
 
 
 @pytest.mark.slow
-def test_a_failure_in_another_process_is_named_and_no_other_engine_is_advised(
+def test_a_failure_in_another_process_is_the_one_that_the_error_names(
     tmp_path: Path,
 ) -> None:
     teacher = make_tiny_teacher(tmp_path / "teacher")
@@ -223,9 +223,10 @@ def test_a_failure_in_another_process_is_named_and_no_other_engine_is_advised(
     result = run_dump(dump_command(teacher, corpus, out, "--tensor-parallel", "2"))
     assert result.returncode == 2
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("dump-logits: "))
-    assert line == (
-        "dump-logits: vLLM does not start: 257 is not divisible by 2"
-        " (another --tensor-parallel may fit this teacher)"
+    # vLLM's own assertion in the worker has no text.
+    begins = (
+        "dump-logits: vLLM does not start with this teacher (LlamaForCausalLM): AssertionError "
     )
+    assert line.startswith(begins)
     assert "starting vLLM ..." in result.stderr.splitlines()
     assert not out.exists()

@@ -67,7 +67,7 @@ class ErrorLog:
         One line, with the name of its class where it says nothing.
         """
         text = last_line(error)
-        if _ELSEWHERE not in str(error):
+        if str(error).strip() and _ELSEWHERE not in str(error):
             return text
         logged = os.pread(self._descriptor, _MOST_BYTES, 0).decode(errors="replace")
         return logged.partition("\n")[0] or text
