@@ -131,7 +131,7 @@ class _Head:
         self._plans = plans
         self._again: deque[ShardPlan] = deque()
         self._exhausted = False
-        self._done: list[tuple[int, int, int]] = []
+        self._published = [0, 0, 0]  # sequences, positions, entries
         num_shards = sum(map(len, queue.own.values()))
         self._num_workers = max(1, min(num_workers, num_shards))
         self._cores_of = self._num_workers if is_local and not gpus else None
@@ -156,7 +156,8 @@ class _Head:
             for job in self._jobs.values():
                 self._ray.kill(job.worker)
         # What lost workers scored and did not publish is not in the summary.
-        self._progress.set(*(sum(numbers) for numbers in zip(*self._done, strict=True)))
+        progress = self._progress
+        progress.sequences, progress.positions, progress.entries = self._published
         return DumpSummary.of(self._config.out, self._progress)
 
     def _is_done(self) -> bool:
@@ -184,7 +185,8 @@ class _Head:
         else:
             totals = Totals(tokens=result.tokens, entries=result.entries)
             self._progress.wrote(totals, result.bytes, result.shards)
-            self._done.append((result.sequences, result.positions, result.entries))
+            numbers = (result.sequences, result.positions, result.entries)
+            self._published = [a + b for a, b in zip(self._published, numbers, strict=True)]
         plan = self._next()
         if plan is None:
             self._ray.kill(job.worker)
