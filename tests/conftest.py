@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpus import has_gpu, hide_gpus
+from tests.gpus import SHOWN, has_gpu, hide_gpus
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,12 +34,14 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, the others in their order; what needs a GPU is skipped without one."""
+    """Long files first; skip what needs a GPU that is not there or is hidden."""
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="this machine has no GPU"))
+        elif item.path.stem == "test_gpu" and SHOWN not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="make gpu-check runs it"))
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +62,3 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_teacher import make_tiny_teacher
 
     return make_tiny_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests that use a GPU in this process where it is hidden (`tests/gpus.py`)."""
-    if item.path.stem == "test_gpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("make gpu-check runs it on a machine with a GPU")

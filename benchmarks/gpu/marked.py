@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu.check import ROOT, Figures, expect, find_device
+from tests.gpus import SHOWN
 
 
 def gpu_tests(folder: Path, small: bool) -> Figures:
@@ -25,7 +26,7 @@ def gpu_tests(folder: Path, small: bool) -> Figures:
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider", *files],
         cwd=ROOT,
-        env={**os.environ, "LOGITSHARDS_TESTS_SHOW_GPUS": "1"},
+        env={**os.environ, SHOWN: "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
