@@ -71,7 +71,7 @@ def train_student(config: TrainConfig) -> None:
     from student_train.evaluation.definitions import DEFINITIONS
     from student_train.run import run
 
-    for name, value in run(config).items():
+    for name, value in (run(config) or {}).items():
         parts = value if isinstance(value, list) else [value]
         texts = (f"{part:.6g}" if isinstance(part, float) else f"{part}" for part in parts)
         definition = DEFINITIONS.get(name.removeprefix("validation_"))

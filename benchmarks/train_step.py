@@ -182,13 +182,7 @@ class Student:
         self.loss_of = _loss_of(variant)
         self.optimizer = make_optimizer(self.model, options)
         self.autocast = autocast_for(shape.dtype, device)
-        prepare_blocks(
-            options,
-            self.model.train(),
-            sequence_length=length,
-            packed=False,
-            autocast=self.autocast,
-        )
+        prepare_blocks(options, self.model.train())
         peak = peak_tokens_per_s(self.model, length, shape.dtype, device)
         self.clock = StepClock(device, peak)
 

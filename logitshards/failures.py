@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import click
 
-from shards.errors import LogitshardsError, first_line
+from shards.errors import FailedElsewhereError, LogitshardsError, first_line
 from shards.options import OptionError
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -36,7 +36,8 @@ def failures_as_lines(name: str, *, debug: bool) -> Iterator[None]:
             click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
         elif isinstance(error, KeyboardInterrupt) and sys.stderr.isatty():
             click.echo(err=True)  # below the ^C
-        click.echo(f"{name}: {one_line(text)}", err=True)
+        if not isinstance(error, FailedElsewhereError):
+            click.echo(f"{name}: {one_line(text)}", err=True)
         raise click.exceptions.Exit(exit_code) from error
 
 

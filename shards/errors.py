@@ -29,6 +29,14 @@ class StoppedError(LogitshardsError):
         self.exit_code = 128 + signal_number  # as a shell reports it
 
 
+class FailedElsewhereError(LogitshardsError):
+    """Another process of this run failed, and prints why: nothing more is to be said here."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class ShardError(LogitshardsError):
     """Base of the errors about a dataset of shards."""
 

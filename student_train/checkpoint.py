@@ -1,8 +1,13 @@
 """Checkpoints: everything that the next step depends on, in a folder that is complete or absent.
 
-    checkpoints/step-00000100/model.safetensors   float32 weights, tied ones once
-                              optimizer.pt        AdamW's moments
-                              progress.json       step, tokens, sequences, last evaluation
+    checkpoints/step-00000100/weights/        float32 weights and AdamW's moments
+                              progress.json   step, tokens, sequences, last evaluation
+                              sha256.json     hashes of the files in weights/
+
+Each process writes its part of the weights (`torch.distributed.checkpoint`), and any number of
+processes continues from it. Reading compares every hash: the format itself would load a changed
+byte without an error. Its `.metadata` is a pickle, so never continue from a checkpoint that a
+stranger made.
 
 A checkpoint does not store what follows from numbers: learning rate, random numbers and the
 datasets of a step follow from its number, and the order of a dataset from the number of its
@@ -15,26 +20,53 @@ moment leaves one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as read_state
+from torch.distributed.checkpoint.state_dict_saver import save as write_state
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
-from shards.errors import RunError, first_line
+from shards.errors import FailedElsewhereError, RunError, first_line
 from shards.files import durable
-from student_train.run_folder import publish_folder, remove_folder, remove_unpublished
+from shards.files.checksums import path_sha256
+from student_train.processes.world import World
+from student_train.run_folder import (
+    begin_folder,
+    name_folder,
+    remove_folder,
+    remove_unpublished,
+)
+
+# The library reports every call of it there, with its tracebacks.
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.CRITICAL)
 
 _KEPT = 2
 _PREFIX = "step-"
-_MODEL = "model.safetensors"
-_OPTIMIZER = "optimizer.pt"
+_WEIGHTS = "weights"
+_HASHES = "sha256.json"
 _PROGRESS = "progress.json"
-_DAMAGED = (FileNotFoundError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_DAMAGED = (
+    FileNotFoundError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    EOFError,
+    UnpicklingError,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,21 +84,28 @@ class Progress:
     evaluation_due: bool = False
 
 
-def save(folder: Path, model: PreTrainedModel, optimizer: Optimizer, progress: Progress) -> None:
-    """Write the checkpoint of a step and remove all but the newest. RunError if the disk fails."""
+def save(
+    folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, world: World
+) -> None:
+    """Write the checkpoint of a step and remove all but the newest. Collective.
 
-    def fill(path: Path) -> None:
-        save_model(model, str(path / _MODEL))
-        torch.save(optimizer.state_dict(), path / _OPTIMIZER)
-        (path / _PROGRESS).write_text(_to_text(progress), encoding="utf-8")
-
+    RunError if the disk fails, for any process.
+    """
+    final = folder / _name(progress.step)
     try:
-        publish_folder(folder / _name(progress.step), fill)
-        for old in _checkpoints(folder)[:-_KEPT]:
-            remove_folder(old)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary = world.from_first(
+            world.together(lambda: begin_folder(final) if world.is_first else final)
+        )
+        try:
+            _write_weights(temporary / _WEIGHTS, _state(model, optimizer), world)
+            hashes = world.from_all(_own_hashes(temporary / _WEIGHTS, world))
+            world.together(lambda: _finish(temporary, final, hashes, progress, world))
+        finally:
+            if world.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
         raise RunError(
-            f"{folder}: cannot write the checkpoint of step {progress.step}: {error};"
+            f"{folder}: cannot write the checkpoint of step {progress.step}: {first_line(error)};"
             " the one before is kept; run the same command again to continue from there"
         ) from error
 
@@ -76,22 +115,25 @@ def record(folder: Path, progress: Progress) -> None:
     durable.replace(folder / _name(progress.step) / _PROGRESS, _to_text(progress))
 
 
-def load_newest(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> Progress | None:
-    """Bring model and optimizer to the newest checkpoint; None, and no change, without any.
-
-    RunError if it cannot be read.
-    """
+def find_newest(folder: Path) -> Path | None:
+    """The newest checkpoint, None without any; removes what kills left beside and in it."""
     remove_unpublished(folder)
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         return None
-    path = checkpoints[-1]
+    _remove_unrecorded(checkpoints[-1])
+    return checkpoints[-1]
+
+
+def load(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> Progress:
+    """Bring model and optimizer to a checkpoint, of any number of processes. Collective.
+
+    RunError if it cannot be read, for any process.
+    """
     try:
-        _remove_unrecorded(path)
-        progress = Progress(**json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
-        load_model(model, path / _MODEL)
-        state = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
+        progress = world.together(lambda: _read_progress(path))
+        world.together(lambda: _check_hashes(path, world))
+        _read_weights(path / _WEIGHTS, model, optimizer, world)
     except torch.OutOfMemoryError:
         raise
     except _DAMAGED as error:
@@ -102,6 +144,99 @@ def load_newest(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> P
     except OSError as error:
         raise RunError(f"{path}: the checkpoint cannot be read ({error})") from error
     return progress
+
+
+def _write_weights(folder: Path, state: Mapping[str, Tensor], world: World) -> None:
+    """Write this process' part of the tensors."""
+    with _own_errors(world):
+        write_state(
+            dict(state),
+            storage_writer=FileSystemWriter(folder),
+            no_dist=not dist.is_initialized(),
+        )
+
+
+def _read_weights(folder: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
+    """Read this process' part into the tensors of model and optimizer, making those of AdamW."""
+    with _own_errors(world):
+        reader = FileSystemReader(folder)
+        stored = reader.read_metadata().state_dict_metadata
+        for name, parameter in model.named_parameters():
+            fused = any(group.get("fused") for group in optimizer.param_groups)
+            step = torch.zeros((), device=parameter.device if fused else "cpu")
+            for key in _MOMENTS:
+                if f"{key}.{name}" in stored:
+                    value = step if key == "step" else torch.zeros_like(parameter.detach())
+                    optimizer.state[parameter][key] = value
+        state = dict(_state(model, optimizer))
+        read_state(state, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by their names there; they share memory with the run's own."""
+    state = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    lasting = model.state_dict()
+    state |= {f"model.{name}": b.detach() for name, b in model.named_buffers() if name in lasting}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{key}.{name}"] = value
+    return state
+
+
+@contextmanager
+def _own_errors(world: World) -> Iterator[None]:
+    """Raise what a process failed with there, in place of the tracebacks of all everywhere."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*assuming the intent is to (save|load)")
+            yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        if rank == world.rank:
+            raise cause from error
+        raise FailedElsewhereError(f"process {rank} of this run failed") from error
+
+
+def _own_hashes(folder: Path, world: World) -> dict[str, str]:
+    """SHA-256 by name of the files that this process wrote."""
+    prefix = f"__{world.rank}_"
+    names = [path.name for path in folder.iterdir() if path.name.startswith(prefix)]
+    if world.is_first:
+        names.append(".metadata")
+    return {name: path_sha256(folder / name) for name in names}
+
+
+def _finish(
+    temporary: Path,
+    final: Path,
+    hashes: Sequence[Mapping[str, str]],
+    progress: Progress,
+    world: World,
+) -> None:
+    """Give a checkpoint its name, once all processes have written their part."""
+    if not world.is_first:
+        return
+    joined = {name: digest for part in hashes for name, digest in part.items()}
+    names = {path.name for path in (temporary / _WEIGHTS).iterdir()}
+    if names != joined.keys():
+        raise RuntimeError(f"expected the files {sorted(joined)}, found {sorted(names)}")
+    (temporary / _HASHES).write_text(json.dumps(joined, indent=2) + "\n", encoding="utf-8")
+    (temporary / _PROGRESS).write_text(_to_text(progress), encoding="utf-8")
+    name_folder(temporary, final)
+    for old in _checkpoints(final.parent)[:-_KEPT]:
+        remove_folder(old)
+
+
+def _check_hashes(path: Path, world: World) -> None:
+    """ValueError for a file that is not what was written; each process reads some of them."""
+    hashes = json.loads((path / _HASHES).read_text(encoding="utf-8"))
+    for name in sorted(hashes)[world.rank :: world.size]:
+        if path_sha256(path / _WEIGHTS / name) != hashes[name]:
+            raise ValueError(f"{name} was changed after it was written")
+
+
+def _read_progress(path: Path) -> Progress:
+    return Progress(**json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
 
 
 def _name(step: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from student_train.figure_lines import read_lines
 from student_train.flops import peak_tokens_per_s
 from student_train.metrics import Metrics
 from student_train.model.model import num_parameters
+from student_train.processes.sharding import Sharded
+from student_train.processes.world import World
 from student_train.run_folder import RunFolder
 from student_train.run_progress import TrainProgress
 from student_train.saving import Saver
@@ -74,8 +77,9 @@ class Training:
         config: TrainConfig,
         splits: Sequence[Split],
         evaluation_dataset: Dataset | None,
-        model: PreTrainedModel,
+        student: PreTrainedModel | Sharded,
         folder: RunFolder,
+        world: World,
     ) -> None:
         self._config = config
         self._splits = splits
@@ -83,16 +87,27 @@ class Training:
         self._length = splits[0].spec.sequence_length
         self._evaluation_dataset = evaluation_dataset
         self._folder = folder
-        self._device = model.device
-        self._autocast = autocast_for(config.dtype, self._device)
+        self._world = world
+        self._autocast = autocast_for(
+            config.dtype, world.device, sharded=isinstance(student, Sharded)
+        )
         self._objective = make_objective(config, splits[0])
-        self._model = model.train()
-        self._optimizer = make_optimizer(model, config)
-        progress = checkpoint.load_newest(folder.checkpoints, model, self._optimizer)
-        self._progress = progress or Progress(step=0, tokens=0, sequences=[0] * len(splits))
+        self._student = student.train()
+        self._model = student.model if isinstance(student, Sharded) else student
+        self._optimizer = make_optimizer(student, config)
+        self._progress = self._load() or Progress(step=0, tokens=0, sequences=[0] * len(splits))
         self._bytes_of_tokens = (
             None if evaluation_dataset is None else token_bytes(evaluation_dataset)
         )
+
+    def _load(self) -> Progress | None:
+        """Continue from the newest checkpoint, if there is one. Collective."""
+        world, folder = self._world, self._folder.checkpoints
+        newest = world.together(lambda: checkpoint.find_newest(folder) if world.is_first else None)
+        newest = world.from_first(newest)
+        if newest is None:
+            return None
+        return checkpoint.load(newest, self._model, self._optimizer, world)
 
     def train(self, step_sequences: int, num_steps: int) -> None:
         """All steps that are left, with their evaluations and checkpoints."""
@@ -100,10 +115,13 @@ class Training:
         self._log_start(step_sequences, num_steps)
         rates, alphas = plan_schedules(config, num_steps)
         step_batches = -(-step_sequences // config.micro_batch_sequences)
-        peak = peak_tokens_per_s(self._model, self._length, config.dtype, self._device)
+        peak = peak_tokens_per_s(self._model, self._length, config.dtype, self._world.device)
+        peak = None if peak is None else peak * self._world.size
         with (
             Metrics(
-                self._folder, step=done, evaluated=not self._progress.evaluation_due
+                self._folder if self._world.is_first else None,
+                step=done,
+                evaluated=not self._progress.evaluation_due,
             ) as metrics,
             ReadAhead(self._batches(step_sequences), _READ_AHEAD_BATCHES) as ahead,
             StopRequest() as stop,
@@ -118,8 +136,9 @@ class Training:
                     self._optimizer,
                     step=done,
                     every=config.save_every,
+                    world=self._world,
                 ),
-                clock=StepClock(self._device, peak),
+                clock=StepClock(self._world.device, peak),
                 display=TrainProgress(done, num_steps, peak),
             )
             self._after_step(process, save=False)
@@ -144,16 +163,19 @@ class Training:
         process.display.pause(time.monotonic() - paused)
 
     def _end_if_asked(self, process: _Process) -> None:
-        """After a signal: StoppedError, with a checkpoint of the step."""
-        received = process.stop.received
-        if received is None:
+        """After a signal to any process: StoppedError, with a checkpoint of the step."""
+        received = self._world.largest(process.stop.received or 0)
+        if not received:
             return
         process.saver.save(self._progress)
         process.display.clear()
-        raise StoppedError(
-            f"{self._folder.path}: stopped by {received.name} after step {self._progress.step}; run"
-            " the same command again to continue from its checkpoint",
-            received,
+        name = signal.Signals(received).name
+        self._world.fail(
+            StoppedError(
+                f"{self._folder.path}: stopped by {name} after step {self._progress.step}; run"
+                " the same command again to continue from its checkpoint",
+                received,
+            )
         )
 
     def summary(self) -> dict[str, Json]:
@@ -202,21 +224,24 @@ class Training:
 
     def _step(self, step: int, alpha: float, rate: float, batches: Iterator[Batch]) -> StepResult:
         """One step. RunError if the loss is not a number any more."""
-        torch.manual_seed((self._config.seed + step) % (1 << 63))
+        torch.manual_seed(order_seed((self._config.seed + step) % (1 << 63), self._world.rank))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         result = optimizer_step(
-            self._model,
+            self._student,
             self._optimizer,
             batches,
             partial(batch_loss, objective=replace(self._objective, alpha=alpha)),
             gradient_clip=self._config.gradient_clip,
             autocast=self._autocast,
+            world=self._world,
         )
         if not math.isfinite(result.loss + result.gradient_norm):
-            raise RunError(
-                f"{self._folder.path}: step {step}: loss {result.loss}, gradient norm"
-                f" {result.gradient_norm}; the run diverged, try a lower --learning-rate"
+            self._world.fail(
+                RunError(
+                    f"{self._folder.path}: step {step}: loss {result.loss}, gradient norm"
+                    f" {result.gradient_norm}; the run diverged, try a lower --learning-rate"
+                )
             )
         self._progress = replace(
             self._progress,
@@ -237,10 +262,10 @@ class Training:
         if not self._progress.evaluation_due or self._evaluation_dataset is None:
             return
         figures = evaluate(
-            self._model,
+            self._student,
             self._evaluation_dataset.split(VALIDATION),
             batch_sequences=self._config.micro_batch_sequences,
-            device=self._device,
+            world=self._world,
             autocast=self._autocast,
             bytes_of_tokens=self._bytes_of_tokens,
             asked_to_end=lambda: process.stop.received is not None,
@@ -265,7 +290,7 @@ class Training:
             micro_batch_lines=self._config.micro_batch_sequences,
             columns=columns_to_read(self._config),
         )
-        return for_device(batches, self._device)
+        return for_device(batches, self._world.device)
 
     def _log_start(self, step_sequences: int, num_steps: int) -> None:
         total, beside = num_parameters(self._model)

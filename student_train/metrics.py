@@ -31,7 +31,12 @@ class Metrics:
     in speed.jsonl.
     """
 
-    def __init__(self, folder: RunFolder, *, step: int, evaluated: bool = True) -> None:
+    def __init__(self, folder: RunFolder | None, *, step: int, evaluated: bool = True) -> None:
+        """Without a folder, of the processes that write none, everything is ignored."""
+        self._files = ExitStack()
+        self._file: TextIO | None = None
+        if folder is None:
+            return
         cut_back(folder.metrics, step, evaluated=evaluated)
         cut_back(folder.speed, step)
         with ExitStack() as files:
@@ -43,17 +48,20 @@ class Metrics:
 
     def write(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
         """Add one line of what a step or an evaluation computed."""
-        self._write(self._file, step, kind, figures)
+        if self._file is not None:
+            self._write(self._file, step, kind, figures)
 
     def write_speed(self, step: int, figures: Mapping[str, float]) -> None:
         """Add one line of what no other run repeats: time and memory."""
-        self._write(self._speed_file, step, "speed", figures)
+        if self._file is not None:
+            self._write(self._speed_file, step, "speed", figures)
 
     def flush(self) -> None:
         """Get everything to disk, before a checkpoint says that it happened."""
-        for file in (self._file, self._speed_file):
-            os.fsync(file.fileno())
-        self._tensorboard.flush()
+        if self._file is not None:
+            for file in (self._file, self._speed_file):
+                os.fsync(file.fileno())
+            self._tensorboard.flush()
 
     def __enter__(self) -> Self:
         return self

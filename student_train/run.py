@@ -7,13 +7,16 @@ steps (`loop.py`), then with the remaining tasks (`evaluation/tasks.py`).
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from shards.dataset import Dataset
@@ -32,9 +35,17 @@ from student_train.evaluation.tasks import (
     task_figures,
 )
 from student_train.loop import Training
-from student_train.model.blocks import prepare_blocks
-from student_train.model.model import check_sizes, default_learning_rate, export, make_student
+from student_train.model.blocks import decoder_blocks, prepare_blocks, try_compiled
+from student_train.model.model import (
+    check_sizes,
+    default_learning_rate,
+    export,
+    make_student,
+    shallow_copy,
+)
 from student_train.model.packed_attention import block_at_joints
+from student_train.processes.sharding import Sharded, is_sharded, shard, whole_weights
+from student_train.processes.world import World, joined
 from student_train.run_folder import RunFolder, describe_run, publish_folder
 from student_train.setup import find_evaluation_dataset, open_datasets, plan_steps
 from student_train.step import autocast_for
@@ -42,17 +53,47 @@ from student_train.step import autocast_for
 logger = logging.getLogger(__name__)
 
 
-def run(config: TrainConfig) -> dict[str, Json]:
+def run(config: TrainConfig) -> dict[str, Json] | None:
     """Train a student, or continue; returns the summary, for a finished run at once.
+
+    One of the processes that torchrun started for this run. Only the first returns a summary.
 
     InputError, ShardError or IdentityMismatchError for what does not fit together, before anything
     is written; RunError for a run that fails.
     """
     with _failures_named(config.out):
-        return _run(config)
+        device = _device()
+        with joined(device) as world:
+            prepared = world.together(lambda: _prepare(config, world))
+            summary = world.from_first(prepared.folder.summary() if world.is_first else None)
+            if summary is None:
+                summary = _train(prepared, world)
+        return _run_tasks(prepared, summary, device) if world.is_first else None
 
 
-def _run(config: TrainConfig) -> dict[str, Json]:
+def _device() -> torch.device:
+    """The GPU of this process, the CPU without any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    torch.cuda.set_device(device)
+    return device
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A run whose options and datasets fit together. `manager` knows the tasks that are missing."""
+
+    config: TrainConfig
+    datasets: Sequence[Dataset]
+    evaluation_dataset: Dataset | None
+    folder: RunFolder
+    description: dict[str, Json]
+    tasks: Sequence[str]
+    manager: Any
+
+
+def _prepare(config: TrainConfig, world: World) -> _Prepared:
     disable_progress_bar()
     datasets = open_datasets(config)
     evaluation_dataset = find_evaluation_dataset(config, datasets[0])
@@ -62,30 +103,47 @@ def _run(config: TrainConfig) -> dict[str, Json]:
         check_counted(dataset.split(TRAIN))
     folder = RunFolder(config.out)
     description = describe_run(config, datasets, evaluation_dataset)
-    folder.check(description)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tasks = list(dict.fromkeys(config.eval_tasks))
-    missing = missing_tasks(tasks, read_tasks(folder.tasks))
-    manager = check_tasks(tasks) if missing else None
-    summary = folder.summary()
-    if summary is None:
-        summary = _train(config, datasets, evaluation_dataset, folder, description, device)
-    elif not missing:
-        logger.info("%s: already finished, nothing to do", config.out)
-    if missing:
+    manager = None
+    if world.is_first:
+        folder.check(description)
+        missing = missing_tasks(tasks, read_tasks(folder.tasks))
+        manager = check_tasks(tasks) if missing else None
+        if folder.summary() is not None and not missing:
+            logger.info("%s: already finished, nothing to do", config.out)
+    return _Prepared(
+        config=config,
+        datasets=datasets,
+        evaluation_dataset=evaluation_dataset,
+        folder=folder,
+        description=description,
+        tasks=tasks,
+        manager=manager,
+    )
+
+
+def _run_tasks(
+    prepared: _Prepared, summary: dict[str, Json], device: torch.device
+) -> dict[str, Json]:
+    """The summary with the results of `--eval-tasks`, which one process runs."""
+    folder = prepared.folder
+    if prepared.manager is not None:
         with folder_lock(folder.path, "train-student"):
             run_tasks(
-                tasks,
-                manager,
+                prepared.tasks,
+                prepared.manager,
                 folder.model,
                 folder.tasks,
-                spec=datasets[0].spec,
-                dtype=config.dtype,
+                spec=prepared.datasets[0].spec,
+                dtype=prepared.config.dtype,
                 device=str(device),
             )
-    for task, figures in task_figures(read_tasks(folder.tasks)).items():
-        summary |= {f"{task}_{metric}": value for metric, value in figures.items()}
-    return summary
+    results = task_figures(read_tasks(folder.tasks))
+    return summary | {
+        f"{task}_{metric}": value
+        for task, figures in results.items()
+        for metric, value in figures.items()
+    }
 
 
 @contextmanager
@@ -106,35 +164,81 @@ def _failures_named(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _train(
-    config: TrainConfig,
-    datasets: Sequence[Dataset],
-    evaluation_dataset: Dataset | None,
-    folder: RunFolder,
-    description: dict[str, Json],
-    device: torch.device,
-) -> dict[str, Json]:
-    """The summary of a run that is finished when this returns."""
+def _train(prepared: _Prepared, world: World) -> dict[str, Json]:
+    """The summary of a run that is finished when this returns; {} but for the first process."""
+    config, datasets, folder = prepared.config, prepared.datasets, prepared.folder
     dataset = datasets[0]
     splits = [other.split(TRAIN) for other in datasets]
     step_sequences, num_steps = plan_steps(config, dataset)
-    model = make_student(config.student, dataset, config.seed).to(device)
-    read = datasets if evaluation_dataset is None else [*datasets, evaluation_dataset]
-    for other in read[1:]:
-        check_sizes(config.student, model, other)
-    packed = [other for other in read if packed_length(other.spec) is not None]
-    length = dataset.spec.sequence_length
-    autocast = autocast_for(config.dtype, device)
-    if packed:
-        block_at_joints(config.student, model, packed[0].path, length=length, autocast=autocast)
-    prepare_blocks(
-        config, model.train(), sequence_length=length, packed=bool(packed), autocast=autocast
-    )
-    with folder_lock(folder.path, "train-student"):
-        folder.start(description)
-        training = Training(config, splits, evaluation_dataset, model, folder)
+    student = _make_student(prepared, world)
+    with ExitStack() as stack:
+        world.together(lambda: _start(prepared, stack, world))
+        training = Training(config, splits, prepared.evaluation_dataset, student, folder, world)
         training.train(step_sequences, num_steps)
-        publish_folder(folder.model, lambda path: export(model, dataset, path))
+        _export(student, dataset, folder, world)
+        if not world.is_first:
+            return {}
         summary = training.summary()
         folder.finish(summary)
     return summary
+
+
+def _start(prepared: _Prepared, stack: ExitStack, world: World) -> None:
+    """Lock and start the run's folder, by the first process."""
+    if world.is_first:
+        stack.enter_context(folder_lock(prepared.folder.path, "train-student"))
+        prepared.folder.start(prepared.description)
+
+
+def _make_student(prepared: _Prepared, world: World) -> PreTrainedModel | Sharded:
+    """The student on its devices, ready to train. InputError if it cannot be trained as wanted."""
+    config, datasets = prepared.config, prepared.datasets
+    dataset, length = datasets[0], datasets[0].spec.sequence_length
+    read = [*datasets, *filter(None, [prepared.evaluation_dataset])]
+
+    def make() -> PreTrainedModel:
+        model = make_student(config.student, dataset, config.seed, with_weights=world.is_first)
+        for other in read[1:]:
+            check_sizes(config.student, model, other)
+        return model
+
+    model = world.together(make)
+    packed = [other for other in read if packed_length(other.spec) is not None]
+    alone = not is_sharded(world)
+    if alone:
+        model.to(world.device)
+    autocast = autocast_for(config.dtype, world.device)
+    if packed:
+        # A model that will be sharded may be too large for one device.
+        probe = model if alone else world.together(lambda: shallow_copy(model)).to(world.device)
+        world.together(
+            lambda: block_at_joints(
+                config.student, probe, packed[0].path, length=length, autocast=autocast
+            )
+        )
+        model.set_attn_implementation(probe.config._attn_implementation)
+    world.together(lambda: prepare_blocks(config, model))
+    student = shard(model, decoder_blocks(model), world, config.dtype).train()
+    world.together(
+        lambda: try_compiled(
+            config,
+            student,
+            sequence_length=length,
+            packed=bool(packed),
+            device=world.device,
+            autocast=autocast_for(config.dtype, world.device, sharded=not alone),
+        )
+    )
+    return student
+
+
+def _export(
+    student: PreTrainedModel | Sharded, dataset: Dataset, folder: RunFolder, world: World
+) -> None:
+    """Write the student as a Hugging Face folder, by the first process."""
+    if not isinstance(student, Sharded):
+        publish_folder(folder.model, lambda path: export(student, dataset, path))
+        return
+    weights = whole_weights(student.model, world)
+    if world.is_first:
+        publish_folder(folder.model, lambda path: export(student.model, dataset, path, weights))

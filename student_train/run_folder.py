@@ -133,17 +133,28 @@ def publish_folder(final: Path, fill: Callable[[Path], None]) -> None:
     `fill` writes files into the folder it is given, which has another name until all of them are
     flushed to disk.
     """
+    temporary = begin_folder(final)
+    try:
+        fill(temporary)
+        name_folder(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def begin_folder(final: Path) -> Path:
+    """A new folder beside `final`, to be filled and then named by `name_folder`."""
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = durable.temporary_name(final)
     temporary.mkdir()
-    try:
-        fill(temporary)
-        durable.sync_files(temporary)
-        remove_folder(final)
-        temporary.rename(final)
-        durable.sync_folder(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def name_folder(temporary: Path, final: Path) -> None:
+    """Flush a folder to disk, then give it its name; one of this name is replaced."""
+    durable.sync_files(temporary)
+    remove_folder(final)
+    temporary.rename(final)
+    durable.sync_folder(final.parent)
 
 
 def remove_folder(path: Path) -> None:

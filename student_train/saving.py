@@ -14,14 +14,16 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from shards.errors import ShardError
+from shards.errors import FailedElsewhereError, LogitshardsError, ShardError
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.metrics import Metrics
+from student_train.processes.world import World
 from student_train.run_folder import RunFolder
 
 _SAVE_EVERY_S = 600.0
 _OF_WRITING = 50
+_READING_OR_MEMORY = (ShardError, FailedElsewhereError, torch.OutOfMemoryError)
 
 
 class Saver:
@@ -36,6 +38,7 @@ class Saver:
         *,
         step: int,
         every: int | None,
+        world: World,
     ) -> None:
         self._folder = folder.checkpoints
         self._metrics = metrics
@@ -43,28 +46,33 @@ class Saver:
         self._optimizer = optimizer
         self._saved_step = step
         self._every = every
+        self._world = world
         self._due_at = time.monotonic() + _SAVE_EVERY_S
 
     def due(self, step: int) -> bool:
-        """Whether a step that has just been made is to be saved."""
+        """Whether a step that has just been made is to be saved. Collective."""
         if self._every is not None:
             return step % self._every == 0
-        return time.monotonic() >= self._due_at
+        overdue = self._world.is_first and time.monotonic() >= self._due_at
+        return bool(self._world.largest(overdue))
 
     def save(self, progress: Progress) -> None:
-        """Write the checkpoint of a step, unless it is there. RunError if the disk fails."""
+        """Write the checkpoint of a step, unless it is there. Collective.
+
+        RunError if the disk fails.
+        """
         if progress.step <= self._saved_step:
             return
         started = time.monotonic()
         self._metrics.flush()
-        checkpoint.save(self._folder, self._model, self._optimizer, progress)
+        checkpoint.save(self._folder, self._model, self._optimizer, progress, self._world)
         self._saved_step = progress.step
         now = time.monotonic()
         self._due_at = now + max(_SAVE_EVERY_S, _OF_WRITING * (now - started))
 
     def record(self, progress: Progress) -> None:
         """Keep the evaluation of a step whose checkpoint is there, so that none is made again."""
-        if progress.step == self._saved_step:
+        if progress.step == self._saved_step and self._world.is_first:
             self._metrics.flush()
             checkpoint.record(self._folder, progress)
 
@@ -72,15 +80,18 @@ class Saver:
     def kept(
         self,
         progress: Callable[[], Progress],
-        failures: tuple[type[Exception], ...] = (ShardError, torch.OutOfMemoryError),
+        failures: tuple[type[Exception], ...] = _READING_OR_MEMORY,
     ) -> Iterator[None]:
         """Save the steps that are done when a shard fails under the run, or memory runs out.
 
+        With several processes all fail together, so all save, except where memory runs out: that
+        leaves the others in the middle of a step.
         Use it for code that has not changed the weights when it fails: a step computes gradients
         before it changes weights (`step.py`), and an evaluation never changes them.
         """
         try:
             yield
-        except failures:
-            self.save(progress())
+        except failures as error:
+            if self._world.size == 1 or isinstance(error, LogitshardsError):
+                self.save(progress())
             raise

@@ -14,6 +14,7 @@ from shards.errors import InputError, RunError
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.metrics import Metrics, cut_back
+from student_train.processes.world import World
 from student_train.run_folder import RunFolder, publish_folder
 
 
@@ -40,12 +41,28 @@ def trained(seed: int = 0) -> tuple[LlamaForCausalLM, torch.optim.AdamW]:
     return model, optimizer
 
 
+ALONE = World(device=torch.device("cpu"))
+
+
+def save(
+    folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, progress: Progress
+) -> None:
+    checkpoint.save(folder, model, optimizer, progress, ALONE)
+
+
+def load_newest(
+    folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW
+) -> Progress | None:
+    newest = checkpoint.find_newest(folder)
+    return None if newest is None else checkpoint.load(newest, model, optimizer, ALONE)
+
+
 def test_a_checkpoint_restores_weights_moments_and_progress_exactly(tmp_path: Path) -> None:
     model, optimizer = trained()
     progress = Progress(step=3, tokens=100, sequences=[7], evaluation={"cross_entropy": 0.1})
-    checkpoint.save(tmp_path, model, optimizer, progress)
+    save(tmp_path, model, optimizer, progress)
     other, other_optimizer = trained(seed=1)
-    assert checkpoint.load_newest(tmp_path, other, other_optimizer) == progress
+    assert load_newest(tmp_path, other, other_optimizer) == progress
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
     assert other.lm_head.weight is other.model.embed_tokens.weight
@@ -57,81 +74,85 @@ def test_a_checkpoint_restores_weights_moments_and_progress_exactly(tmp_path: Pa
 def test_an_evaluation_is_recorded_in_the_checkpoint_of_its_step(tmp_path: Path) -> None:
     model, optimizer = trained()
     due = Progress(step=3, tokens=100, sequences=[7], evaluation_due=True)
-    checkpoint.save(tmp_path, model, optimizer, due)
+    save(tmp_path, model, optimizer, due)
     evaluated = replace(due, evaluation={"cross_entropy": 0.1}, evaluation_due=False)
     checkpoint.record(tmp_path, evaluated)
     left = tmp_path / "step-00000003" / ".progress.json.0123456789abcdef.tmp"
     left.write_text("half of another")
-    assert checkpoint.load_newest(tmp_path, model, optimizer) == evaluated
+    assert load_newest(tmp_path, model, optimizer) == evaluated
     assert not left.exists()
 
 
-def test_a_checkpoint_of_a_gpu_is_read_without_one_and_options_are_those_of_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_of_adamw_are_those_of_the_command(tmp_path: Path) -> None:
     model, optimizer = trained()
-    optimizer.param_groups[0]["fused"] = True
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.serialization.location_tag", lambda _: "cuda:0")
-        checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
-    with pytest.raises(RuntimeError, match="CUDA"):
-        torch.load(tmp_path / "step-00000001" / "optimizer.pt", weights_only=True)
-    other, other_optimizer = trained(seed=1)
-    checkpoint.load_newest(tmp_path, other, other_optimizer)
-    assert not other_optimizer.param_groups[0]["fused"]
-    for expected, found in zip(
-        optimizer.state.values(), other_optimizer.state.values(), strict=True
-    ):
-        assert torch.equal(found["exp_avg"], expected["exp_avg"])
+    save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+    other = make_model(seed=1)
+    fused = torch.optim.AdamW(other.parameters(), lr=0.5, fused=True)
+    load_newest(tmp_path, other, fused)
+    assert fused.param_groups[0]["fused"]
+    assert fused.param_groups[0]["lr"] == 0.5
+    states = zip(optimizer.state.values(), fused.state.values(), strict=True)
+    assert all(torch.equal(found[k], state[k]) for state, found in states for k in state)
 
 
 def test_without_a_checkpoint_nothing_changes(tmp_path: Path) -> None:
     model, optimizer = trained()
-    assert checkpoint.load_newest(tmp_path / "none", model, optimizer) is None
+    assert load_newest(tmp_path / "none", model, optimizer) is None
 
 
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (9, 10, 100):
-        checkpoint.save(tmp_path, model, optimizer, Progress(step=step, tokens=step, sequences=[7]))
+        save(tmp_path, model, optimizer, Progress(step=step, tokens=step, sequences=[7]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
-    found = checkpoint.load_newest(tmp_path, model, optimizer)
+    found = load_newest(tmp_path, model, optimizer)
     assert found == Progress(step=100, tokens=100, sequences=[7])
 
 
 def test_what_was_killed_while_it_was_written_is_ignored_and_removed(tmp_path: Path) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+    save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
     half = tmp_path / ".step-00000002.0123456789abcdef.tmp"
     half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
-    found = checkpoint.load_newest(tmp_path, model, optimizer)
+    (half / "sha256.json").write_bytes(b"half")
+    found = load_newest(tmp_path, model, optimizer)
     assert found == Progress(step=1, tokens=1, sequences=[7])
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "progress.json"])
-def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str) -> None:
+FILES = ["weights/__0_0.distcp", "weights/.metadata", "progress.json", "sha256.json"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "a byte"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str, damage: str) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+    save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
     file = tmp_path / "step-00000001" / name
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(RunError, match="step-00000001"):
-        checkpoint.load_newest(tmp_path, model, optimizer)
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "gone":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= 0x80
+        file.write_bytes(content)
+    with pytest.raises(RunError, match=r"step-00000001: .* delete this folder"):
+        load_newest(tmp_path, model, optimizer)
 
 
 def test_memory_that_runs_out_is_no_damaged_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+    save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
 
-    def fail(_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(optimizer, "load_state_dict", fail)
+    monkeypatch.setattr(checkpoint, "read_state", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        checkpoint.load_newest(tmp_path, model, optimizer)
+        load_newest(tmp_path, model, optimizer)
 
 
 def test_a_folder_that_cannot_be_filled_leaves_the_one_before_it(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from shards.dataset import Dataset
 from shards.rows import Row
 from student_train.evaluation import evaluate as figures
 from student_train.evaluation.evaluate import evaluate, predict
+from student_train.processes.world import World
 from tests.tiny_dataset import LOG_THRESHOLD, VOCAB_SIZE, make_dataset
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def test_the_figures_of_sampled_shards_equal_their_definitions(
         model,
         dataset.split("validation"),
         batch_sequences=4,
-        device=CPU,
+        world=World(device=CPU),
         autocast=nullcontext(),
     )
     assert found["kl_unbiased"] == pytest.approx((cross - entropy) / tokens, rel=1e-5)
@@ -130,7 +131,7 @@ def test_all_figures_equal_their_definitions(
             model.train(),
             dataset.split("validation"),
             batch_sequences=batch_sequences,
-            device=CPU,
+            world=World(device=CPU),
             autocast=nullcontext(),
         )
         assert found == pytest.approx(expected, rel=1e-5)
@@ -146,7 +147,7 @@ def test_it_leaves_no_gradient_and_the_same_random_numbers(
         model,
         dataset.split("validation"),
         batch_sequences=2,
-        device=CPU,
+        world=World(device=CPU),
         autocast=nullcontext(),
     )
     assert torch.equal(torch.get_rng_state(), before)
@@ -265,7 +266,9 @@ def test_a_perplexity_that_no_float_holds_is_infinite(
     split = Dataset.open(make_dataset(tmp_path / "dataset")).split("validation")
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
-    found = evaluate(model, split, batch_sequences=4, device=CPU, autocast=nullcontext())
+    found = evaluate(
+        model, split, batch_sequences=4, world=World(device=CPU), autocast=nullcontext()
+    )
     assert 709 < found["cross_entropy"] < math.inf == found["perplexity"]
 
 
@@ -286,7 +289,7 @@ def test_bits_per_byte_are_of_the_bytes_of_the_labels(
         model,
         split,
         batch_sequences=4,
-        device=CPU,
+        world=World(device=CPU),
         autocast=nullcontext(),
         bytes_of_tokens=table,
     )

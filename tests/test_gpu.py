@@ -17,6 +17,7 @@ from student_train.data.batches import TAIL_COLUMNS, for_device, sequential_batc
 from student_train.evaluation.evaluate import evaluate
 from student_train.objective.distillation import Objective, Targets
 from student_train.objective.loss import distillation_loss
+from student_train.processes.world import World
 from student_train.speed import StepClock
 from student_train.step import autocast_for, batch_loss, make_optimizer, optimizer_step
 from teacher_dump.engines.head import WideHead
@@ -140,7 +141,7 @@ def test_an_evaluation_gives_the_figures_of_the_cpu(
             model.to(device),
             dataset.split("validation"),
             batch_sequences=2,
-            device=device,
+            world=World(device=device),
             autocast=nullcontext(),
         )
         for device in (GPU, CPU)
@@ -172,9 +173,11 @@ def test_a_run_goes_on_without_its_gpu(
     step(first)
     assert clock.step_done(1)["peak_cuda_memory_bytes"] > 0
     progress = Progress(step=1, tokens=1, sequences=[4])
-    checkpoint.save(tmp_path, model, optimizer, progress)
+    checkpoint.save(tmp_path, model, optimizer, progress, World(device=GPU))
     on_gpu = [step(batch) for batch in later]
     model.to(CPU)
     optimizer = make_optimizer(model, config)
-    assert checkpoint.load_newest(tmp_path, model, optimizer) == progress
+    newest = checkpoint.find_newest(tmp_path)
+    assert newest is not None
+    assert checkpoint.load(newest, model, optimizer, World(device=CPU)) == progress
     assert [step(batch) for batch in later] == pytest.approx(on_gpu, rel=1e-4)

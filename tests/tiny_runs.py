@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from transformers import LlamaConfig
 
 from student_train.config import TrainConfig
@@ -69,3 +71,14 @@ def assert_same_run(found: Path, expected: Path) -> None:
     for name, weight in weights(expected).items():
         assert torch.equal(weights(found)[name], weight), name
     assert (found / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
+
+
+def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint's folder."""
+    reader = FileSystemReader(path / "weights")
+    tensors = {
+        name: torch.empty(stored.size)
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
+    }
+    read_state(tensors, storage_reader=reader, no_dist=True)
+    return tensors

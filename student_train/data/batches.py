@@ -112,14 +112,20 @@ def training_batches(
 
 
 def sequential_batches(
-    split: Split, *, batch_lines: int, columns: Sequence[str]
+    split: Split,
+    *,
+    batch_lines: int,
+    columns: Sequence[str],
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Generator[Batch]:
     """All sequences once, in their own order unless they are packed.
 
+    One of several ranks gets those of every `world_size`th row group.
     Closing the iterator ends what is decoded ahead.
     """
     packed = packed_length(split.spec)
-    with closing(all_lines(split, columns)) as lines:
+    with closing(all_lines(split, columns, rank, world_size)) as lines:
         while batch := _next_batch(lines, batch_lines, packed):
             yield batch
 

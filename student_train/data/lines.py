@@ -65,9 +65,14 @@ def lines_in_order(source: Source, columns: Sequence[str]) -> Generator[Line]:
             del groups  # before the next window is taken, not after
 
 
-def all_lines(split: Split, columns: Sequence[str]) -> Generator[Line]:
-    """All sequences once, in their own order unless they are packed. Close it, too."""
-    numbers = range(split.num_row_groups)
+def all_lines(
+    split: Split, columns: Sequence[str], rank: int = 0, world_size: int = 1
+) -> Generator[Line]:
+    """All sequences once, in their own order unless they are packed. Close it, too.
+
+    One of several ranks gets those of every `world_size`th row group.
+    """
+    numbers = range(rank, split.num_row_groups, world_size)
     with closing(decode_ahead(split, numbers, columns, _row_groups_ahead(split))) as row_groups:
         yield from _lines(row_groups, packed_length(split.spec))
 

@@ -27,7 +27,7 @@ Sums are float64 over float32 logits, in blocks as in `loss.py`; each labelled p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -44,6 +44,8 @@ from student_train.data.read_ahead import ReadAhead
 from student_train.model.model import head_weight, hidden_states
 from student_train.objective.kept_entries import KeptEntries
 from student_train.objective.loss import IGNORE_INDEX, split_evenly
+from student_train.processes.sharding import Sharded, in_forward, reshard
+from student_train.processes.world import World
 
 # Size of a block's float32 logits; a few copies of it exist. The best size for a GPU is not
 # measured.
@@ -55,48 +57,91 @@ _NUM_BINS = 15
 
 
 def evaluate(
-    model: PreTrainedModel,
+    student: PreTrainedModel | Sharded,
     split: Split,
     *,
     batch_sequences: int,
-    device: torch.device,
     autocast: AbstractContextManager[object],
+    world: World,
     bytes_of_tokens: Tensor | None = None,
     asked_to_end: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """The figures above over a whole split, and `tokens`; leaves the model's mode as it was.
 
     bytes_of_tokens [V] int64 is that of `token_bytes.py`. `autocast` surrounds the model without
-    its head, whose logits are always float32. None if it was `asked_to_end` before the end.
-    InputError if no position of the split counts, RunError for a student that returns NaN or
-    infinity.
+    its head, whose logits are always float32. The processes of `world` evaluate a part of the row
+    groups each, and all return the figures of the whole. None if any was `asked_to_end` before
+    the end. InputError if no position of the split counts, RunError for a student that returns NaN
+    or infinity.
     """
     spec = split.spec
     totals = counted_totals(split)
-    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=device)
-    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=device)
+    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=world.device)
+    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=world.device)
     num_bytes = 0
-    was_training = model.training
-    model.eval()
-    batches = sequential_batches(split, batch_lines=batch_sequences, columns=TAIL_COLUMNS)
+
+    def add(model: PreTrainedModel, batch: Batch) -> None:
+        with autocast:
+            hidden = hidden_states(model, batch.input_ids, batch.position_ids)
+        _add_batch(sums, bins, hidden, head_weight(model), batch, spec)
+
+    was_training = student.training
+    student.eval()
+    batches = sequential_batches(
+        split,
+        batch_lines=batch_sequences,
+        columns=TAIL_COLUMNS,
+        rank=world.rank,
+        world_size=world.size,
+    )
     with (
         torch.no_grad(),
-        ReadAhead(for_device(batches, device), _READ_AHEAD_BATCHES) as ahead,
+        ReadAhead(for_device(batches, world.device), _READ_AHEAD_BATCHES) as ahead,
     ):
-        for batch in ahead:
-            if asked_to_end():
-                break
+        for batch in _until_all_end(ahead, world, asked_to_end, length=spec.sequence_length):
             if bytes_of_tokens is not None:
                 counted = batch.labels[batch.labels != IGNORE_INDEX]
                 num_bytes += int(bytes_of_tokens[counted].sum())
-            batch = batch.to(device)
-            with autocast:
-                hidden = hidden_states(model, batch.input_ids, batch.position_ids)
-            _add_batch(sums, bins, hidden, head_weight(model), batch, spec)
-    model.train(was_training)
-    if asked_to_end():
+            in_forward(student, add, batch.to(world.device))
+    reshard(student)
+    student.train(was_training)
+    if world.largest(asked_to_end()):
         return None
-    return _figures(sums, bins, totals, num_bytes, spec)
+    (num_bytes,) = world.sum_counts([num_bytes])
+    try:
+        return _figures(world.add(sums), world.add(bins), totals, num_bytes, spec)
+    except RunError as error:
+        world.fail(error)
+
+
+def _until_all_end(
+    batches: Iterator[Batch],
+    world: World,
+    asked_to_end: Callable[[], bool],
+    *,
+    length: int,
+) -> Iterator[Batch]:
+    """The batches of this process, then empty ones while another process has some. Collective.
+
+    A sharded model runs on all processes at once. Ends for all when one was `asked_to_end`.
+    """
+    while True:
+        batch = world.together(lambda: next(batches, None))
+        state = world.largest(2 if asked_to_end() else int(batch is not None))
+        if state != 1:
+            return
+        yield _empty_batch(length) if batch is None else batch
+
+
+def _empty_batch(length: int) -> Batch:
+    """One line without a label."""
+    return Batch(
+        input_ids=torch.zeros((1, length), dtype=torch.int64),
+        labels=torch.full((1, length), IGNORE_INDEX),
+        position_ids=torch.arange(length)[None],
+        num_valid=0,
+        num_sequences=(0,),
+    )
 
 
 def counted_totals(split: Split) -> Totals:

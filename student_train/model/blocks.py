@@ -14,22 +14,15 @@ from transformers import PreTrainedModel
 from shards.errors import InputError, first_line
 from student_train.config import TrainConfig
 from student_train.model.model import hidden_states
+from student_train.processes.sharding import Sharded, in_forward
 
 
-def prepare_blocks(
-    config: TrainConfig,
-    model: PreTrainedModel,
-    *,
-    sequence_length: int,
-    packed: bool,
-    autocast: AbstractContextManager[object],
-) -> None:
-    """Apply `--gradient-checkpointing` and `--compile` to the blocks.
+def prepare_blocks(config: TrainConfig, model: PreTrainedModel) -> None:
+    """Apply `--gradient-checkpointing` and `--compile` to the blocks, before they are sharded.
 
-    Compiled ones are tried on a micro batch of full length, as it is trained on. InputError for a
-    model or a machine that cannot.
+    InputError for a model that cannot.
     """
-    name = f"--student {config.student}: {type(model).__name__}"
+    name = _name(config, model)
     if config.gradient_checkpointing:
         try:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -44,19 +37,44 @@ def prepare_blocks(
         raise InputError(f"{name} does not name its blocks, which --compile needs")
     for block in blocks:
         block.compile()
+
+
+def try_compiled(
+    config: TrainConfig,
+    student: PreTrainedModel | Sharded,
+    *,
+    sequence_length: int,
+    packed: bool,
+    device: torch.device,
+    autocast: AbstractContextManager[object],
+) -> None:
+    """Run compiled blocks on a micro batch of full length, as it is trained on. Collective.
+
+    InputError for a model or a machine that cannot.
+    """
+    if not config.compile:
+        return
     shape = (config.micro_batch_sequences, sequence_length)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=model.device)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     # Two sequences a line: a model that meets a joint makes another mask.
-    positions = torch.arange(sequence_length, device=model.device) % -(-sequence_length // 2)
+    positions = torch.arange(sequence_length, device=device) % -(-sequence_length // 2)
+    places = positions.expand(shape) if packed else None
     try:
         with autocast:
-            states = hidden_states(model, tokens, positions.expand(shape) if packed else None)
+            states = in_forward(student, hidden_states, tokens, places)
         states.float().sum().backward()  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # those of torch.compile are among them
-        raise InputError(f"{name} does not run with --compile: {first_line(error)}") from error
-    model.zero_grad(set_to_none=True)
+        model = student.model if isinstance(student, Sharded) else student
+        raise InputError(
+            f"{_name(config, model)} does not run with --compile: {first_line(error)}"
+        ) from error
+    student.zero_grad(set_to_none=True)
+
+
+def _name(config: TrainConfig, model: PreTrainedModel) -> str:
+    return f"--student {config.student}: {type(model).__name__}"
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:

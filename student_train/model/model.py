@@ -10,10 +10,11 @@ a vocabulary that is padded to more rows is fine.
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,13 @@ def default_learning_rate(student: str) -> float:
     return PRESETS[student].learning_rate
 
 
-def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
+def make_student(
+    student: str, dataset: Dataset, seed: int, *, with_weights: bool = True
+) -> PreTrainedModel:
     """A float32 model that fits the dataset: fresh weights from the seed, or a folder's.
+
+    Without weights its tensors hold anything and take no memory until somebody writes to them: for
+    processes that get their weights from another one.
 
     InputError for what is no student or too small for the dataset, IdentityMismatchError for
     another tokenizer.
@@ -66,12 +72,12 @@ def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
     path = Path(student)
     if student in PRESETS:
         config = LlamaConfig(**PRESETS[student].config_json(dataset.spec))
-        model = _fresh(student, config, seed)
+        model = _fresh(student, config, seed, with_weights)
     elif path.is_dir():
         check_tokenizer(path, dataset)
-        model = _load(path)
+        model = _load(path) if with_weights else _fresh(student, _read_config(path), seed, False)
     elif path.is_file():
-        model = _fresh(student, _read_config(path), seed)
+        model = _fresh(student, _read_config(path), seed, with_weights)
     else:
         names = ", ".join(PRESETS)
         raise InputError(
@@ -82,8 +88,28 @@ def make_student(student: str, dataset: Dataset, seed: int) -> PreTrainedModel:
         # PyTorch's attention, the default, leaves it out, but code that runs the result does not.
         model.set_attn_implementation("eager")
     check_sizes(student, model, dataset)
-    _check_head(student, model)
+    if with_weights:
+        _check_head(student, model)
     return model
+
+
+def shallow_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A fresh model like this one with few blocks, each of its kinds among them, on the CPU.
+
+    It computes what the other would, so that what a model supports can be tried out in little
+    memory.
+    """
+    config = copy.deepcopy(model.config)
+    kinds = list(getattr(config, "layer_types", None) or ())
+    num_blocks = max(2, *(kinds.index(kind) + 1 for kind in set(kinds))) if kinds else 2
+    if num_blocks < config.num_hidden_layers:
+        config.num_hidden_layers = num_blocks
+        if kinds:
+            config.layer_types = kinds[:num_blocks]
+    with torch.random.fork_rng(devices=[]):
+        copied: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)
+    copied.set_attn_implementation(model.config._attn_implementation)
+    return copied
 
 
 def hidden_states(
@@ -113,15 +139,21 @@ def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
     return total, total - sum(weight.numel() for weight in shared)
 
 
-def export(model: PreTrainedModel, dataset: Dataset, folder: Path) -> None:
+def export(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    folder: Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a Hugging Face folder: config, float32 safetensors, and the dataset's tokenizer.
 
+    `weights` are those of a model that holds only its part of them.
     The tokens that begin and end documents are those of the dataset, in every file.
     """
     documents = dataset.spec.documents
     kinds = {"bos_token_id": documents.bos_token_id, "eos_token_id": documents.eos_token_id}
     with _attributes(model.config, kinds), _attributes(model.generation_config, kinds):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     shutil.copytree(dataset.path / TOKENIZER, folder, dirs_exist_ok=True)
 
 
@@ -143,16 +175,20 @@ def _attributes(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
             setattr(owner, name, before[name])
 
 
-def _fresh(student: str, config: Any, seed: int) -> PreTrainedModel:
+def _fresh(student: str, config: Any, seed: int, with_weights: bool) -> PreTrainedModel:
     torch.manual_seed(seed)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
+        with nullcontext() if with_weights else torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
     except _LOAD_ERRORS as error:
         raise InputError(
             f"--student {student}: not a causal language model: {_reason(error)}"
         ) from error
+    if not with_weights:
+        model.to_empty(device="cpu")
+        model.tie_weights()  # moving off the meta device has torn them apart
     return model
 
 

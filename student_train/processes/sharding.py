@@ -1,0 +1,126 @@
+"""A student sharded over the processes of a run by FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+Every process holds its part of each weight, of its gradient and of AdamW's moments. A decoder block
+is gathered whole while it runs, everything else (embedding, last norm, head) for the whole forward
+and backward pass. Outside of the forward pass a weight is a DTensor of which this process holds a
+part. So a function that needs weights as tensors runs inside the forward pass, by `in_forward`.
+
+Gradients are summed over the processes, not averaged: the step divides them once, by the labelled
+positions of all processes together.
+
+On a GPU the forward and backward pass run in bfloat16 on rounded copies of the float32 weights
+(`MixedPrecisionPolicy`), one GPU included; gradients are summed in float32. On CPUs autocast does
+the same as in one process, which needs no sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from student_train.processes.world import World
+
+_T = TypeVar("_T")
+
+
+class Sharded(nn.Module):
+    """A sharded model; calling it runs a function of the model within the forward pass."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns, with all weights outside of decoder blocks as tensors."""
+        return function(self.model, *arguments)
+
+
+def in_forward(
+    student: PreTrainedModel | Sharded, function: Callable[..., _T], *arguments: Any
+) -> _T:
+    """`function(model, *arguments)`, where it sees whole weights. Collective."""
+    if isinstance(student, Sharded):
+        result: _T = student(function, *arguments)
+        return result
+    return function(student, *arguments)
+
+
+def reshard(student: PreTrainedModel | Sharded) -> None:
+    """Let go of the weights that a forward pass without a backward pass leaves gathered."""
+    if isinstance(student, FSDPModule):
+        student.reshard()
+
+
+def is_sharded(world: World) -> bool:
+    """Whether the student of a run is sharded: not for one process on a CPU."""
+    return world.size > 1 or world.device.type == "cuda"
+
+
+def shard(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], world: World, dtype: str
+) -> PreTrainedModel | Sharded:
+    """The student that the processes of a run share; one process on a CPU keeps its model.
+
+    Each of its `blocks` is gathered alone, everything else together. The weights are those of the
+    first process. `dtype` is that of `--dtype`. Collective.
+    """
+    if not is_sharded(world):
+        return model
+    whole = dict(_tensors(model)) if world.is_first else {}
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy()
+    if world.device.type == "cuda" and dtype == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    student = Sharded(model)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy)
+    for module in student.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no division
+            module.set_gradient_divide_factor(1.0)
+    _fill(model, whole, world)
+    return student
+
+
+def whole_weights(model: PreTrainedModel, world: World) -> dict[str, Tensor]:
+    """All weights and buffers of a sharded model on the first process' CPU; else {}. Collective.
+
+    One weight after the other is gathered, so that no GPU holds more than one.
+    """
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_first:
+            gathered[name] = whole.detach().cpu()
+    return gathered
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, whole: Mapping[str, Tensor], world: World) -> None:
+    """Give every process its part of the first process' tensors, one after the other."""
+    for name, tensor in _tensors(model):
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device=world.device)
+        if world.is_first:
+            buffer.copy_(whole[name])
+        dist.broadcast(buffer, src=0)
+        if isinstance(tensor, DTensor):
+            mesh, placements = tensor.device_mesh, tensor.placements
+            buffer = distribute_tensor(buffer, mesh, placements, src_data_rank=None)
+        tensor.copy_(buffer)
+
+
+def _tensors(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """All weights and buffers, tied ones once, detached from what they may become."""
+    return [
+        (name, tensor.detach())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    ]

@@ -1,0 +1,171 @@
+"""The processes that train one student together, started by torchrun, and what they agree on.
+
+A collective is a call that every process makes, in the same order. Numbers travel between CPUs
+(gloo), also where the model is on GPUs, so that counting never waits for a GPU.
+
+A process that fails leaves the others waiting. So whatever can fail on one process alone goes
+through `together`, or through a flag that `sum_counts` adds up: then all of them end at the same
+place, and only the one that failed prints its error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+from shards.errors import (
+    FailedElsewhereError,
+    InputError,
+    LogitshardsError,
+    RunError,
+    first_line,
+)
+
+_T = TypeVar("_T")
+
+# How long a process waits for the others: longer than exporting a large student takes.
+_TIMEOUT = timedelta(hours=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process, `rank` of `size`, and its device. A process alone makes no collective call."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what only one may write: figures, logs, the student."""
+        return self.rank == 0
+
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        """The sums of whole numbers over all processes. Collective."""
+        if self.size == 1:
+            return list(counts)
+        summed = torch.tensor(counts, dtype=torch.int64)
+        dist.all_reduce(summed)
+        return [int(count) for count in summed]
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that all processes give. Collective."""
+        if self.size == 1:
+            return number
+        reduced = torch.tensor(number)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return int(reduced)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device, replaced by its sum over all processes. Collective."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_first(self, value: _T) -> _T:
+        """What the first process gives here. Collective."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def from_all(self, value: _T) -> list[_T]:
+        """What every process gives here, by rank. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, function: Callable[[], _T]) -> _T:
+        """The result of a function that every process calls; if one fails, all fail. Collective.
+
+        The first process that failed raises its error, the others a FailedElsewhereError.
+        `function` makes no collective call after something that can fail on one process alone.
+        """
+        if self.size == 1:
+            return function()
+        outcomes: list[_T] = []
+        error: Exception | None = None
+        try:
+            outcomes.append(function())
+        except Exception as caught:
+            error = caught
+        self.end_if_failed(error)
+        return outcomes[0]
+
+    def end_if_failed(self, error: Exception | None) -> None:
+        """Raise if any process comes here with an error, as `together` does. Collective."""
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        failed = self.sum_counts([error is not None and r == self.rank for r in range(self.size)])
+        if not any(failed):
+            return
+        first = next(rank for rank, count in enumerate(failed) if count)
+        if error is not None and first == self.rank:
+            raise error
+        raise FailedElsewhereError(f"process {first} of this run failed") from error
+
+    def fail(self, error: LogitshardsError) -> NoReturn:
+        """End all processes for a reason that all have found: one of them prints it."""
+        if self.is_first:
+            raise error
+        raise FailedElsewhereError(str(error), error.exit_code)
+
+
+@contextmanager
+def joined(device: torch.device, environ: Mapping[str, str] = os.environ) -> Iterator[World]:
+    """Join the other processes that torchrun started; alone without its variables.
+
+    One process on a GPU is a group of its own, for the same sharded model. Loggers of all but the
+    first process are quiet. InputError for variables that contradict each other, RunError if the
+    others cannot be reached.
+    """
+    rank, size = (
+        _number(environ, name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    if not 0 <= rank < size:
+        raise InputError(f"RANK={rank} and WORLD_SIZE={size}: no rank; start processes by torchrun")
+    world = World(device=device, rank=rank, size=size)
+    if size == 1 and device.type == "cpu":
+        yield world
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        if size == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"process {rank} of {size}: cannot reach the others: {first_line(error)}"
+        ) from error
+    root = logging.getLogger()
+    level = root.level
+    if rank:
+        root.setLevel(logging.ERROR)
+    try:
+        yield world
+    finally:
+        root.setLevel(level)
+        dist.destroy_process_group()
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    value = environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise InputError(f"{name}={value}: expected a number")
+    return int(value)
