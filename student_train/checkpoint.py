@@ -41,7 +41,7 @@ from torch.optim import Optimizer
 from shards.errors import FailedElsewhereError, RunError, first_line
 from shards.files import durable
 from shards.files.checksums import path_sha256
-from student_train.processes.world import World
+from student_train.processes.world import World, is_lost
 from student_train.run_folder import (
     begin_folder,
     name_folder,
@@ -104,6 +104,8 @@ def save(
             if world.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, RuntimeError) as error:
+        if is_lost(error):
+            raise
         raise RunError(
             f"{folder}: cannot write the checkpoint of step {progress.step}: {first_line(error)};"
             " the one before is kept; run the same command again to continue from there"
@@ -137,6 +139,8 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> Pr
     except torch.OutOfMemoryError:
         raise
     except _DAMAGED as error:
+        if is_lost(error):
+            raise
         raise RunError(
             f"{path}: the checkpoint cannot be read ({first_line(error)}); delete this folder, and"
             " the same command continues from the checkpoint before"

@@ -159,9 +159,19 @@ def joined(device: torch.device, environ: Mapping[str, str] = os.environ) -> Ite
         root.setLevel(logging.ERROR)
     try:
         yield world
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        lost = "another process of this run ended; run the same command again to continue"
+        raise (RunError(lost) if world.is_first else FailedElsewhereError(lost)) from error
     finally:
         root.setLevel(level)
         dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
