@@ -11,6 +11,10 @@ read off the folder, polled without a pause:
     extension    the short last shard was removed and is not written again
     retry        a shard that an earlier kill interrupted is being written again
 
+Each run aims at the moment and the launch with the fewest hits. A kill is a hit if the folder still
+shows the moment once the signal is sent. A process that ends on SIGTERM may finish its step: there
+it is enough that the moment was seen.
+
 After every kill no shard that was published may be gone or changed (but the short last one of an
 extension). At the end of a history the same command says "complete", every check passes, and the
 shards are those of the dataset left alone: byte for byte, or, for an engine whose floats depend on
@@ -31,6 +35,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +44,19 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-TOKENISING, ROW_GROUP, TWO_NAMES, EXTENSION, RETRY = STATES = (
+STATES = TOKENISING, ROW_GROUP, TWO_NAMES, EXTENSION, RETRY = (
     "tokenising",
     "row group",
     "two names",
     "extension",
     "retry",
 )
-# A kill that finds no such moment within this time takes the next one that comes.
-PATIENCE_S = 60.0
+OPTIONS: dict[str, list[list[str]]] = {
+    "alone": [[]],
+    "ranks": [["--rank", "0", "--world-size", "2"], ["--rank", "1", "--world-size", "2"]],
+    "workers": [["--workers", "2"]],
+}
+SIZES = (9_000, 20_000)  # tokens; the last shards of both are short
 
 
 class Killer:
@@ -56,9 +65,8 @@ class Killer:
     def __init__(self, folder: Path, engine: str, launches: list[str], seed: int) -> None:
         self.folder = folder
         self._engine = engine
-        self._launches = launches
         self._random = random.Random(seed)
-        self.hits: Counter[str] = Counter()
+        self.hits = dict.fromkeys(product(STATES, launches), 0)
         self.victims: Counter[str] = Counter()
         self.histories = 0
         teacher, corpus = make_inputs(folder, engine)
@@ -66,29 +74,29 @@ class Killer:
         engine_options = [] if engine == "tokens" else ["--engine", engine, "--top-k", "8"]
         self._command = [
             sys.executable, str(ROOT / "cli.py"), "dump-logits", *keep, str(teacher),
-            "--corpus", str(corpus), "--sequence-length", "64", "--sequences-per-shard", "16",
+            "--corpus", str(corpus), "--sequence-length", "64", "--sequences-per-shard", "4",
             "--held-out", "0.1", *engine_options,
         ]  # fmt: skip
-        self._sizes = (9_000, 20_000)  # the last shards of both are short
-        self._finish(self.folder / "alone", self._sizes[1])
+        self._finish(self.folder / "alone", SIZES[1])
         self._alone = files_of(self.folder / "alone")
 
-    def history(self, kills: int) -> None:
-        """One dataset with about this many kills. ClickException if anything is wrong with it."""
+    def history(self, kills: int, deadline: float) -> None:
+        """One dataset with at most this many kills. ClickException if anything is wrong with it."""
         out = self.folder / f"history-{self.histories}"
-        published: dict[str, bytes] = {}
         interrupted: set[str] = set()
-        for max_tokens in self._sizes:
+        for max_tokens in SIZES:
             outgrown = _short_shards(out)
             for _ in range(kills // 2):
-                wanted = self._wanted(out, outgrown, interrupted)
-                before = published if not outgrown else {
-                    name: content for name, content in published.items() if name not in outgrown
-                }  # fmt: skip
-                if not self._run_and_kill(out, max_tokens, wanted, outgrown, interrupted):
+                before = files_of(out)
+                # What this size has not written again yet.
+                short = {n for n in outgrown if before.get(n) in (None, outgrown[n])}
+                wanted, launch = self._aim(out, short, interrupted - before.keys())
+                if time.monotonic() > deadline or not self._run_and_kill(
+                    out, max_tokens, launch, wanted, short, interrupted
+                ):
                     break
-                published = files_of(out)
-                lost = {name for name in before if published.get(name) != before[name]}
+                after = files_of(out)
+                lost = {n for n in before.keys() - short if after.get(n) != before[n]}
                 if lost:
                     raise click.ClickException(f"{out}: a kill lost or changed {sorted(lost)}")
                 interrupted |= _temporary_shards(out)
@@ -96,77 +104,69 @@ class Killer:
         self._compare(out)
         self.histories += 1
 
-    def _wanted(self, out: Path, outgrown: set[str], interrupted: set[str]) -> str:
-        """The moment that was hit least, of those that the next run can have."""
+    def _aim(self, out: Path, short: set[str], interrupted: set[str]) -> tuple[str, str]:
+        """The moment and the launch with the fewest hits, of those that the next run can have."""
         can_have = {
             TOKENISING: not (out / "tokens" / "store.json").exists(),
-            EXTENSION: bool(outgrown),
-            RETRY: bool(interrupted - files_of(out).keys()),
+            EXTENSION: bool(short),
+            RETRY: bool(interrupted),
         }
-        states = [state for state in STATES if can_have.get(state, True)]
-        return min(states, key=lambda state: (self.hits[state], self._random.random()))
+        aims = [aim for aim in self.hits if can_have.get(aim[0], True)]
+        return min(aims, key=lambda aim: self.hits[aim])
 
     def _run_and_kill(
         self,
         out: Path,
         max_tokens: int,
+        launch: str,
         wanted: str,
-        outgrown: set[str],
+        short: set[str],
         interrupted: set[str],
     ) -> bool:
-        """Run the command until the wanted moment, and kill something. False: it ended before."""
-        launch = self._random.choice(self._launches)
-        processes = self._start(out, max_tokens, launch)
-        deadline = time.monotonic() + PATIENCE_S
-        state = None
+        """Run the command until the wanted moment, and kill something. False: it never came."""
         old = _temporaries(out)
+
+        def is_now() -> bool:
+            return wanted in _states(out, short, interrupted, old)
+
+        processes = self._start(out, max_tokens, launch)
         try:
-            while all(process.poll() is None for process in processes):
-                state = _state(out, outgrown, interrupted, old)
-                if state == wanted or (state is not None and time.monotonic() > deadline):
-                    break
-            else:
-                return False
-            if state not in (TWO_NAMES, None):
+            while not is_now():
+                if all(process.poll() is not None for process in processes):
+                    return False
+            if wanted != TWO_NAMES:
                 time.sleep(self._random.random() * 0.003)
-            self._kill(processes, launch)
+            way = self._kill(processes, launch)
+            is_hit = way == "SIGTERM" or is_now()
         finally:
             _end(processes)
-        assert state is not None
-        self.hits[state] += 1
+        self.hits[wanted, launch] += is_hit
+        self.victims[f"{launch}: {way}{'' if is_hit else ', too late'}"] += 1
         return True
 
-    def _kill(self, processes: list[subprocess.Popen[bytes]], launch: str) -> None:
+    def _kill(self, processes: list[subprocess.Popen[bytes]], launch: str) -> str:
+        """Send the signal; what died."""
         victim = self._random.choice(processes)
         ways = ["process", "group", "SIGTERM"]
         workers = _children_named(victim.pid, "RayWorker") if launch == "workers" else []
-        if workers:
-            ways.append("worker")
-        way = self._random.choice(ways)
-        self.victims[f"{launch}: {way}"] += 1
+        way = self._random.choice([*ways, "worker"] if workers else ways)
         if way == "group":
             for process in processes:
                 os.killpg(process.pid, signal.SIGKILL)
         elif way == "worker":
             os.kill(self._random.choice(workers), signal.SIGKILL)
-            time.sleep(self._random.random())  # it is replaced, or not yet
         elif way == "process":
             victim.kill()
         else:
             victim.terminate()
-            time.sleep(self._random.random() * 0.2)
+        return way
 
     def _start(self, out: Path, max_tokens: int, launch: str) -> list[subprocess.Popen[bytes]]:
         command = [*self._command, "--out", str(out), "--max-tokens", str(max_tokens)]
-        starts: dict[str, list[list[str]]] = {
-            "alone": [[]],
-            "ranks": [["--rank", "0", "--world-size", "2"], ["--rank", "1", "--world-size", "2"]],
-            "workers": [["--workers", "2"]],
-        }
         return [
             subprocess.Popen([*command, *more], cwd=ROOT, start_new_session=True,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            for more in starts[launch]
+            for more in OPTIONS[launch]
         ]  # fmt: skip
 
     def _finish(self, out: Path, max_tokens: int) -> None:
@@ -231,20 +231,20 @@ def _names(out: Path) -> Iterator[tuple[str, str]]:
             yield from ((split, name) for name in os.listdir(out / split))
 
 
-def _state(out: Path, outgrown: set[str], interrupted: set[str], old: set[str]) -> str | None:
+def _states(out: Path, short: set[str], interrupted: set[str], old: set[str]) -> set[str]:
     """What the folder says that is going on; `old` are temporary files of earlier runs."""
     tokens = out / "tokens"
     if not (tokens / "store.json").exists():
-        return TOKENISING if tokens.exists() and any(tokens.iterdir()) else None
+        return {TOKENISING} if tokens.exists() and any(tokens.iterdir()) else set()
     names = {f"{split}/{name}" for split, name in _names(out)}
-    if any(n.endswith(".parquet") and n[:-8] + ".json" not in names for n in names):
-        return TWO_NAMES
-    if outgrown - names:
-        return EXTENSION
-    shards = _temporary_shards(out, ignored=old)
-    if shards & interrupted:
-        return RETRY
-    return ROW_GROUP if shards else None
+    written = _temporary_shards(out, ignored=old)
+    is_on = {
+        TWO_NAMES: any(n.endswith(".parquet") and n[:-8] + ".json" not in names for n in names),
+        EXTENSION: bool(short - names),
+        RETRY: bool(written & interrupted),
+        ROW_GROUP: bool(written),
+    }
+    return {state for state, is_now in is_on.items() if is_now}
 
 
 def _temporaries(out: Path) -> set[str]:
@@ -261,20 +261,21 @@ def _temporary_shards(out: Path, ignored: set[str] | None = None) -> set[str]:
     return found
 
 
-def _short_shards(out: Path) -> set[str]:
-    """The last shard of each split, which an extension writes again if it is short."""
+def _short_shards(out: Path) -> dict[str, bytes]:
+    """The last shard of each split if it is short: an extension writes it again."""
     from shards.manifest import load_manifest
     from shards.writer import shard_name
 
     if not (out / "manifest.json").exists():
-        return set()
-    manifest = load_manifest(out)
+        return {}
+    manifest, files = load_manifest(out), files_of(out)
     per_shard = manifest.spec.layout.sequences_per_shard
-    return {
+    names = [
         f"{split}/{shard_name(size.sequences // per_shard)}"
         for split, size in manifest.splits.items()
         if size.sequences % per_shard
-    }
+    ]
+    return {name: files[name] for name in names}
 
 
 def _children_named(session: int, name: str) -> list[int]:
@@ -303,12 +304,12 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 @click.command()
-@click.option("--hits", default=10, help="Kills in each of the five moments.")
-@click.option("--kills", default=12, help="Kills of one history.")
+@click.option("--hits", default=10, help="Kills in each moment of each launch.")
+@click.option("--kills", default=12, help="Kills of one history, at most.")
 @click.option("--engine", default="tokens", help="tokens (no engine), vllm or transformers.")
 @click.option("--launch", "launches", multiple=True, default=("alone", "ranks"),
-              help="alone, ranks or workers; repeatable.")  # fmt: skip
-@click.option("--seconds", default=3000.0, help="Stop after this time.")
+              type=click.Choice(list(OPTIONS)), help="Repeatable.")  # fmt: skip
+@click.option("--seconds", default=3000.0, help="Kill nothing after this time.")
 @click.option("--seed", default=0)
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(
@@ -319,23 +320,22 @@ def main(
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         killer = Killer(Path(folder), engine, list(launches), seed)
-        while min(killer.hits[state] for state in STATES) < hits:
-            if time.monotonic() - started > seconds:
-                click.echo("the time is over")
-                break
-            killer.history(kills)
-            click.echo(f"{killer.histories} histories: {dict(killer.hits)}")
+        while min(killer.hits.values()) < hits and time.monotonic() - started < seconds:
+            killer.history(kills, started + seconds)
+            click.echo(f"{killer.histories} histories, {sum(killer.victims.values())} kills")
     found: dict[str, Any] = {
         "engine": engine,
-        "hits": {state: killer.hits[state] for state in STATES},
-        "victims": dict(killer.victims),
+        "hits": {
+            launch: {state: killer.hits[state, launch] for state in STATES} for launch in launches
+        },
+        "victims": dict(sorted(killer.victims.items())),
         "histories": killer.histories,
         "seconds": round(time.monotonic() - started),
     }
-    for state in STATES:
-        click.echo(f"{state:<12}{killer.hits[state]:>5}")
-    for victim, number in sorted(killer.victims.items()):
-        click.echo(f"{victim:<22}{number:>5}")
+    for (state, launch), number in killer.hits.items():
+        click.echo(f"{state:<12}{launch:<10}{number:>5}")
+    for victim, number in found["victims"].items():
+        click.echo(f"{victim:<32}{number:>5}")
     click.echo(f"{killer.histories} datasets, each equal to the one left alone")
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=2) + "\n")
