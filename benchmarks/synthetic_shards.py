@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from benchmarks.example_spec import example_spec
 from shards.dataset import Dataset
-from shards.folder.completeness import shards_to_write
+from shards.folder.completeness import missing_shards
 from shards.folder.continuing import create_or_continue, record_completeness
 from shards.keep import TopPK
 from shards.layout import Layout
@@ -54,7 +54,7 @@ def make_shards(
     size = SplitSize(sequences=num_sequences, positions=num_sequences * sequence_length)
     write_tokenizer(path, {})
     manifest = create_or_continue(path, spec, {TRAIN: size}, {"engine": "synthetic"}, {})
-    for shard, sequences in shards_to_write(path, manifest, TRAIN):
+    for shard, sequences in missing_shards(path, manifest, TRAIN):
         with ShardWriter(path / TRAIN, shard=shard, split=TRAIN, spec=spec) as writer:
             for first in range(sequences.start, sequences.stop, per_row_group):
                 group = range(first, min(first + per_row_group, sequences.stop))

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from shards import schema
-from shards.folder.completeness import shards_to_write
+from shards.folder.completeness import missing_shards
 from shards.folder.continuing import create_or_continue, record_completeness
 from shards.keep import Keep, Threshold, TopPK
 from shards.layout import Layout
@@ -196,7 +196,7 @@ def write_dataset(path: Path, spec: DatasetSpec, **num_sequences: int) -> None:
     }
     manifest = create_or_continue(path, spec, splits, {"engine": "example"}, {})
     for split in manifest.splits:
-        for shard, sequences in shards_to_write(path, manifest, split):
+        for shard, sequences in missing_shards(path, manifest, split):
             rows_of_shard = [example_row(i, **columns_of(spec)) for i in sequences]
             write_shard(path / split, rows_of_shard, manifest.spec, shard=shard)
     (path / "tokenizer").mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ from shards.errors import (
 from shards.files import durable
 from shards.files.durable import temporary_name
 from shards.files.sealed import seal
-from shards.folder.completeness import missing_shards, remove_shard, shards_to_write
+from shards.folder.completeness import is_missing, missing_shards, remove_shard
 from shards.folder.continuing import (
     check_folder,
     create_or_continue,
@@ -203,7 +203,7 @@ def test_a_last_shard_that_is_too_short_is_not_replaced_and_the_error_says_what_
     write_shard(path / "train", [example_row(8)], SPEC, shard=2)
     before = listing(path / "train")
     with pytest.raises(ShardCorruptError) as caught:
-        shards_to_write(path, load_manifest(path), "train")
+        is_missing(path, load_manifest(path), "train", 2, range(8, 10))
     assert "shard-000002.parquet: holds 1 sequences, expected 2; delete it" in str(caught.value)
     assert listing(path / "train") == before
 
@@ -224,7 +224,7 @@ def test_a_shard_without_a_sidecar_gets_one_and_is_not_written_again(path):
     before, inode = sidecar.read_bytes(), parquet.stat().st_ino
     sidecar.unlink()
     assert missing(path) == [1]
-    assert list(shards_to_write(path, load_manifest(path), "train")) == []
+    assert not is_missing(path, load_manifest(path), "train", 1, range(4, 8))
     assert sidecar.read_bytes() == before
     assert parquet.stat().st_ino == inode
     with Dataset.open(path).split("train") as split:
@@ -235,7 +235,7 @@ def test_a_sidecar_without_its_shard_is_an_error_before_anything_is_written(path
     (path / "train" / "shard-000001.parquet").unlink()
     before = listing(path / "train")
     with pytest.raises(ShardError, match=r"shard-000001.json: describes a shard that is missing"):
-        shards_to_write(path, load_manifest(path), "train")
+        is_missing(path, load_manifest(path), "train", 1, range(4, 8))
     assert listing(path / "train") == before
 
 

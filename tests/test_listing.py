@@ -11,7 +11,7 @@ import pytest
 from shards.dataset import Dataset
 from shards.errors import ShardError
 from shards.folder import listing
-from shards.folder.completeness import SomeShards, missing_shards, shards_to_write
+from shards.folder.completeness import SomeShards, is_missing, missing_shards
 from shards.folder.continuing import create_or_continue
 from shards.folder.listing import has_shards, list_shards
 from shards.inspect import describe, verify
@@ -120,13 +120,16 @@ def test_missing_are_holes_half_pairs_and_a_last_shard_that_is_too_short(tmp_pat
     assert list(missing) == expected
     assert len(missing) == 4
     with pytest.raises(ShardError, match=r"shard-000005.json: describes a shard that is missing"):
-        shards_to_write(path, manifest, "train")
+        is_missing(path, manifest, "train", *expected[2])
     (folder / "shard-000005.json").unlink()
     with pytest.raises(ShardError, match=r"shard-000007.parquet: holds 1 sequences, expected 2"):
-        shards_to_write(path, manifest, "train")
+        is_missing(path, manifest, "train", *expected[3])
     for kind in ("json", "parquet"):
         (folder / f"shard-000007.{kind}").unlink()
-    left = shards_to_write(path, manifest, "train")
+    assert [is_missing(path, manifest, "train", *shard) for shard in expected] == [
+        True, False, True, True,
+    ]  # fmt: skip
+    left = missing_shards(path, manifest, "train")
     assert list(left) == [expected[0], *expected[2:]]
     assert list(left.runs()) == [range(4, 8), range(20, 24), range(28, 30)]
     assert (folder / "shard-000003.json").read_bytes() == sidecar
@@ -177,7 +180,7 @@ def test_a_listing_takes_bytes_per_shard_and_no_python_objects(tmp_path):
         for kind in ("json", "parquet"):
             os.mknod(folder / f"shard-{number:06}.{kind}")
     tracemalloc.start()
-    missing = shards_to_write(tmp_path, manifest, "train")
+    missing = missing_shards(tmp_path, manifest, "train")
     number, sequences = next(iter(missing))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -21,7 +21,7 @@ import pytest
 from shards.errors import RunError, ShardCorruptError, ShardError
 from shards.files import durable
 from shards.folder import publication
-from shards.folder.completeness import shards_to_write
+from shards.folder.completeness import is_missing
 from shards.folder.continuing import create_or_continue
 from shards.folder.publication import PARQUET_NAMED, STEPS, StoppedError, adopt
 from shards.footer import Footer
@@ -392,7 +392,7 @@ def test_a_writer_and_a_start_find_a_damaged_orphan_too(folder):
     manifest = create_or_continue(folder.parent / "dataset", SPEC, sizes, {}, {})
     folder = folder.rename(folder.parent / "dataset" / "train")
     with pytest.raises(ShardCorruptError, match=r"shard-000000.parquet: .* delete it"):
-        shards_to_write(folder.parent, manifest, "train")
+        is_missing(folder.parent, manifest, "train", 0, range(8))
     assert listing(folder) == before
 
 
@@ -488,7 +488,7 @@ def test_a_sidecar_without_its_parquet_file_is_an_error_that_says_so(folder, whe
         manifest = create_or_continue(folder.parent / "dataset", SPEC, sizes, {}, {})
         folder = folder.rename(folder.parent / "dataset" / "train")
         with pytest.raises(ShardError, match=message):
-            shards_to_write(folder.parent, manifest, "train")
+            is_missing(folder.parent, manifest, "train", 0, range(8))
     assert listing(folder) == before
 
 

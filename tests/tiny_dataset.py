@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from shards.folder.completeness import shards_to_write
+from shards.folder.completeness import missing_shards
 from shards.folder.continuing import create_or_continue, record_completeness
 from shards.keep import Keep, Threshold, Tokens, TopPK
 from shards.layout import Layout
@@ -140,7 +140,7 @@ def make_dataset(
     hashes = hash_files(path / "tokenizer")
     manifest = create_or_continue(path, spec, splits, {"engine": "bigram"}, hashes)
     for split in sizes:
-        for shard, sequences in shards_to_write(path, manifest, split):
+        for shard, sequences in missing_shards(path, manifest, split):
             with ShardWriter(path / split, shard=shard, split=split, spec=spec) as writer:
                 rows = [
                     make_row(

@@ -21,7 +21,6 @@ from shards.footer import Footer
 from shards.layout import Layout
 from shards.manifest import Manifest
 from shards.row_group import Int64Array
-from shards.rows import BoolArray
 from shards.sidecar import Sidecar, sidecar_path
 from shards.writer import shard_name
 
@@ -74,16 +73,15 @@ def missing_shards(path: Path, manifest: Manifest, split: str) -> SomeShards:
 
     ShardCorruptError if the last shard's sidecar is damaged.
     """
-    missing, _ = _find_missing(path, manifest, split)
-    return _shards_where(missing, manifest, split)
-
-
-def shards_to_write(path: Path, manifest: Manifest, split: str) -> SomeShards:
-    """The missing shards, after those that only lack a sidecar got one. Raises as `is_missing`."""
-    missing, begun = _find_missing(path, manifest, split)
-    for shard, sequences in _shards_where(begun, manifest, split):
-        missing[shard] = is_missing(path, manifest, split, shard, sequences)
-    return _shards_where(missing, manifest, split)
+    layout, num_sequences = manifest.spec.layout, manifest.splits[split].sequences
+    num_shards = layout.num_shards(num_sequences)
+    parquet, sidecars = list_shards(path / split, num_shards)
+    counts = parquet & sidecars
+    if counts[-1:].any():
+        last = num_shards - 1
+        sidecar = Sidecar.read(sidecar_path(path / split / shard_name(last)))
+        counts[last] = sidecar.sequences == len(layout.shard_range(last, num_sequences))
+    return SomeShards(numbers=np.flatnonzero(~counts), layout=layout, num_sequences=num_sequences)
 
 
 def is_missing(path: Path, manifest: Manifest, split: str, shard: int, sequences: range) -> bool:
@@ -98,27 +96,6 @@ def is_missing(path: Path, manifest: Manifest, split: str, shard: int, sequences
         return True
     adopt(parquet, Footer(spec=manifest.spec, split=split, shard=shard), len(sequences))
     return False
-
-
-def _find_missing(path: Path, manifest: Manifest, split: str) -> tuple[BoolArray, BoolArray]:
-    """Which shards do not count, and which of these have a file, both [shards]."""
-    layout, num_sequences = manifest.spec.layout, manifest.splits[split].sequences
-    num_shards = layout.num_shards(num_sequences)
-    parquet, sidecars = list_shards(path / split, num_shards)
-    counts = parquet & sidecars
-    if counts[-1:].any():
-        last = num_shards - 1
-        sidecar = Sidecar.read(sidecar_path(path / split / shard_name(last)))
-        counts[last] = sidecar.sequences == len(layout.shard_range(last, num_sequences))
-    return ~counts, ~counts & (parquet | sidecars)
-
-
-def _shards_where(chosen: BoolArray, manifest: Manifest, split: str) -> SomeShards:
-    return SomeShards(
-        numbers=np.flatnonzero(chosen),
-        layout=manifest.spec.layout,
-        num_sequences=manifest.splits[split].sequences,
-    )
 
 
 def remove_shard(path: Path, split: str, shard: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from shards.folder.completeness import shards_to_write
+from shards.folder.completeness import missing_shards
 from shards.folder.continuing import create_or_continue, record_completeness
 from shards.keep import Threshold, Tokens, TopPK
 from shards.layout import Layout
@@ -154,7 +154,7 @@ def _make(name: str, spec: DatasetSpec) -> None:
     manifest = create_or_continue(path, spec, sizes, {"made_by": "tests/golden/make.py"}, hashes)
     size = spec.layout.sequences_per_row_group
     for split, of_split in rows.items():
-        for shard, numbers in shards_to_write(path, manifest, split):
+        for shard, numbers in missing_shards(path, manifest, split):
             with ShardWriter(path / split, shard=shard, split=split, spec=spec) as writer:
                 for first in range(numbers.start, numbers.stop, size):
                     part = of_split[first : min(first + size, numbers.stop)]
