@@ -3,12 +3,12 @@
 A history is one dataset: made, killed some times, continued by the same command, extended, killed
 again, and finished. Processes are started alone, as two ranks, or as two Ray workers; what dies is
 one process, a worker, the whole group, or (by SIGTERM) the process that was started. The moment is
-read off the folder, polled without a pause:
+read off the folder, polled without a pause. What an earlier kill left there is no moment:
 
-    tokenising   there is a token folder without its store
+    tokenising   the run appends to a token store that is not finished
     row group    a shard has a temporary file
     two names    a Parquet file has its name, its sidecar does not
-    extension    the short last shard was removed and is not written again
+    extension    the run has just removed a short last shard, or writes while that is missing
     retry        a shard that an earlier kill interrupted is being written again
 
 Each run aims at the moment and the launch with the fewest hits. A kill is a hit if the folder still
@@ -33,7 +33,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -56,7 +55,9 @@ OPTIONS: dict[str, list[list[str]]] = {
     "ranks": [["--rank", "0", "--world-size", "2"], ["--rank", "1", "--world-size", "2"]],
     "workers": [["--workers", "2"]],
 }
-SIZES = (9_000, 20_000)  # tokens; the last shards of both are short
+# Seconds between seeing a moment and the kill, at most.
+MOST_LATE_S = {TOKENISING: 1.0, TWO_NAMES: 0.0}
+SIZES = (30_000, 60_000)  # tokens; the last shards of both are short
 
 
 class Killer:
@@ -99,7 +100,7 @@ class Killer:
                 lost = {n for n in before.keys() - short if after.get(n) != before[n]}
                 if lost:
                     raise click.ClickException(f"{out}: a kill lost or changed {sorted(lost)}")
-                interrupted |= _temporary_shards(out)
+                interrupted |= _temporary_shards(_names(out))
             self._finish(out, max_tokens)
         self._compare(out)
         self.histories += 1
@@ -124,7 +125,7 @@ class Killer:
         interrupted: set[str],
     ) -> bool:
         """Run the command until the wanted moment, and kill something. False: it never came."""
-        old = _temporaries(out)
+        old = _names(out)
 
         def is_now() -> bool:
             return wanted in _states(out, short, interrupted, old)
@@ -134,8 +135,7 @@ class Killer:
             while not is_now():
                 if all(process.poll() is not None for process in processes):
                     return False
-            if wanted != TWO_NAMES:
-                time.sleep(self._random.random() * 0.003)
+            time.sleep(self._random.random() * MOST_LATE_S.get(wanted, 0.003))
             way = self._kill(processes, launch)
             is_hit = way == "SIGTERM" or is_now()
         finally:
@@ -225,40 +225,40 @@ def _compare_rows(alone: Path, out: Path) -> None:
             raise click.ClickException(f"{out}: {key}: labels differ by {difference.max()}")
 
 
-def _names(out: Path) -> Iterator[tuple[str, str]]:
+def _names(out: Path) -> set[str]:
+    """The names in the folders of shards, and one that changes with the file of tokens."""
+    names: set[str] = set()
     for split in ("train", "validation"):
         with contextlib.suppress(FileNotFoundError):
-            yield from ((split, name) for name in os.listdir(out / split))
+            names |= {f"{split}/{name}" for name in os.listdir(out / split)}
+    with contextlib.suppress(FileNotFoundError):
+        names.add(f"{TOKENISING}/{(out / 'tokens' / 'train.tokens').stat().st_mtime_ns}")
+    return names
 
 
 def _states(out: Path, short: set[str], interrupted: set[str], old: set[str]) -> set[str]:
-    """What the folder says that is going on; `old` are temporary files of earlier runs."""
-    tokens = out / "tokens"
-    if not (tokens / "store.json").exists():
-        return {TOKENISING} if tokens.exists() and any(tokens.iterdir()) else set()
-    names = {f"{split}/{name}" for split, name in _names(out)}
-    written = _temporary_shards(out, ignored=old)
+    """What a run is doing, as the folder shows it; `old` are the names of before the run."""
+    names = _names(out)
+    new = names - old
+    if not (out / "tokens" / "store.json").exists():
+        return {TOKENISING} if any(n.startswith(TOKENISING) for n in new) else set()
+    written = _temporary_shards(new)
     is_on = {
-        TWO_NAMES: any(n.endswith(".parquet") and n[:-8] + ".json" not in names for n in names),
-        EXTENSION: bool(short - names),
+        TWO_NAMES: any(n.endswith(".parquet") and n[:-8] + ".json" not in names for n in new),
+        EXTENSION: bool((short & old) - names) or bool(short - names and written),
         RETRY: bool(written & interrupted),
         ROW_GROUP: bool(written),
     }
     return {state for state, is_now in is_on.items() if is_now}
 
 
-def _temporaries(out: Path) -> set[str]:
-    return {f"{split}/{name}" for split, name in _names(out) if name.endswith(".tmp")}
-
-
-def _temporary_shards(out: Path, ignored: set[str] | None = None) -> set[str]:
+def _temporary_shards(names: set[str]) -> set[str]:
     """The names of shards that have a temporary Parquet file."""
-    found = set()
-    for path in _temporaries(out) - (ignored or set()):
-        split, _, name = path.partition("/")
-        if ".parquet." in name:
-            found.add(f"{split}/{name[1:].partition('.parquet.')[0]}.parquet")
-    return found
+    return {
+        f"{split}/{name[1:].partition('.parquet.')[0]}.parquet"
+        for split, _, name in (path.partition("/") for path in names)
+        if name.endswith(".tmp") and ".parquet." in name
+    }
 
 
 def _short_shards(out: Path) -> dict[str, bytes]:
