@@ -25,16 +25,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from importlib import import_module
 from itertools import product
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ OPTIONS: dict[str, list[list[str]]] = {
     "ranks": [["--rank", "0", "--world-size", "2"], ["--rank", "1", "--world-size", "2"]],
     "workers": [["--workers", "2"]],
 }
+# Each process is forked from one that has the imports, most of a run's seconds.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["cli", "teacher_dump.dump", "tests.tiny_teacher", "pandas"])
 # Seconds between seeing a moment and the kill, at most.
 MOST_LATE_S = {TOKENISING: 1.0, TWO_NAMES: 0.0}
 SIZES = (30_000, 60_000)  # tokens; the last shards of both are short
@@ -64,7 +68,7 @@ class Killer:
     """The datasets of one benchmark, and what was killed when."""
 
     def __init__(self, folder: Path, engine: str, launches: list[str], seed: int) -> None:
-        self.folder = folder
+        self.folder, self._log = folder, folder / "log"
         self._engine = engine
         self._random = random.Random(seed)
         self.hits = dict.fromkeys(product(STATES, launches), 0)
@@ -73,10 +77,9 @@ class Killer:
         teacher, corpus = make_inputs(folder, engine)
         keep = ["--keep", "tokens", "--tokenizer"] if engine == "tokens" else ["--teacher"]
         engine_options = [] if engine == "tokens" else ["--engine", engine, "--top-k", "8"]
-        self._command = [
-            sys.executable, str(ROOT / "cli.py"), "dump-logits", *keep, str(teacher),
-            "--corpus", str(corpus), "--sequence-length", "64", "--sequences-per-shard", "4",
-            "--held-out", "0.1", *engine_options,
+        self._words = [
+            *keep, str(teacher), "--corpus", str(corpus), "--sequence-length", "64",
+            "--sequences-per-shard", "4", "--held-out", "0.1", *engine_options,
         ]  # fmt: skip
         self._finish(self.folder / "alone", SIZES[1])
         self._alone = files_of(self.folder / "alone")
@@ -133,7 +136,7 @@ class Killer:
         processes = self._start(out, max_tokens, launch)
         try:
             while not is_now():
-                if all(process.poll() is not None for process in processes):
+                if all(not process.is_alive() for process in processes):
                     return False
             time.sleep(self._random.random() * MOST_LATE_S.get(wanted, 0.003))
             way = self._kill(processes, launch)
@@ -144,15 +147,15 @@ class Killer:
         self.victims[f"{launch}: {way}{'' if is_hit else ', too late'}"] += 1
         return True
 
-    def _kill(self, processes: list[subprocess.Popen[bytes]], launch: str) -> str:
+    def _kill(self, processes: list[ForkServerProcess], launch: str) -> str:
         """Send the signal; what died."""
         victim = self._random.choice(processes)
         ways = ["process", "group", "SIGTERM"]
-        workers = _children_named(victim.pid, "RayWorker") if launch == "workers" else []
+        workers = _children_named(_id_of(victim), "RayWorker") if launch == "workers" else []
         way = self._random.choice([*ways, "worker"] if workers else ways)
         if way == "group":
             for process in processes:
-                os.killpg(process.pid, signal.SIGKILL)
+                _kill_group(process)
         elif way == "worker":
             os.kill(self._random.choice(workers), signal.SIGKILL)
         elif way == "process":
@@ -161,21 +164,24 @@ class Killer:
             victim.terminate()
         return way
 
-    def _start(self, out: Path, max_tokens: int, launch: str) -> list[subprocess.Popen[bytes]]:
-        command = [*self._command, "--out", str(out), "--max-tokens", str(max_tokens)]
-        return [
-            subprocess.Popen([*command, *more], cwd=ROOT, start_new_session=True,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def _start(self, out: Path, max_tokens: int, launch: str) -> list[ForkServerProcess]:
+        words = [*self._words, "--out", str(out), "--max-tokens", str(max_tokens)]
+        processes = [
+            FORKED.Process(target=_dump, args=([*words, *more], self._log))
             for more in OPTIONS[launch]
-        ]  # fmt: skip
+        ]
+        for process in processes:
+            process.start()
+        return processes
 
     def _finish(self, out: Path, max_tokens: int) -> None:
         """Run to the end, and once more."""
-        command = [*self._command, "--out", str(out), "--max-tokens", str(max_tokens)]
         for expected in ("", "complete, nothing to do"):
-            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if result.returncode or expected not in result.stdout:
-                raise click.ClickException(f"{out}: {result.stdout}{result.stderr[-2000:]}")
+            (process,) = self._start(out, max_tokens, "alone")
+            process.join()
+            said = self._log.read_text()
+            if process.exitcode or expected not in said:
+                raise click.ClickException(f"{out}: {said[-2000:]}")
 
     def _compare(self, out: Path) -> None:
         from shards import inspect
@@ -193,14 +199,14 @@ class Killer:
 
 
 def make_inputs(folder: Path, engine: str) -> tuple[Path, Path]:
-    """A tiny teacher, or a tokenizer alone, and text that takes seconds to tokenise."""
+    """A tiny teacher, or a tokenizer alone, and text that takes a second to tokenise."""
     tiny = import_module("tests.tiny_teacher")
     teacher = folder / "teacher"
     if engine == "tokens":
         tiny.make_tokenizer(teacher)
     else:
         tiny.make_tiny_teacher(teacher)
-    corpus: Path = tiny.write_corpus(folder / "corpus.jsonl", num_documents=60_000)
+    corpus: Path = tiny.write_corpus(folder / "corpus.jsonl", num_documents=20_000)
     return teacher, corpus
 
 
@@ -293,14 +299,31 @@ def _children_named(session: int, name: str) -> list[int]:
     return found
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+def _end(processes: list[ForkServerProcess]) -> None:
     """End what is left; a session may outlive the process that led it."""
     for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join(0.5)
+        _kill_group(process)
+        process.join()
+
+
+def _kill_group(process: ForkServerProcess) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(_id_of(process), signal.SIGKILL)
+
+
+def _id_of(process: ForkServerProcess) -> int:
+    assert process.pid is not None
+    return process.pid
+
+
+def _dump(words: list[str], log: Path) -> None:
+    """The command, in a session of its own."""
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import_module("cli").dump_logits.main(words, prog_name="dump-logits")
 
 
 @click.command()
