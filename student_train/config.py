@@ -144,6 +144,11 @@ class TrainConfig:
         default="bfloat16",
         choices=("bfloat16", "float32"),
     )
+    device: str = option(
+        "Device to train on. auto: a GPU if the machine has one, else the CPU.",
+        default="auto",
+        choices=("auto", "cuda", "cpu"),
+    )
     compile: bool = option("Compile the student's blocks with torch.compile.", default=False)
     gradient_checkpointing: bool = option(
         "Recompute the activations of the blocks instead of keeping them.", default=False

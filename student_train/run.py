@@ -26,6 +26,7 @@ from shards.process.folder_lock import folder_lock
 from shards.spec import TRAIN
 from student_train.config import TrainConfig
 from student_train.data.lines import packed_length
+from student_train.device import describe_device, training_device
 from student_train.evaluation.evaluate import check_counted
 from student_train.evaluation.tasks import (
     check_tasks,
@@ -62,22 +63,15 @@ def run(config: TrainConfig) -> dict[str, Json] | None:
     is written; RunError for a run that fails.
     """
     with _failures_named(config.out):
-        device = _device()
+        device = training_device(config.device, int(os.environ.get("LOCAL_RANK") or 0))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         with joined(device) as world:
             prepared = world.together(lambda: _prepare(config, world))
             summary = world.from_first(prepared.folder.summary() if world.is_first else None)
             if summary is None:
                 summary = _train(prepared, world)
         return _run_tasks(prepared, summary, device) if world.is_first else None
-
-
-def _device() -> torch.device:
-    """The GPU of this process, the CPU without any."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
-    torch.cuda.set_device(device)
-    return device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +101,8 @@ def _prepare(config: TrainConfig, world: World) -> _Prepared:
     manager = None
     if world.is_first:
         folder.check(description)
+        processes = f" in each of {world.size} processes" if world.size > 1 else ""
+        logger.info("device: %s%s", describe_device(world.device), processes)
         missing = missing_tasks(tasks, read_tasks(folder.tasks))
         manager = check_tasks(tasks) if missing else None
         if folder.summary() is not None and not missing:
@@ -136,7 +132,7 @@ def _run_tasks(
                 folder.tasks,
                 spec=prepared.datasets[0].spec,
                 dtype=prepared.config.dtype,
-                device=str(device),
+                device=device,
             )
     results = task_figures(read_tasks(folder.tasks))
     return summary | {

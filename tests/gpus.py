@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _HIDDEN = "LOGITSHARDS_TESTS_HID"  # what was visible; processes of pytest-xdist inherit it
@@ -31,8 +32,12 @@ def has_gpu() -> bool:
 
 
 def hide_gpus() -> None:
-    """Make this process and those that it starts see none, on a machine that has some."""
-    if has_gpu() and SHOWN not in os.environ and _HIDDEN not in os.environ:
+    """Make this process and those that it starts see none, on a machine that has some.
+
+    Also one whose driver does not work: training says that it cannot use such a GPU.
+    """
+    present = has_gpu() or any(Path("/dev").glob("nvidia[0-9]*"))
+    if present and SHOWN not in os.environ and _HIDDEN not in os.environ:
         os.environ[_HIDDEN] = os.environ.get(_VISIBLE, _ALL)
         os.environ[_VISIBLE] = ""
 

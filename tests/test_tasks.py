@@ -186,7 +186,7 @@ def test_the_student_reads_as_in_training(
     folder = shutil.copytree(config.out / "model", tmp_path / "model")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "word5"}))
-    student = tasks._student(folder, spec, "bfloat16", "cpu")
+    student = tasks._student(folder, spec, "bfloat16", torch.device("cpu"))
     assert student.prefix_token_id == prefix
     assert student.max_length == SEQUENCE_LENGTH
     logits = student._model_call(torch.tensor([[1, 2, 3]]))

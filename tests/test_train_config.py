@@ -56,6 +56,7 @@ GIVEN: dict[str, Any] = {
         ("eval_every", 0),
         ("seed", -1),
         ("dtype", "float16"),
+        ("device", "gpu"),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused_by_its_option(name: str, value: object) -> None:

@@ -45,6 +45,7 @@ def make_config(shards: Path, student: str, out: Path, **changes: Any) -> TrainC
         micro_batch_sequences=3,
         learning_rate=1e-2,
         dtype="float32",
+        device="cpu",  # where a run that continues is the same bit for bit
     )
     return replace(config, **changes)
 

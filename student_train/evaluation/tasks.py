@@ -15,12 +15,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import InputError, RunError, one_line
 from shards.files import durable
 from shards.files.checksums import path_sha256
 from shards.spec import DatasetSpec
+
+if TYPE_CHECKING:
+    import torch
 
 STANDARD_ERROR = "_stderr"  # behind a metric
 TaskFigures = Mapping[str, Mapping[str, float]]  # task -> metric -> value
@@ -111,7 +114,7 @@ def run_tasks(
     *,
     spec: DatasetSpec,
     dtype: str,
-    device: str,
+    device: torch.device,
 ) -> None:
     """Evaluate the student in `model` on the tasks that `file` does not have, and add them to it.
 
@@ -145,7 +148,7 @@ def run_tasks(
     durable.replace(file, text + "\n")
 
 
-def _student(model: Path, spec: DatasetSpec, dtype: str, device: str) -> Any:
+def _student(model: Path, spec: DatasetSpec, dtype: str, device: torch.device) -> Any:
     """The harness's view of a student that was trained in `dtype` on a dataset."""
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -157,8 +160,8 @@ def _student(model: Path, spec: DatasetSpec, dtype: str, device: str) -> Any:
         dtype="float32",
         mixed_precision_dtype=None if dtype == "float32" else dtype,
         softmax_dtype="float32",
-        device=device,
-        batch_size="auto" if device == "cuda" else max(1, _BATCH_BYTES // row_bytes),
+        device=str(device),
+        batch_size="auto" if device.type == "cuda" else max(1, _BATCH_BYTES // row_bytes),
         max_length=spec.sequence_length,
         add_bos_token=bos is not None,
         prefix_token_id=eos if bos is None else bos,
@@ -167,7 +170,7 @@ def _student(model: Path, spec: DatasetSpec, dtype: str, device: str) -> Any:
     narrow = head.forward
 
     def wide(hidden: torch.Tensor) -> Any:
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return narrow(hidden.float())
 
     head.forward = wide
