@@ -1,6 +1,7 @@
 """Kills a training run in the middle, continues it, and compares it with one left alone.
 
-Each kill is `kill -9` of a process that has written a line of metrics. It comes at a uniformly
+Each kill is `kill -9` of a run that has written a line of metrics: of its process, or with
+`--processes 2` of one of them or of all, torchrun included. It comes at a uniformly
 random time after that line, or while a checkpoint is being written: at least a fifth of the kills
 do. Some processes are killed earlier, while they start; these kills do not count. When a run has
 finished, the benchmark compares its weights and metrics byte for byte with those of the
@@ -9,9 +10,11 @@ uninterrupted run, and starts the next run. float32 on a CPU, one thread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,15 +39,11 @@ SHARE_STARTING, SHARE_WRITING = 0.1, 0.2
 WRITING_S = 0.01  # of a checkpoint, from when its folder is seen
 
 
-def _command(folder: Path, out: Path) -> list[str]:
+def _command(folder: Path, out: Path, processes: int) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     return [
-        *(
-            sys.executable,
-            str(ROOT / "cli.py"),
-            "train-student",
-            "--shards",
-            str(folder / "shards"),
-        ),
+        *(sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "cli.py")),
+        *("train-student", "--shards", str(folder / "shards")),
         *("--student", str(folder / "student.json"), "--out", str(out), "--dtype", "float32"),
         *("--tokens", "40960", "--batch-tokens", "256", "--micro-batch-sequences", "5"),
         *("--learning-rate", "0.01", "--save-every", "4", "--eval-every", "10"),
@@ -70,13 +69,14 @@ def _make_inputs(folder: Path) -> None:
 
 
 class Process:
-    """One process of a run that is to be killed, or to end."""
+    """One process of a run, or torchrun with several, that is to be killed or to end."""
 
-    def __init__(self, folder: Path, out: Path) -> None:
+    def __init__(self, folder: Path, out: Path, processes: int) -> None:
         self._out = out
+        self._processes = processes
         self._began = len(self._event_files())
         self._process = subprocess.Popen(
-            _command(folder, out),
+            _command(folder, out, processes),
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -99,12 +99,25 @@ class Process:
         try:
             self._process.wait(after_s)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
             return _checkpoint_phase(self._out)
         if self._process.returncode:
             raise click.ClickException(f"exit code {self._process.returncode} after a kill")
         return None
+
+    def _kill(self) -> None:
+        """Kill one of several processes, or everything; then no process of the run is left."""
+        pid = self._process.pid
+        children = [int(child) for child in _children_of(pid)]
+        victims = [pid, *children]
+        if children and random.random() < 0.5:
+            victims = [random.choice(children)]
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        self._process.wait()
+        while any(Path(f"/proc/{child}/cmdline").exists() for child in children):
+            time.sleep(0.01)
 
     def _wait(self, reached: Callable[[], bool]) -> bool:
         while self._process.poll() is None:
@@ -121,6 +134,10 @@ class Process:
         return file.stat().st_size if file.exists() else 0
 
 
+def _children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+
+
 def _checkpoint_phase(out: Path) -> str:
     """What is going on among the checkpoints: a hidden one is newer than the others, or old."""
     folder = out / "checkpoints"
@@ -135,12 +152,13 @@ def _checkpoint_phase(out: Path) -> str:
 class Killing:
     """Runs that are killed, how often at what, and when that is enough."""
 
-    def __init__(self, folder: Path, kills: int, seed: int) -> None:
+    def __init__(self, folder: Path, kills: int, seed: int, processes: int) -> None:
         self.phases: Counter[str] = Counter()
         self._folder = folder
         self._kills = kills
+        self._processes = processes
         self._chance = random.Random(seed)
-        process = Process(folder, folder / "whole")
+        process = Process(folder, folder / "whole", processes)
         began = time.monotonic()
         process.trains()
         self._start_s = time.monotonic() - began
@@ -161,7 +179,7 @@ class Killing:
     def run(self, out: Path) -> None:
         """One run, killed again and again until it comes to its end, or there is enough of it."""
         while True:
-            process = Process(self._folder, out)
+            process = Process(self._folder, out, self._processes)
             phase = process.end(None) if self.enough else self._kill(process)
             if phase is None:
                 return
@@ -184,14 +202,15 @@ class Killing:
 @click.command()
 @click.option("--kills", default=50, show_default=True, help="In training, not while it starts.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--processes", default=1, show_default=True, help="Of one run, by torchrun.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the counts.")
-def main(kills: int, seed: int, json_file: Path | None) -> None:
+def main(kills: int, seed: int, processes: int, json_file: Path | None) -> None:
     """Kill a run, continue it, compare; exit code 1 if anything differs."""
     runs = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _make_inputs(folder)
-        killing = Killing(folder, kills, seed)
+        killing = Killing(folder, kills, seed, processes)
         click.echo(f"left alone: {killing.train_s:.1f} s of training", err=True)
         while not killing.enough:
             out = folder / f"run-{runs}"
@@ -208,7 +227,7 @@ def main(kills: int, seed: int, json_file: Path | None) -> None:
     for phase, count in killing.phases.most_common():
         click.echo(f"{count:>4} {phase}")
     if json_file is not None:
-        counts = {"runs": runs, "kills": dict(killing.phases)}
+        counts = {"processes": processes, "runs": runs, "kills": dict(killing.phases)}
         json_file.write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ from student_train.processes.world import World
 class StepResult:
     """Means over the labelled positions of one step, nats, and the gradient's norm unclipped.
 
-    num_sequences are those trained on, by the dataset that they are of. Of all processes together.
+    num_sequences are those trained on, by dataset. All figures are those of all processes together.
     """
 
     num_tokens: int

@@ -2,8 +2,8 @@
 
 Every process holds its part of each weight, of its gradient and of AdamW's moments. A decoder block
 is gathered whole while it runs, everything else (embedding, last norm, head) for the whole forward
-and backward pass. Outside of the forward pass a weight is a DTensor of which this process holds a
-part. So a function that needs weights as tensors runs inside the forward pass, by `in_forward`.
+and backward pass. Outside of the forward pass a weight is a DTensor, and this process holds a part
+of it. So a function that needs weights as tensors runs inside the forward pass, by `in_forward`.
 
 Gradients are summed over the processes, not averaged: the step divides them once, by the labelled
 positions of all processes together.

@@ -1,0 +1,183 @@
+"""Runs of several processes: the same lines in the same steps, whatever their number."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from logitshards.failures import failures_as_lines
+from student_train.config import TrainConfig
+from student_train.run import run
+from tests.ranks import TIMEOUT_S, exit_codes, start_ranks
+from tests.tiny_dataset import SEQUENCE_LENGTH, make_dataset
+from tests.tiny_runs import lines, write_student
+
+STEP_SEQUENCES = 7  # no multiple of any number of processes
+STEPS = 30
+
+
+def train(config: TrainConfig, errors: Path) -> None:
+    """What each process does: a command, with its standard error in a file of its own."""
+    errors.mkdir(exist_ok=True)
+    with (errors / os.environ.get("RANK", "0")).open("wb") as stream:
+        os.dup2(stream.fileno(), sys.stderr.fileno())
+    torch.set_num_threads(1)
+    try:
+        with failures_as_lines("train-student", debug=False):
+            run(config)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    make_dataset(folder / "joined", train=70, validation=9)
+    make_dataset(folder / "separate", train=90, validation=9, separate=True)
+    write_student(folder)
+    return folder
+
+
+def config_of(folder: Path, out: Path, **changes: Any) -> TrainConfig:
+    options: dict[str, Any] = {
+        "shards": [folder / "joined", folder / "separate"],
+        "student": str(folder / "student.json"),
+        "out": out,
+        "tokens": STEPS * STEP_SEQUENCES * SEQUENCE_LENGTH,
+        "batch_tokens": STEP_SEQUENCES * SEQUENCE_LENGTH,
+        "micro_batch_sequences": 2,
+        "learning_rate": 1e-2,
+        "dtype": "float32",
+        "device": "cpu",
+        "save_every": 5,
+        "eval_every": 10,
+    }
+    return TrainConfig(**options | changes)
+
+
+def begin(config: TrainConfig, size: int) -> list[ForkServerProcess]:
+    return start_ranks(train, size, config, errors_of(config))
+
+
+def finish(config: TrainConfig, size: int) -> None:
+    codes = exit_codes(begin(config, size))
+    assert codes == [0] * size, printed(config, size)
+
+
+def errors_of(config: TrainConfig) -> Path:
+    return config.out.with_name(f"{config.out.name}-errors")
+
+
+def printed(config: TrainConfig, size: int) -> list[list[str]]:
+    """The lines of each process on standard error."""
+    return [(errors_of(config) / str(rank)).read_text().splitlines() for rank in range(size)]
+
+
+def wait_for_lines(config: TrainConfig, number: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    file = config.out / "metrics.jsonl"
+    while not file.exists() or len(file.read_bytes().splitlines()) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def assert_same_within_noise(out: Path, whole: Path) -> None:
+    for kind in ("train", "validation"):
+        found, expected = lines(out, kind), lines(whole, kind)
+        assert [line["step"] for line in found] == [line["step"] for line in expected]
+        for line, other in zip(found, expected, strict=True):
+            assert line["tokens"] == other["tokens"]  # so the same sequences
+            assert line == pytest.approx(other, rel=2e-3, abs=1e-5)
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (out, whole))
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, other[name], rtol=0.02, atol=2e-3)
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[int, Path]:
+    """Runs of 1, 2 and 3 processes that nothing interrupted."""
+    for size in (1, 2, 3):
+        finish(config_of(folder, folder / f"whole-{size}"), size)
+    return {size: folder / f"whole-{size}" for size in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_run_of_several_processes_is_that_of_one(size: int, whole: dict[int, Path]) -> None:
+    assert_same_within_noise(whole[size], whole[1])
+    one, other = (json.loads((whole[n] / "summary.json").read_text()) for n in (1, size))
+    for name in ("steps", "tokens", "epochs", "parameters", "validation_tokens"):
+        assert one[name] == other[name], name
+    names = [{path.name for path in (whole[n] / "model").iterdir()} for n in (1, size)]
+    assert names[0] == names[1]
+
+
+def test_a_run_that_is_stopped_continues_with_another_number_of_processes(
+    folder: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    config = config_of(folder, tmp_path / "out")
+    for size, after in ((2, 5), (3, 14), (1, 22)):
+        processes = begin(config, size)
+        wait_for_lines(config, after)
+        pid = processes[-1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGTERM)  # to one of them: all agree
+        assert exit_codes(processes) == [128 + signal.SIGTERM] * size
+        said = printed(config, size)
+        assert "stopped by SIGTERM after step" in said[0][-1]
+        assert not any(said[1:])  # one process speaks for all
+    finish(config, 2)
+    assert_same_within_noise(config.out, whole[1])
+
+
+def test_a_run_that_lost_a_process_is_the_same_bit_for_bit_with_as_many(
+    folder: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    config = config_of(folder, tmp_path / "out")
+    for rank, after in ((1, 8), (0, 18)):
+        processes = begin(config, 2)
+        wait_for_lines(config, after)
+        processes[rank].kill()
+        codes = exit_codes(processes)
+        assert codes[rank] == -signal.SIGKILL
+        assert codes[1 - rank] == 1
+        if rank:
+            assert "another process of this run ended" in printed(config, 2)[0][-1]
+    finish(config, 2)
+    assert_same(config.out, whole[2])
+
+
+def test_a_shard_that_one_process_cannot_read_ends_all_with_one_line(
+    folder: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    shards = make_dataset(tmp_path / "joined", train=70, validation=9)
+    config = config_of(folder, tmp_path / "out", shards=[shards, folder / "separate"])
+    shard = shards / "train" / "shard-000003.parquet"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:100] + bytes(200) + content[300:])
+    processes = begin(config, 2)
+    assert exit_codes(processes) == [1, 1]
+    said = [line for one in printed(config, 2) for line in one if "shard-000003" in line]
+    assert len(said) == 1
+    assert "Traceback" not in str(printed(config, 2))
+    steps = len(lines(config.out))
+    assert (config.out / "checkpoints" / f"step-{steps:08}").is_dir() or not steps
+    shard.write_bytes(content)
+    finish(config, 2)
+    assert_same(config.out, whole[2])
