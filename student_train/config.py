@@ -44,6 +44,13 @@ class TrainConfig:
         "train further.",
         metavar="MODEL",
     )
+    teacher: str | None = option(
+        "Model folder of a teacher that runs beside the student. Its exact distributions replace "
+        "the stored ones. For small models.",
+        default=None,
+        metavar="FOLDER",
+        shown_default="the distributions in --shards",
+    )
     out: Path = option("Output folder of the run.", metavar="FOLDER")
     tokens: int = option(
         "Labelled positions to train on; larger values repeat the dataset.", metavar="TOKENS"
@@ -214,8 +221,8 @@ class TrainConfig:
 
     @property
     def reads_entries(self) -> bool:
-        """Whether training needs the teacher's kept entries: not for plain language modelling."""
-        return self.alpha > 0
+        """Whether training needs the kept entries: not for plain language modelling."""
+        return self.alpha > 0 and self.teacher is None
 
     @property
     def reads_tail(self) -> bool:
@@ -239,6 +246,8 @@ def _check_bucket(config: TrainConfig) -> None:
         return
     if config.loss == "mse":
         raise OptionError("tail", " bucket: --loss mse compares only the kept entries")
+    if config.teacher is not None:
+        raise OptionError("tail", " bucket: --teacher keeps every entry, so no mass is missing")
     other = None
     if config.temperature != 1:
         other = f"{config.temperature}"

@@ -35,6 +35,7 @@ from student_train.evaluation.evaluate import evaluate
 from student_train.evaluation.token_bytes import token_bytes
 from student_train.figure_lines import read_lines
 from student_train.flops import peak_tokens_per_s
+from student_train.live_teacher import LiveTeacher
 from student_train.metrics import Metrics
 from student_train.model.model import num_parameters
 from student_train.processes.sharding import Sharded
@@ -80,6 +81,7 @@ class Training:
         student: PreTrainedModel | Sharded,
         folder: RunFolder,
         world: World,
+        teacher: LiveTeacher | None = None,
     ) -> None:
         self._config = config
         self._splits = splits
@@ -88,6 +90,7 @@ class Training:
         self._evaluation_dataset = evaluation_dataset
         self._folder = folder
         self._world = world
+        self._loss_of = partial(partial, batch_loss) if teacher is None else teacher.loss_of
         self._autocast = autocast_for(
             config.dtype, world.device, sharded=isinstance(student, Sharded)
         )
@@ -231,7 +234,7 @@ class Training:
             self._student,
             self._optimizer,
             batches,
-            partial(batch_loss, objective=replace(self._objective, alpha=alpha)),
+            self._loss_of(objective=replace(self._objective, alpha=alpha)),
             gradient_clip=self._config.gradient_clip,
             autocast=self._autocast,
             world=self._world,

@@ -35,6 +35,7 @@ from student_train.evaluation.tasks import (
     run_tasks,
     task_figures,
 )
+from student_train.live_teacher import LiveTeacher
 from student_train.loop import Training
 from student_train.model.blocks import decoder_blocks, prepare_blocks, try_compiled
 from student_train.model.model import (
@@ -166,10 +167,16 @@ def _train(prepared: _Prepared, world: World) -> dict[str, Json]:
     dataset = datasets[0]
     splits = [other.split(TRAIN) for other in datasets]
     step_sequences, num_steps = plan_steps(config, dataset)
+    teacher = None
+    if config.teacher is not None:
+        folder_of_teacher = Path(config.teacher)
+        teacher = world.together(lambda: LiveTeacher(folder_of_teacher, datasets, world.device))
     student = _make_student(prepared, world)
     with ExitStack() as stack:
         world.together(lambda: _start(prepared, stack, world))
-        training = Training(config, splits, prepared.evaluation_dataset, student, folder, world)
+        training = Training(
+            config, splits, prepared.evaluation_dataset, student, folder, world, teacher
+        )
         training.train(step_sequences, num_steps)
         _export(student, dataset, folder, world)
         if not world.is_first:

@@ -33,7 +33,7 @@ from student_train.config import TrainConfig
 from student_train.model.presets import PRESETS
 
 _NOT_COMPARED = (
-    *("shards", "eval_shards", "eval_tasks", "student", "out", "save_every"),
+    *("shards", "eval_shards", "eval_tasks", "student", "teacher", "out", "save_every"),
     *("micro_batch_sequences", "gradient_checkpointing", "device"),
 )
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
@@ -118,7 +118,8 @@ def describe_run(
     others = enumerate(datasets[1:], start=2)
     return {
         "config": config.to_json(),
-        "student": _describe_student(config.student),
+        "student": _describe_model(config.student),
+        "teacher": None if config.teacher is None else _describe_model(config.teacher),
         "dataset": _describe_dataset(datasets[0]),
         **{f"dataset_{number}": _describe_dataset(other) for number, other in others},
         "evaluation_dataset": None
@@ -181,11 +182,11 @@ def _describe_dataset(dataset: Dataset) -> dict[str, Json]:
     return {"spec": dataset.spec.to_json(), "sequences": sizes}
 
 
-def _describe_student(student: str) -> str:
-    """What a student begins as: its preset, or a hash of its configuration and weights."""
-    path = Path(student)
-    if student in PRESETS or not path.exists():
-        return student
+def _describe_model(model: str) -> str:
+    """What a model is at the start: its preset, or a hash of its configuration and weights."""
+    path = Path(model)
+    if model in PRESETS or not path.exists():
+        return model
     files = [path] if path.is_file() else sorted(filter(_is_of_a_model, path.iterdir()))
     digest = hashlib.sha256()
     for file in files:

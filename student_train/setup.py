@@ -42,7 +42,7 @@ def _check_mixes(config: TrainConfig, other: Dataset, first: Dataset) -> None:
             f" {expected}; expected the same --sequence-length"
         )
     keep, expected_keep = other.spec.keep, first.spec.keep
-    if config.alpha and keep.is_sampled != expected_keep.is_sampled:
+    if config.reads_entries and keep.is_sampled != expected_keep.is_sampled:
         raise InputError(
             f"--shards {other.path}: cannot mix its entries (--keep {keep.method}) with those of"
             f" {first.path} (--keep {expected_keep.method}): one stores probabilities, the other"
@@ -141,7 +141,7 @@ def make_objective(config: TrainConfig, split: Split) -> Objective:
         kind=config.loss,
         alpha=config.alpha,
         temperature=config.temperature,
-        sampled=split.spec.keep.is_sampled,
+        sampled=config.teacher is None and split.spec.keep.is_sampled,
         bucket=config.tail == "bucket",
         student_temperature=config.student_temperature,
         adaptive_temperature=config.adaptive_temperature,
@@ -151,9 +151,12 @@ def make_objective(config: TrainConfig, split: Split) -> Objective:
 def check_objective(config: TrainConfig, dataset: Dataset) -> None:
     """InputError for options that a dataset does not support."""
     method: Keep = dataset.spec.keep
+    if config.teacher is not None:
+        return
     if config.alpha and not dataset.spec.has_teacher:
         raise InputError(
             f"--alpha {config.alpha}: {dataset.path} holds tokens without a teacher; give --alpha 0"
+            " or a --teacher"
         )
     if config.alpha and config.adaptive_temperature is not None and not method.is_sampled:
         stored = reads_entropies(config, dataset)

@@ -29,7 +29,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +40,13 @@ from shards.row_group import Totals
 from shards.spec import DatasetSpec
 from student_train.data.batches import TAIL_COLUMNS, Batch, for_device, sequential_batches
 from student_train.data.read_ahead import ReadAhead
+from student_train.evaluation.sums import (
+    NUM_BINS,
+    NUM_SUMS,
+    calibration_bins,
+    position_sums,
+    predict,
+)
 from student_train.model.model import head_weight, hidden_states
 from student_train.objective.kept_entries import KeptEntries
 from student_train.objective.loss import IGNORE_INDEX, split_evenly
@@ -52,8 +58,6 @@ from student_train.processes.world import World
 _CPU_BLOCK_BYTES = 32 << 20
 _GPU_BLOCK_BYTES = 256 << 20
 _READ_AHEAD_BATCHES = 2
-_NUM_SUMS = 6
-_NUM_BINS = 15
 
 
 def evaluate(
@@ -76,8 +80,8 @@ def evaluate(
     """
     spec = split.spec
     totals = counted_totals(split)
-    sums = torch.zeros(_NUM_SUMS, dtype=torch.float64, device=world.device)
-    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=world.device)
+    sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
+    bins = torch.zeros((3, NUM_BINS), dtype=torch.float64, device=world.device)
     num_bytes = 0
 
     def add(model: PreTrainedModel, batch: Batch) -> None:
@@ -228,83 +232,3 @@ def _add_batch(
             None if tails is None else tails[block],
             -math.inf if exact_above is None else exact_above,
         )
-
-
-class Prediction(NamedTuple):
-    """From logits [R, V]: logsumexp [R, 1], the most likely token [R] and its probability [R]."""
-
-    logsumexp: Tensor
-    token: Tensor
-    probability: Tensor
-
-
-def predict(logits: Tensor) -> Prediction:
-    """The values that all figures of a position need."""
-    logsumexp = logits.logsumexp(1, keepdim=True)
-    largest, token = logits.max(1)
-    return Prediction(logsumexp, token, (largest - logsumexp[:, 0]).exp())
-
-
-def calibration_bins(prediction: Prediction, labels: Tensor) -> Tensor:
-    """Per bin of the largest probability: number, its sum, hits; float64 [3, bins]."""
-    probability = prediction.probability.double()
-    index = (probability * _NUM_BINS).long().clamp_(min=0, max=_NUM_BINS - 1)
-    values = torch.stack(
-        [torch.ones_like(probability), probability, (prediction.token == labels).double()]
-    )
-    bins = torch.zeros((3, _NUM_BINS), dtype=torch.float64, device=labels.device)
-    return bins.index_add_(1, index, values)
-
-
-def position_sums(
-    logits: Tensor,
-    prediction: Prediction,
-    labels: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    tail_logmass: Tensor | None,
-    exact_above: float = -math.inf,
-) -> Tensor:
-    """Sums over R positions, float64 [6].
-
-    They are: nll, kl_kept, kl_bound, the sum of p * -log q, the number of positions where the
-    student agrees with the teacher's most likely token, and of those where that is known.
-
-    logits [R, V] float32, overwritten, and what `predict` says of them; labels [R], ids [R, K]
-    int32 or int64, logprobs [R, K] padded with -inf, tail_logmass [R]: None gives a kl_bound of 0.
-    `exact_above` is that of `Keep`. A position without entries adds only to the first sum.
-    """
-    kept = logprobs > float("-inf")
-    with_entries = kept.any(1)
-    logsumexp = prediction.logsumexp
-    nll = logsumexp - logits.gather(1, labels[:, None])
-    student = logits.gather(1, ids) - logsumexp
-    agreed = known = with_entries
-    if ids.shape[1]:  # entries are largest first
-        known = logprobs[:, 0] > exact_above
-        leading = kept & (logprobs == logprobs[:, :1])
-        agreed = known & (leading & (ids == prediction.token[:, None])).any(1)
-    teacher = logprobs.double()
-    weighted = torch.where(kept, teacher.exp() * -student.double(), 0.0).sum(1)
-    kl_kept = _kl(teacher, student)
-    kl_bound = torch.zeros_like(kl_kept)
-    if tail_logmass is not None:
-        # The student's mass outside the kept entries, summed up there and not as 1 - the rest,
-        # which would have no digits left where a student is confident.
-        logits.scatter_add_(1, ids, torch.where(kept, float("-inf"), 0.0))
-        rest = logits.logsumexp(1, keepdim=True) - logsumexp
-        kl_bound = _kl(
-            torch.cat([teacher, tail_logmass[:, None].double()], 1), torch.cat([student, rest], 1)
-        )
-    parts = (nll.double(), kl_kept, kl_bound * with_entries, weighted, agreed, known)
-    return torch.stack([part.sum(dtype=torch.float64) for part in parts])
-
-
-def _kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(w || q) [R] of log-probabilities [R, N], w = teacher renormalised; -inf adds nothing.
-
-    Rounded teacher values do not add up to 1; renormalised, no KL falls below zero.
-    """
-    logs = torch.log_softmax(teacher, 1)
-    terms = logs.exp() * (logs - student.double())
-    return torch.where(teacher > float("-inf"), terms, 0.0).sum(1)

@@ -75,7 +75,9 @@ def make_student(
         model = _fresh(student, config, seed, with_weights)
     elif path.is_dir():
         check_tokenizer(path, dataset)
-        model = _load(path) if with_weights else _fresh(student, _read_config(path), seed, False)
+        model = (
+            load_model(path) if with_weights else _fresh(student, _read_config(path), seed, False)
+        )
     elif path.is_file():
         model = _fresh(student, _read_config(path), seed, with_weights)
     else:
@@ -206,7 +208,8 @@ def _read_config(path: Path) -> Any:
         ) from error
 
 
-def _load(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path, *, option: str = "--student") -> PreTrainedModel:
+    """A float32 model from its folder, with all its weights. InputError if that fails."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -217,33 +220,35 @@ def _load(folder: Path) -> PreTrainedModel:
             use_safetensors=True,
         )
     except _LOAD_ERRORS as error:
-        raise InputError(f"--student {folder}: cannot be loaded: {_reason(error)}") from error
+        raise InputError(f"{option} {folder}: cannot be loaded: {_reason(error)}") from error
     wrong = sorted({*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"])})
     if wrong:
         raise InputError(
-            f"--student {folder}: {len(wrong)} weights are missing or of another shape,"
+            f"{option} {folder}: {len(wrong)} weights are missing or of another shape,"
             f" such as {wrong[0]}"
         )
     loaded: PreTrainedModel = model
     return loaded
 
 
-def check_sizes(student: str, model: PreTrainedModel, dataset: Dataset) -> None:
+def check_sizes(
+    student: str, model: PreTrainedModel, dataset: Dataset, *, option: str = "--student"
+) -> None:
     """InputError unless a model has the vocabulary and the positions that a dataset needs."""
     if model.get_output_embeddings() is None:
-        raise InputError(f"--student {student}: {type(model).__name__} has no LM head")
+        raise InputError(f"{option} {student}: {type(model).__name__} has no LM head")
     num_rows = len(head_weight(model))
     vocab_size = dataset.spec.tokenizer.vocab_size
     if num_rows < vocab_size:
         raise InputError(
-            f"--student {student}: has a vocabulary of {num_rows}, but {dataset.path} needs"
+            f"{option} {student}: has a vocabulary of {num_rows}, but {dataset.path} needs"
             f" {vocab_size}"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
     length = dataset.spec.sequence_length
     if limit is not None and limit < length:
         raise InputError(
-            f"--student {student}: takes at most {limit} positions, but the sequences of"
+            f"{option} {student}: takes at most {limit} positions, but the sequences of"
             f" {dataset.path} have {length}"
         )
 

@@ -34,6 +34,7 @@ def block_at_joints(
     *,
     length: int,
     autocast: AbstractContextManager[object],
+    option: str = "--student",
 ) -> None:
     """Choose the model's attention for packed sequences. InputError if it sees over their joints.
 
@@ -42,7 +43,7 @@ def block_at_joints(
     """
     name = type(model).__name__
     refused = (
-        f"--student {student}: {name} cannot be trained on packed sequences, which the separate"
+        f"{option} {student}: {name} cannot run on packed sequences, which the separate"
         f" documents of {dataset} need"
     )
     attention = _ATTENTION.get(model.device.type)

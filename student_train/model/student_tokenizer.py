@@ -22,21 +22,21 @@ from shards.tokenizer.content import (
 )
 
 
-def check_tokenizer(folder: Path, dataset: Dataset) -> None:
+def check_tokenizer(folder: Path, dataset: Dataset, *, option: str = "--student") -> None:
     """IdentityMismatchError unless a model folder has the dataset's tokenizer.
 
     InputError, one line, where no tokenizer can be read from the folder.
     """
-    sha256 = _sha256(folder)
+    sha256 = _sha256(folder, option)
     expected = dataset.spec.tokenizer.sha256
     if sha256 != expected:
         raise IdentityMismatchError(
-            f"--student {folder}: has another tokenizer ({sha256[:12]}) than {dataset.path}"
+            f"{option} {folder}: has another tokenizer ({sha256[:12]}) than {dataset.path}"
             f" ({expected[:12]}), so the ids in the shards mean other tokens to it"
         )
 
 
-def _sha256(folder: Path) -> str:
+def _sha256(folder: Path, option: str) -> str:
     file = folder / TOKENIZER_NAME
     if os.path.lexists(file):
         return tokenizer_sha256(read_tokenizer(file, Tokenizer.from_str).to_str())
@@ -47,7 +47,7 @@ def _sha256(folder: Path) -> str:
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:
         raise InputError(
-            f"--student {folder}: has no tokenizer that can be read ({one_line(error)}); copy the"
+            f"{option} {folder}: has no tokenizer that can be read ({one_line(error)}); copy the"
             f" {TOKENIZER_NAME} that it was trained with into the folder"
         ) from error
     switch_dropout_off(backend, folder)
