@@ -23,11 +23,11 @@ from shards.writer import ShardWriter
 from teacher_dump.bos import BosProbe, probe, read_probe_sample
 from teacher_dump.config import DumpConfig
 from teacher_dump.corpus.summary import CorpusSummary
-from teacher_dump.engines.interface import TeacherEngine
-from teacher_dump.keep.rows import TokenSequence, make_row, row_of_tokens
+from teacher_dump.keep.rows import TokenSequence
 from teacher_dump.prepare import Prepared, prepare
 from teacher_dump.processes.devices import count_gpus
 from teacher_dump.sample import read_corpus_sample
+from teacher_dump.shard_pass import rows
 from teacher_dump.tokens.sequences import SplitSequences
 
 MEASURED_SECONDS = 20.0
@@ -118,15 +118,16 @@ def make_plan(config: DumpConfig, tokens: int | None, engines: int = 1) -> Plan:
     start_seconds = time.monotonic() - started
     probed = None if engine is None else probe(config, ready, probe_sample, engine)
 
-    for _ in _rows(config, engine, (split[n] for n in range(min(_WARM_UP, len(split))))):
+    for _ in rows((split[n] for n in range(min(_WARM_UP, len(split)))), engine, config):
         pass
     started = time.monotonic()
-    rows = list(_rows(config, engine, _until(split, started + MEASURED_SECONDS)))
+    sequences = _until(split, started + MEASURED_SECONDS)
+    found = sorted((row for _, row in rows(sequences, engine, config)), key=lambda r: r.sequence)
     seconds = time.monotonic() - started
-    measured = _write(ready, config, sorted(rows, key=lambda row: row.sequence))
+    measured = _write(ready, config, found)
     if not measured.tokens:
         raise InputError("--plan: the sample of the corpus has no label that counts")
-    num_positions = sum(len(row.tokens) - 1 for row in rows)
+    num_positions = sum(len(row.tokens) - 1 for row in found)
     total, source = _total(config, tokens, sample.num_positions(split), sample.share)
     layout = config.layout(split.mean_positions)
     return Plan(
@@ -144,16 +145,6 @@ def make_plan(config: DumpConfig, tokens: int | None, engines: int = 1) -> Plan:
         gpus_per_engine=min(config.gpus, count_gpus()) if ready.teacher is not None else 0,
         probe=probed,
     )
-
-
-def _rows(
-    config: DumpConfig, engine: TeacherEngine | None, sequences: Iterator[TokenSequence]
-) -> Iterator[Row]:
-    if engine is None:
-        yield from map(row_of_tokens, sequences)
-        return
-    for sequence, selected in engine.score(sequences):
-        yield make_row(sequence, selected, config.keep.logprob_step)
 
 
 def _until(split: SplitSequences, deadline: float) -> Iterator[TokenSequence]:

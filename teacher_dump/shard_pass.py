@@ -10,7 +10,6 @@ from pathlib import Path
 from shards.errors import RunError
 from shards.rows import Row
 from shards.sidecar import Sidecar
-from shards.spec import DatasetSpec
 from teacher_dump.bos import BosProbe, probe, read_probe_sample
 from teacher_dump.collector import ShardCollector, ShardPlan
 from teacher_dump.config import DumpConfig
@@ -140,7 +139,7 @@ def run_pass(
     collector = ShardCollector(config.out, sizes, spec=spec, on_shard=on_shard)
     try:
         with collector:
-            for split_name, row in _rows(sequences(), engine, config, spec):
+            for split_name, row in rows(sequences(), engine, config):
                 collector.add(split_name, row)
                 entries = 0 if row.ids is None else len(row.ids)
                 progress.scored(len(row.tokens) - 1, entries)
@@ -152,19 +151,19 @@ def run_pass(
     return DumpSummary.of(config.out, progress)
 
 
-def _rows(
-    sequences: Iterator[TokenSequence],
-    engine: TeacherEngine | None,
-    config: DumpConfig,
-    spec: DatasetSpec,
+def rows(
+    sequences: Iterator[TokenSequence], engine: TeacherEngine | None, config: DumpConfig
 ) -> Iterator[tuple[str, Row]]:
-    """The rows of sequences with their splits, in any order."""
+    """The rows of sequences with their splits, in any order; without an engine, of tokens alone.
+
+    RunError for an engine that fails the check before its first row.
+    """
     if engine is None:
         for sequence in sequences:
             yield sequence.split, row_of_tokens(sequence)
         return
     for sequence, selected in score_checked(engine, sequences, config):
-        yield sequence.split, make_row(sequence, selected, spec.keep.logprob_step)
+        yield sequence.split, make_row(sequence, selected, config.keep.logprob_step)
 
 
 def _show(sequence: TokenSequence, tokenizer: TeacherTokenizer) -> None:

@@ -35,17 +35,16 @@ TRIES = 3
 _POLL_S = 1.0
 
 
-def check_ray() -> Any:
-    """The module `ray`. OptionError without it."""
+def check_ray() -> None:
+    """OptionError without Ray. Sets variables that Ray reads when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        import ray
+        import ray  # noqa: F401
     except ImportError as error:
         raise OptionError(
             "workers", f": needs Ray, pip install 'logitshards[cluster]' ({error})"
         ) from error
-    return ray
 
 
 def run_workers(
@@ -59,9 +58,10 @@ def run_workers(
     """Write the shards of `plans` by `num_workers` engines.
 
     InputError and RunError as the worker that met them says; RunError for a shard whose workers
-    were lost three times. Finished shards are kept.
+    were lost three times. Finished shards are kept. Call `check_ray` before.
     """
-    ray = check_ray()
+    import ray
+
     with _connected(ray) as is_local:
         gpus = _gpus_per_worker(ray, num_workers, gpus_per_worker)
         head = _Head(ray, config, queue, plans, planned, num_workers, gpus, is_local)
