@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from shards.arrow import to_table
 from shards.checks import problem_with_values
 from shards.errors import RunError
-from shards.files.durable import temporary_name
+from shards.files.durable import discard, temporary_name
 from shards.folder import publication
 from shards.footer import Footer, parquet_writer
 from shards.row_group import RowGroup, Totals
@@ -127,8 +127,7 @@ class ShardWriter:
             if self._file is not None:
                 self._file.close()
         self._parquet = self._file = None
-        self._temporary.unlink(missing_ok=True)
-        self._temporary_sidecar.unlink(missing_ok=True)
+        discard(self._temporary, self._temporary_sidecar)
 
     def __enter__(self) -> Self:
         return self

@@ -42,6 +42,17 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def discard(*paths: Path) -> None:
+    """Remove files that this process made, as far as the disk lets it.
+
+    This often follows an error, which is the one to report: a disk that became read-only refuses
+    to remove files, too.
+    """
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def remove_old_temporaries(folder: Path, older_than_s: float = OLD_AFTER_S) -> None:
     """Remove what killed processes left in a folder, as far as possible, once it is a day old."""
     now = time.time()
@@ -87,8 +98,7 @@ def check_links(folder: Path) -> None:
             " from overwriting another; give a folder on another file system"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
-        linked.unlink(missing_ok=True)
+        discard(temporary, linked)
 
 
 @cache
@@ -127,7 +137,7 @@ def write_flushed(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        path.unlink(missing_ok=True)
+        discard(path)
         raise
 
 
@@ -138,7 +148,7 @@ def write_new(path: Path, text: str) -> None:
     try:
         publish(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
 
 
 def replace(path: Path, text: str) -> None:
@@ -148,6 +158,6 @@ def replace(path: Path, text: str) -> None:
     try:
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         raise
     sync_folder(path.parent)

@@ -145,7 +145,7 @@ def _make_missing_sidecar(path: Path, footer: Footer, sequences: int) -> None:
     except OSError as error:
         raise RunError(f"{file}: cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        durable.discard(temporary)
 
 
 def _checked_totals(path: Path, footer: Footer, sequences: int) -> Totals:

@@ -73,8 +73,7 @@ def sign_of_life(folder: Path, patience: Patience | None = None) -> Iterator[Sig
     finally:
         stopped.set()
         thread.join()
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+        durable.discard(path)
 
 
 def wait_for(folder: Path, look: Callable[[], _T | None], patience: Patience | None = None) -> _T:
