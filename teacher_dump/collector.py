@@ -14,10 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shards.errors import RunError
+from shards.layout import Layout
+from shards.manifest import load_manifest
 from shards.rows import Row
 from shards.sidecar import Sidecar
 from shards.spec import DatasetSpec
-from shards.writer import ShardWriter
+from shards.writer import ShardWriter, shard_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,22 @@ class ShardPlan:
     split: str
     shard: int
     sequences: range
+
+
+def refuse_outgrown(out: Path, layout: Layout, plan: ShardPlan, hint: str = "") -> None:
+    """RunError if another command has extended the dataset, so that a short last shard is longer.
+
+    What this run writes would be too short in the middle of the split, and count as complete.
+    """
+    if len(plan.sequences) == layout.sequences_per_shard:
+        return
+    now = layout.shard_range(plan.shard, load_manifest(out).splits[plan.split].sequences)
+    if now != plan.sequences:
+        raise RunError(
+            f"{out / plan.split / shard_name(plan.shard)}: holds {len(now)} sequences, not"
+            f" {len(plan.sequences)}, since another command has extended the dataset;"
+            f" {hint}run that command again"
+        )
 
 
 @dataclass
@@ -154,6 +173,8 @@ class _BackgroundWriter:
             self._writers[key] = writer
         writer.write_rows(rows)
         if rows[-1].sequence == plan.sequences[-1]:
+            refuse_outgrown(self._out, self._spec.layout, plan)
             sidecar = writer.publish()
+            refuse_outgrown(self._out, self._spec.layout, plan, "delete it and its .json, and ")
             del self._writers[key]
             self._on_shard(sidecar)

@@ -192,6 +192,21 @@ def test_an_interrupted_extension_leaves_no_short_shard_in_the_middle(
     assert len(list(Dataset.open(path).split("train").sidecars())) == 5
 
 
+def test_a_short_shard_that_a_writer_publishes_during_an_extension_is_removed(path, monkeypatch):
+    replace_file, calls = durable.replace, []
+
+    def replace_late(file, text):
+        calls.append(file)
+        if len(calls) == 2:  # the outgrown shard is gone, the manifest is still the older one
+            write_shard(path / "train", [example_row(8), example_row(9)], SPEC, shard=2)
+        replace_file(file, text)
+
+    monkeypatch.setattr("shards.files.durable.replace", replace_late)
+    make(path, train=17)
+    assert len(calls) == 2
+    assert missing(path) == [2, 3, 4]
+
+
 def test_a_last_shard_that_is_too_short_does_not_count(path):
     drop(path, "train", 2)
     write_shard(path / "train", [example_row(8)], SPEC, shard=2)

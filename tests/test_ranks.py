@@ -16,16 +16,20 @@ from hypothesis import strategies as st
 
 from shards import inspect
 from shards.errors import IdentityMismatchError, InputError, RunError
+from shards.folder.completeness import missing_shards
 from shards.keep import Tokens
 from shards.manifest import load_manifest
 from shards.options import OptionError
+from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import asked_spec, planned_by_another
 from teacher_dump.dump import run
+from teacher_dump.pass_progress import PassProgress
 from teacher_dump.prepare import prepare
 from teacher_dump.processes.preparing import PREPARING_NAME, Patience, sign_of_life, wait_for
 from teacher_dump.processes.ranks import ClusterOptions, Rank, find_rank
 from teacher_dump.processes.shard_queue import ShardQueue
+from teacher_dump.shard_pass import run_pass
 from tests.tiny_teacher import make_tokenizer, write_corpus
 
 NO_OPTIONS = ClusterOptions()
@@ -254,6 +258,29 @@ def test_a_rank_waits_for_the_whole_of_what_rank_0_makes(tmp_path: Path) -> None
     run(config)
     with pytest.raises(IdentityMismatchError, match="seed"):
         planned_by_another(other, prepare(other), asked_spec(other, prepare(other)))
+
+
+def test_a_rank_of_before_an_extension_publishes_no_short_shard(tmp_path: Path) -> None:
+    """It has the older manifest, and the short last shard of train is the one that is missing."""
+    config = config_of(tmp_path, max_tokens=350, held_out=0.0)
+    run(config, ClusterOptions(prepare=True))
+    ready = prepare(config)
+    old = planned_by_another(config, ready, asked_spec(config, ready))
+    assert old is not None
+    *_, (shard, sequences) = missing_shards(config.out, old.manifest, "train")
+    assert len(sequences) < 4
+    plan = ShardPlan(split="train", shard=shard, sequences=sequences)
+    run(replace(config, max_tokens=800), ClusterOptions(prepare=True))
+    message = rf"train/shard-00000{shard}.parquet: holds 4 sequences, not {len(sequences)}, since"
+    with pytest.raises(RunError, match=message):
+        run_pass(config, ready.tokenizer, [plan], old, None, PassProgress())
+    assert list((config.out / "train").iterdir()) == []
+    with pytest.raises(RunError, match=message):
+        list(ShardQueue(config.out, old.manifest, Rank()))
+    run(replace(config, max_tokens=800))
+    with pytest.raises(RunError, match=message):  # the shard is there and longer: nothing to delete
+        ShardQueue(config.out, old.manifest, Rank()).is_missing(plan)
+    assert inspect.verify(config.out) == []
 
 
 QUICK = Patience(look_every=0.02, sign_every=0.02, first_sign=0.3, next_sign=0.3)

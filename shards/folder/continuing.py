@@ -20,7 +20,9 @@ from shards.files import durable
 from shards.files.json_text import Json
 from shards.folder.completeness import missing_shards, remove_shard
 from shards.manifest import MANIFEST_NAME, Manifest, SplitSize, load_manifest
+from shards.sidecar import Sidecar, sidecar_path
 from shards.spec import SPLITS, DatasetSpec, differences
+from shards.writer import shard_name
 
 # What may be in a folder before it has a manifest; `lost+found` is in the root of a file system.
 _MADE_BEFORE = {"tokenizer", "tokens", "lost+found", "preparing.json"}
@@ -73,8 +75,7 @@ def create_or_continue(
         check_spec(path, asked.spec, present.spec)
         merged = _merge(asked, present)
         if merged != present:
-            _remove_outgrown(path, present, merged)
-            _replace_manifest(manifest_path, merged, may_fail=merged.splits == present.splits)
+            _replace_with(path, present, merged)
     except OSError as error:
         raise RunError(f"{manifest_path}: cannot be written: {error.strerror}") from error
     return merged
@@ -149,18 +150,25 @@ def _is_known(record: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> 
     )
 
 
-def _remove_outgrown(path: Path, present: Manifest, merged: Manifest) -> None:
-    """Remove short last shards that will become full ones.
+def _replace_with(path: Path, present: Manifest, merged: Manifest) -> None:
+    """Replace the manifest, and remove short last shards that become longer.
 
-    This comes before the manifest is replaced: an interruption then leaves a missing shard, and
-    never a short shard in the middle of a split.
+    They go first: an interruption then leaves a missing shard, and never a short shard in the
+    middle of a split. A writer that had read the older manifest may publish one in between; it goes
+    afterwards.
     """
     outgrown = []
     for name, size in present.splits.items():
         shard, rest = divmod(size.sequences, present.spec.layout.sequences_per_shard)
         if rest and merged.splits[name].sequences > size.sequences:
-            outgrown.append((name, shard))
+            outgrown.append((name, shard, rest))
+    manifest = path / MANIFEST_NAME
     if outgrown and present.complete:
-        durable.replace(path / MANIFEST_NAME, replace(present, complete=False).to_text())
-    for name, shard in outgrown:
+        durable.replace(manifest, replace(present, complete=False).to_text())
+    for name, shard, _ in outgrown:
         remove_shard(path, name, shard)
+    _replace_manifest(manifest, merged, may_fail=merged.splits == present.splits)
+    for name, shard, rest in outgrown:
+        sidecar = sidecar_path(path / name / shard_name(shard))
+        if sidecar.exists() and Sidecar.read(sidecar).sequences == rest:
+            remove_shard(path, name, shard)

@@ -21,7 +21,7 @@ from pathlib import Path
 from shards.files.durable import is_temporary
 from shards.folder.completeness import SomeShards, is_missing, missing_shards
 from shards.manifest import Manifest
-from teacher_dump.collector import ShardPlan
+from teacher_dump.collector import ShardPlan, refuse_outgrown
 from teacher_dump.processes.ranks import Rank
 
 # A writer adds a row group to its temporary file at least this often, unless it was killed.
@@ -57,14 +57,18 @@ class ShardQueue:
         return sum(len(missing) for _, missing, _ in self._missing())
 
     def is_missing(self, plan: ShardPlan) -> bool:
-        """Whether a shard is to be written; one that only lacks a sidecar gets it here."""
+        """Whether a shard is to be written; one that only lacks a sidecar gets it here.
+
+        RunError if another command has made it longer.
+        """
+        refuse_outgrown(self.out, self.manifest.spec.layout, plan)
         return is_missing(self.out, self.manifest, plan.split, plan.shard, plan.sequences)
 
     def __iter__(self) -> Iterator[ShardPlan]:
         """Every shard is missing at the moment in which it is taken.
 
-        ShardCorruptError for a Parquet file without a sidecar that is damaged, ShardError for a
-        sidecar without its Parquet file.
+        RunError if another command has extended the dataset, ShardCorruptError for a Parquet file
+        without a sidecar that is damaged, ShardError for a sidecar without its Parquet file.
         """
         for split, shards in self.own.items():
             for shard, sequences in shards:
