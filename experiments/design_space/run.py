@@ -1,0 +1,263 @@
+"""One command for the grid: `run.py --work FOLDER` runs what the results do not have yet.
+
+It prepares text, tokenizer, teacher and datasets when the first cell needs them, trains the cells
+in the order of `grid.runs`, and appends one row per run to the results. Everything is in the work
+folder, which can grow to 30 GB. Stop it with a signal whenever you like: the same command goes on
+from there, because each command that it runs does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments.design_space import results, text
+from experiments.design_space.grid import (
+    BASE_TEACHER,
+    FULL,
+    SCALES,
+    Cell,
+    Model,
+    Options,
+    digest,
+    keep_options,
+    runs,
+)
+
+RESULTS = Path(__file__).parent / "results.csv"
+FIGURES = {
+    "cross_entropy": "cross_entropy",
+    "kl": "kl_bound",  # exact: the evaluation dataset keeps everything
+    "top1_agreement": "top1_agreement",
+    "calibration_error": "calibration_error",
+    "teacher_cross_entropy": "teacher_cross_entropy",
+}
+
+
+class Failed(SystemExit):
+    """A command of the project failed; its own message stands above."""
+
+
+class Commands:
+    """Runs the project's commands, one at a time, until the time is over or a signal comes."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._child: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def run(self, *words: object, output: Path | None = None) -> None:
+        """Run a command, its output into a file if one is named. Failed, or SystemExit if stopped.
+
+        A command that is stopped saves its work first.
+        """
+        texts = [str(word) for word in words]
+        print("$", *texts, flush=True)
+        stream = None if output is None else output.open("wb")
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "cli.py", *texts], cwd=ROOT, stdout=stream
+            )
+            try:
+                code = self._child.wait(self._seconds_left())
+            except subprocess.TimeoutExpired:
+                self._end_child()
+                raise SystemExit("the time is over; the same command continues") from None
+        finally:
+            self._child = None
+            if stream is not None:
+                stream.close()
+        if code:
+            raise Failed(f"{texts[0]} ended with code {code}")
+
+    def _seconds_left(self) -> float | None:
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def _end_child(self) -> None:
+        if self._child is not None and self._child.poll() is None:
+            self._child.terminate()
+            self._child.wait()
+
+    def _stop(self, number: int, _: object) -> None:
+        self._end_child()
+        raise SystemExit(128 + number)
+
+
+class Grid:
+    """The steps of a grid in its work folder. Each is done once; names end in a settings hash."""
+
+    def __init__(self, work: Path, scale: str, commands: Commands) -> None:
+        self._work, self._scale_name, self._scale = work, scale, SCALES[scale]
+        self._command = commands.run
+        work.mkdir(parents=True, exist_ok=True)
+        packages = self._scale.packages
+        self._corpus = work / f"corpus-{digest(list(packages))}.jsonl"
+        self.text = text.write_corpus(self._corpus, packages)[:12]
+        vocabulary = self._scale.vocab_size
+        self._tokenizer = work / f"tokenizer-{vocabulary}-{self.text}"
+        text.write_tokenizer(self._tokenizer, self._corpus, vocabulary)
+
+    def prepare(self, cell: Cell) -> tuple[Path, Path]:
+        """The datasets that a cell trains and is evaluated on. Failed if a command fails."""
+        shards = self._dataset(cell.dataset, cell.teacher, cell.data)
+        return shards, self._dataset(FULL, BASE_TEACHER, 1)
+
+    def run(self, cell: Cell, seed: int, shards: Path, evaluation: Path) -> dict[str, object]:
+        """Train and evaluate a cell; returns its row. Failed if the run does."""
+        scale = self._scale
+        settings = cell.hash(scale)
+        out = self._work / "runs" / f"{settings}-{self.text}-{seed}"
+        options = (
+            scale.train | {"tokens": int(cell.tokens * scale.student_tokens)} | cell.all_options
+        )
+        run: Options = {"seed": seed, "eval-shards": str(evaluation)}
+        self._train(out, scale.students[cell.student], shards, run | options)
+        figures, size = _last_validation(out), _description(shards)["splits"]["train"]
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        return {
+            "settings": settings,
+            "text": self.text,
+            "question": cell.question,
+            "cell": cell.name,
+            "seed": seed,
+            **{column: f"{figures[key]:.6g}" for column, key in FIGURES.items()},
+            **{key: f"{size[key]:.6g}" for key in ("bytes_per_token", "entries_per_token")},
+            **{key: summary[key] for key in ("parameters", "tokens")},
+            "seconds": f"{summary['seconds']:.1f}",
+            "keep": json.dumps(keep_options(cell.dataset, scale)),
+            "options": json.dumps(options),
+            "scale": self._scale_name,
+            "commit": _commit(),
+            "machine": _machine(),
+        }
+
+    def _dataset(self, target: str, teacher: str, data: float) -> Path:
+        """The shards of a target, by a teacher."""
+        scale = self._scale
+        tokens = int(data * scale.dataset_tokens)
+        options = keep_options(target, scale) | scale.dump | {"max-tokens": tokens}
+        name = digest([self.text, scale.teacher_settings(teacher), options])
+        out = self._work / "datasets" / f"{target.replace(' ', '-')}-{name}"
+        described = _description_file(out)
+        if not described.exists():
+            self._dump(out, options | {"teacher": str(self._teacher(teacher))})
+            unfinished = described.with_suffix(".part")
+            self._command("inspect-shards", out, "--json", output=unfinished)
+            unfinished.replace(described)
+        return out
+
+    def _teacher(self, name: str) -> Path:
+        """The folder of a teacher that the trainer pre-trained on the whole text."""
+        scale = self._scale
+        settings = digest([self.text, scale.teacher_settings(name)])
+        out = self._work / f"teacher-{name}-{settings}"
+        if not (out / "model").exists():
+            tokens = self._work / "datasets" / f"tokens-{digest([self.text, scale.layout])}"
+            self._dump(tokens, {"keep": "tokens", "tokenizer": str(self._tokenizer)})
+            self._train(out, scale.teachers[name], tokens, scale.teacher_train)
+        return out / "model"
+
+    def _dump(self, out: Path, options: Options) -> None:
+        words = _words(self._scale.layout | options)
+        self._command("dump-logits", "--corpus", self._corpus, "--out", out, *words)
+
+    def _train(self, out: Path, model: Model, shards: Path, options: Options) -> None:
+        """Train a model; a run that is finished is only opened."""
+        scale = self._scale
+        config = model.config_json(scale.vocab_size, 2 * scale.sequence_length)
+        file = self._work / "configs" / f"{digest(config)}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(config), encoding="utf-8")
+        words = _words(options | {"learning-rate": model.learning_rate})
+        self._command("train-student", "--shards", shards, "--student", file, "--out", out, *words)
+
+
+def _words(options: Options) -> list[str]:
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def _description_file(dataset: Path) -> Path:
+    return dataset.with_name(dataset.name + ".json")
+
+
+def _description(dataset: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_description_file(dataset).read_text(encoding="utf-8"))
+    return content
+
+
+def _last_validation(run: Path) -> dict[str, float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    last: dict[str, float] = [line for line in lines if line["kind"] == "validation"][-1]
+    return last
+
+
+def _commit() -> str:
+    """The commit of the code, with a plus if files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    code = ["logitshards", "shards", "student_train", "teacher_dump", "cli.py"]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True)
+    return (head.stdout.strip() or "unknown") + ("+" if changed.returncode == 1 else "")
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0] if names else platform.machine()}"
+
+
+def main() -> None:
+    """Run the missing cells. Ends with 1 if one failed; the others are done then."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything large")
+    parser.add_argument("--scale", choices=SCALES, default="laptop")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file to append to")
+    parser.add_argument("--questions", type=int, nargs="*", default=[], help="default: all")
+    parser.add_argument("--runs", type=int, help="end after this many")
+    parser.add_argument("--minutes", type=float, help="end after this time")
+    options = parser.parse_args()
+    commands = Commands(options.minutes)
+    options.work.mkdir(parents=True, exist_ok=True)
+    (options.work / "pid").write_text(f"{os.getpid()}\n", encoding="utf-8")
+    grid = Grid(options.work.resolve(), options.scale, commands)
+    done = {_key(row) for row in results.read(options.results)}
+    failed, left = [], options.runs
+    for cell, seed in runs(options.questions):
+        key = (cell.hash(SCALES[options.scale]), grid.text, str(seed))
+        if key in done or left == 0:
+            continue
+        shards, evaluation = grid.prepare(cell)
+        try:
+            row = grid.run(cell, seed, shards, evaluation)
+        except Failed as error:  # such as a run that diverged; the others are worth their time
+            print(f"{cell.name}, seed {seed}: {error}", flush=True)
+            failed.append(f"{cell.name}, seed {seed}")
+            continue
+        results.append(options.results, row)
+        done.add(key)
+        left = None if left is None else left - 1
+        print(f"{cell.name}, seed {seed}: cross-entropy {row['cross_entropy']}", flush=True)
+    if failed:
+        raise Failed(f"{len(failed)} runs failed: {'; '.join(failed)}")
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, str, str]:
+    return row["settings"], row["text"], row["seed"]
+
+
+if __name__ == "__main__":
+    main()
