@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from shards.row_group import Int64Array, Offsets, RowGroup
+from shards.rows import Int32Array
 from shards.schema import (
     ENTRY_COLUMNS,
     LOSS_MASK,
+    POSITIONS,
     SEGMENTS,
     SEQUENCE,
     TEACHER_ENTROPY,
@@ -22,7 +24,7 @@ from shards.schema import (
     TOKENS,
 )
 
-_SCALARS = (TEACHER_NLL, TEACHER_ENTROPY)
+_SCALARS = (POSITIONS, TEACHER_NLL, TEACHER_ENTROPY)
 _PER_TOKEN = (TOKENS, SEGMENTS)
 
 
@@ -72,6 +74,8 @@ def from_table(table: pa.Table, sequences: Int64Array) -> RowGroup:
     if not np.array_equal(values.pop(SEQUENCE, sequences), sequences):
         raise ValueError(f"the sequences are not {sequences[0]} to {sequences[-1]}")
     token_offsets, position_offsets = _row_offsets(outer)
+    if POSITIONS in values and position_offsets is not None:
+        _check_numbers(values[POSITIONS], position_offsets)
     return RowGroup(
         sequences=sequences,
         token_offsets=token_offsets,
@@ -99,6 +103,12 @@ def _row_offsets(outer: dict[str, Offsets]) -> tuple[Offsets | None, Offsets | N
     if tokens is not None:
         positions[TOKENS] = tokens - np.arange(len(tokens), dtype=tokens.dtype)
     return tokens, _agreed(positions)
+
+
+def _check_numbers(positions: Int32Array, position_offsets: Offsets) -> None:
+    """ValueError unless these are the numbers of positions that the lists have."""
+    if not np.array_equal(positions, np.diff(position_offsets)):
+        raise ValueError(f"the lists are not as long as {POSITIONS} says")
 
 
 def _agreed(offsets: dict[str, Offsets]) -> Offsets | None:

@@ -61,7 +61,8 @@ class RowGroup:
     Row r has tokens and segments `[token_offsets[r] : token_offsets[r + 1]]` and the positions
     `[position_offsets[r] : position_offsets[r + 1]]` (P in all) of tail_logmass, label_logprobs,
     entropies and loss_mask; position p has entries `[entry_offsets[p] : entry_offsets[p + 1]]`
-    (E in all) of ids and logprobs. teacher_nll and teacher_entropy are [R]. Offsets are `Offsets`.
+    (E in all) of ids and logprobs. positions, the number of those of each row, teacher_nll and
+    teacher_entropy are [R]. Offsets are `Offsets`.
     """
 
     sequences: Int64Array
@@ -76,6 +77,7 @@ class RowGroup:
     label_logprobs: Float32Array | None = None
     entropies: Float32Array | None = None
     loss_mask: BoolArray | None = None
+    positions: Int32Array | None = None
     teacher_nll: Float32Array | None = None
     teacher_entropy: Float32Array | None = None
 
@@ -116,6 +118,7 @@ class RowGroup:
             token_offsets=_offsets(lengths),
             position_offsets=_offsets(lengths - 1),
             entry_offsets=None if counts is None else _offsets(counts),
+            positions=(lengths - 1).astype(np.int32),
             **flat,
             **sums,
         )

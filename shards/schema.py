@@ -35,6 +35,7 @@ LABEL_LOGPROBS: Final = "label_logprobs"
 ENTROPIES: Final = "entropies"
 SEGMENTS: Final = "segments"
 LOSS_MASK: Final = "loss_mask"
+POSITIONS: Final = "positions"
 TEACHER_NLL: Final = "teacher_nll"
 TEACHER_ENTROPY: Final = "teacher_entropy"
 
@@ -66,6 +67,7 @@ def _types() -> dict[str, pa.DataType]:
         ENTROPIES: _list_of(float32),
         SEGMENTS: _list_of(int32),
         LOSS_MASK: _list_of(pa.bool_()),
+        POSITIONS: int32,
         TEACHER_NLL: float32,
         TEACHER_ENTROPY: float32,
     }

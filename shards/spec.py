@@ -158,6 +158,7 @@ class DatasetSpec:
             names += [schema.ENTROPIES] if self.teacher.entropies else []
         names += [schema.SEGMENTS]
         names += [schema.LOSS_MASK] if self.documents.masked else []
+        names += [schema.POSITIONS]
         if self.teacher is not None:
             names += [schema.TEACHER_NLL]
             names += [schema.TEACHER_ENTROPY] if self.teacher.entropies else []

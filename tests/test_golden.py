@@ -24,6 +24,7 @@ def as_json(row):
         for name, value in vars(row).items()
         if value is not None
     }
+    values["positions"] = len(row.tokens) - 1
     if "counts" in values:
         pieces = np.cumsum(values.pop("counts"))[:-1]
         for name in ("ids", "logprobs"):

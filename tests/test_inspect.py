@@ -170,7 +170,9 @@ def test_a_dataset_of_tokens_alone_is_sound_and_shows_what_there_is(tmp_path):
     assert figures["entries"] == figures["entries_per_token"] == 0
     for name in ("teacher_cross_entropy", "teacher_entropy", "kept_mass"):
         assert figures[name] is None
-    assert set(description["columns"]) == {"sequence", "tokens", "segments", "loss_mask"}
+    assert set(description["columns"]) == {
+        *("sequence", "tokens", "segments", "loss_mask", "positions")
+    }
     assert json.loads(json.dumps(description, allow_nan=False)) == description
     text = render(description)
     for expected in ("keep.method: tokens", "teacher: None", "segments"):

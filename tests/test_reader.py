@@ -86,6 +86,7 @@ def test_plain_pyarrow_reads_every_column_without_our_code(tmp_path_factory, spe
         for name in ("ids", "logprobs"):
             expected = [piece.tolist() for piece in np.split(getattr(row, name), pieces)]
             assert found[name] == expected
+        assert found["positions"] == len(row.tokens) - 1
         assert found["teacher_nll"] == row.teacher_nll
         assert found.get("teacher_entropy") == row.teacher_entropy
         assert list(found) == list(spec.columns)
@@ -141,6 +142,9 @@ def test_columns_that_were_not_asked_for_are_none(path, rows):
         entries = reader.read_row_group(0, ["ids", "logprobs"])
         assert entries.tokens is None
         assert entries.entry_offsets[-1] == len(entries.ids) == len(entries.logprobs)
+        lengths = reader.read_row_group(2, ["positions"])
+        assert lengths.positions.tolist() == [16, 16]
+        assert lengths.tokens is lengths.position_offsets is None
 
 
 def test_a_column_that_does_not_exist_is_a_mistake_of_the_caller(path):
@@ -432,6 +436,7 @@ def make_table(**changes):
         "label_logprobs": [[-1.0, -1.0]],
         "entropies": [[1.0, 1.0]],
         "segments": [[0, 0, 0]],
+        "positions": [2],
         "teacher_nll": [2.0],
         "teacher_entropy": [2.0],
     }
@@ -445,6 +450,7 @@ def make_table(**changes):
         ({"ids": [[[4, 5]]]}, "differ in length"),
         ({"ids": [[[4], [5, 6]]]}, "lists of ids and logprobs differ in length"),
         ({"segments": [[0, 0]]}, "differ in length"),
+        ({"positions": [3]}, "the lists are not as long as positions says"),
         ({"label_logprobs": [[-1.0]]}, "differ in length"),
         ({"entropies": [[1.0]]}, "differ in length"),
         ({"sequence": [3]}, "the sequences are not 0 to 0"),

@@ -396,7 +396,8 @@ def test_tokens_alone_have_neither_entries_nor_sums(folder):
     sidecar = Sidecar.read(sidecar_path(path))
     assert (sidecar.sequences, sidecar.tokens, sidecar.entries) == (1, row.loss_mask.sum(), 0)
     assert (sidecar.teacher_nll, sidecar.teacher_entropy, sidecar.kept_mass) == (None, None, None)
-    assert pq.read_table(path).column_names == ["sequence", "tokens", "segments", "loss_mask"]
+    names = ["sequence", "tokens", "segments", "loss_mask", "positions"]
+    assert pq.read_table(path).column_names == names
 
 
 def test_a_sequence_of_32k_tokens_is_one_row(folder):

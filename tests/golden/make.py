@@ -110,6 +110,7 @@ def _row(sequence: int, spec: DatasetSpec) -> dict[str, Any]:
         "entropies": [0.0625 * (3 * t + sequence + 1) if counted[t] else 0.0 for t in positions],
         "segments": segments,
         "loss_mask": mask,
+        "positions": num_tokens - 1,
         "teacher_nll": 0.5 + sequence,
         "teacher_entropy": 0.25 + sequence,
     }
