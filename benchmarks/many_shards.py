@@ -44,7 +44,7 @@ from shards.sidecar import Sidecar, sidecar_path
 from shards.spec import SPLITS, TRAIN
 from shards.tokenizer.files import write_tokenizer
 from shards.writer import shard_name
-from student_train.data.order import Order
+from student_train.data.order import Order, Position
 from teacher_dump.processes.ranks import Rank
 from teacher_dump.processes.shard_queue import ShardQueue
 
@@ -100,8 +100,11 @@ def open_complete(path: Path) -> None:
 def first_window(path: Path) -> None:
     """The order of training from half an epoch on."""
     split = Dataset.open(path).split(TRAIN)
-    order = Order(num_sequences=split.num_sequences, layout=split.spec.layout, seed=0)
-    assert next(order.windows(split.num_sequences // 2)).row_groups
+    order = Order(
+        num_sequences=split.num_sequences, layout=split.spec.layout, seed=0, window_row_groups=8
+    )
+    middle = split.num_row_groups // order.num_members // 2
+    assert next(order.windows(Position(epoch=0, window=middle, line=0))).row_groups
 
 
 def reject(path: Path) -> None:

@@ -52,13 +52,13 @@ from benchmarks.synthetic_shards import MEAN_ENTRIES, make_shards
 from shards.dataset import Dataset, Split
 from student_train.data.batches import TARGET_COLUMNS, Batch, sequential_batches, training_batches
 from student_train.data.lines import Source
-from student_train.data.order import GROUPS_PER_WINDOW
 from student_train.objective.loss import split_evenly
 
 VOCAB_SIZE = 49_152
 BATCH_SEQUENCES = 8
 BLOCK_ROWS = 2048  # between those of the loss on a CPU and on a GPU, 256 and 5,461
 COLUMNS = ["tokens", "ids", "logprobs"]
+WINDOW_ROW_GROUPS = 8  # the default of train-student
 
 
 def read_bare(folder: Path) -> float:
@@ -88,7 +88,7 @@ def read_shuffled(dataset: Dataset, use: Callable[[Batch], object] = id) -> floa
     The clock starts after the first window, because at the end as much is decoded in advance.
     """
     split = dataset.split("train")
-    window = GROUPS_PER_WINDOW * len(split.row_group_range(0)) // BATCH_SEQUENCES
+    window = WINDOW_ROW_GROUPS * len(split.row_group_range(0)) // BATCH_SEQUENCES
     with closing(_shuffled(split)) as batches:
         next(islice(batches, window - 1, window))
         started = time.perf_counter()
@@ -149,7 +149,7 @@ def peaks_of(path: Path) -> list[int]:
 
 def _shuffled(split: Split) -> Generator[Batch]:
     return training_batches(
-        [Source.of(split, seed=0)],
+        [Source.of(split, seed=0, window_row_groups=WINDOW_ROW_GROUPS)],
         repeat(0),
         step_lines=BATCH_SEQUENCES,
         micro_batch_lines=BATCH_SEQUENCES,
@@ -207,7 +207,7 @@ def measure_memory(folder: Path, sequence_length: int, factor: int) -> dict[str,
     context = multiprocessing.get_context("spawn")
     peaks: dict[str, list[int]] = {}
     sizes = {}
-    for name, num_groups in (("small", 16), ("large", 16 * factor)):
+    for name, num_groups in (("small", 32), ("large", 32 * factor)):
         dataset = make_shards(
             folder / name,
             num_sequences=num_groups * row_group_tokens // sequence_length,

@@ -160,7 +160,7 @@ class Student:
         config = PRESETS[shape.preset].config_json(dataset.spec)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         batches = training_batches(
-            [Source.of(dataset.split("train"), seed=0)],
+            [Source.of(dataset.split("train"), seed=0, window_row_groups=8)],
             repeat(0),
             step_lines=shape.batch_sequences,
             micro_batch_lines=shape.batch_sequences,

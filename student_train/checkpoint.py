@@ -1,7 +1,7 @@
 """Checkpoints: everything that the next step depends on, in a folder that is complete or absent.
 
     checkpoints/step-00000100/weights/        float32 weights and AdamW's moments
-                              progress.json   step, tokens, sequences, last evaluation
+                              progress.json   step, tokens, positions, last evaluation
                               sha256.json     hashes of the files in weights/
 
 Each process writes its part of the weights (`torch.distributed.checkpoint`), and any number of
@@ -10,8 +10,8 @@ byte without an error. Its `.metadata` is a pickle, so never continue from a che
 stranger made.
 
 A checkpoint does not store what follows from numbers: learning rate, random numbers and the
-datasets of a step follow from its number, and the order of a dataset from the number of its
-sequences so far (`schedules.py`, `loop.py`, `mixture.py`, `order.py`). Nor does it store AdamW's
+datasets of a step follow from its number, and the order of a dataset from its position
+(`schedules.py`, `loop.py`, `mixture.py`, `order.py`). Nor does it store AdamW's
 options, which come from the command and the machine, so a run that started on a GPU can continue
 without one. The newest checkpoint is complete before an older one is removed, so a kill at any
 moment leaves one.
@@ -41,6 +41,7 @@ from torch.optim import Optimizer
 from shards.errors import FailedElsewhereError, RunError, first_line
 from shards.files import durable
 from shards.files.checksums import path_sha256
+from student_train.data.order import Position
 from student_train.processes.world import World, is_lost
 from student_train.run_folder import (
     begin_folder,
@@ -73,13 +74,14 @@ _DAMAGED = (
 class Progress:
     """Optimizer steps done, labelled positions trained on, the last evaluation.
 
-    `sequences` counts those trained on, by dataset. `evaluation_due`: this step still has to be
-    evaluated.
+    `sequences` counts those trained on, by dataset, and `positions` says where each dataset is.
+    `evaluation_due`: this step still has to be evaluated.
     """
 
     step: int
     tokens: int
     sequences: Sequence[int]
+    positions: Sequence[Position]
     evaluation: dict[str, float] | None = None
     evaluation_due: bool = False
 
@@ -240,7 +242,9 @@ def _check_hashes(path: Path, world: World) -> None:
 
 
 def _read_progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
+    content = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+    content["positions"] = [Position(**position) for position in content["positions"]]
+    return Progress(**content)
 
 
 def _name(step: int) -> str:

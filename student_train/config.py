@@ -92,6 +92,10 @@ class TrainConfig:
         "Labelled positions per optimizer step.", default=1 << 19, metavar="TOKENS"
     )
     micro_batch_sequences: int = option("Sequences on the device at once.", default=8)
+    window_row_groups: int = option(
+        "Row groups that are shuffled together. With several GPUs, a multiple of their number.",
+        default=8,
+    )
     learning_rate: float | None = option(
         "Maximum learning rate of the run.", default=None, shown_default="the preset's own"
     )
@@ -201,7 +205,10 @@ class TrainConfig:
             check(
                 0 <= value < _FLOAT32, name, value, "a value of at least 0 in the range of float32"
             )
-        for name in ("tokens", "batch_tokens", "micro_batch_sequences", "save_every", "eval_every"):
+        for name in (
+            *("tokens", "batch_tokens", "micro_batch_sequences", "window_row_groups"),
+            *("save_every", "eval_every"),
+        ):
             value = getattr(self, name)
             if value is not None:
                 check(value >= 1, name, value, "at least 1")

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 
 import torch
 from transformers import PreTrainedModel
@@ -27,9 +26,10 @@ from shards.spec import TRAIN, VALIDATION
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.config import TrainConfig
-from student_train.data.batches import Batch, for_device, training_batches
+from student_train.data.batches import Batch, for_device, step_batches, training_batches
 from student_train.data.lines import Source
 from student_train.data.mixture import choices, order_seed
+from student_train.data.order import START
 from student_train.data.read_ahead import ReadAhead
 from student_train.evaluation.evaluate import evaluate
 from student_train.evaluation.token_bytes import token_bytes
@@ -98,7 +98,9 @@ class Training:
         self._student = student.train()
         self._model = student.model if isinstance(student, Sharded) else student
         self._optimizer = make_optimizer(student, config)
-        self._progress = self._load() or Progress(step=0, tokens=0, sequences=[0] * len(splits))
+        self._progress = self._load() or Progress(
+            step=0, tokens=0, sequences=[0] * len(splits), positions=[START] * len(splits)
+        )
         self._bytes_of_tokens = (
             None if evaluation_dataset is None else token_bytes(evaluation_dataset)
         )
@@ -117,7 +119,6 @@ class Training:
         config, done = self._config, self._progress.step
         self._log_start(step_sequences, num_steps)
         rates, alphas = plan_schedules(config, num_steps)
-        step_batches = -(-step_sequences // config.micro_batch_sequences)
         peak = peak_tokens_per_s(self._model, self._length, config.dtype, self._world.device)
         peak = None if peak is None else peak * self._world.size
         with (
@@ -146,8 +147,7 @@ class Training:
             )
             self._after_step(process, save=False)
             for step in range(done + 1, num_steps + 1):
-                batches = islice(ahead, step_batches)
-                self._train_step(process, step, alphas.at(step - 1), rates.at(step - 1), batches)
+                self._train_step(process, step, alphas.at(step - 1), rates.at(step - 1), ahead)
                 last = step == num_steps
                 due = config.eval_every is not None and step % config.eval_every == 0
                 self._progress = replace(self._progress, evaluation_due=last or due)
@@ -208,9 +208,9 @@ class Training:
     def _train_step(
         self, process: _Process, step: int, alpha: float, rate: float, batches: Iterator[Batch]
     ) -> None:
-        """One step and its figures. RunError if the loss is not finite."""
+        """The next step and its figures. RunError if the loss is not finite."""
         with process.saver.kept(lambda: self._progress):
-            result = self._step(step, alpha, rate, process.clock.waiting(batches))
+            result = self._step(step, alpha, rate, process.clock.waiting(step_batches(batches)))
         speed = process.clock.step_done(result.num_tokens)
         figures = {
             "tokens": self._progress.tokens,
@@ -246,9 +246,11 @@ class Training:
                     f" {result.gradient_norm}; the run diverged, try a lower --learning-rate"
                 )
             )
+        assert result.positions is not None
         self._progress = replace(
             self._progress,
             step=step,
+            positions=result.positions,
             tokens=self._progress.tokens + result.num_tokens,
             sequences=[
                 sum(counts)
@@ -283,15 +285,22 @@ class Training:
         seed, first_line = self._config.seed, self._progress.step * step_sequences
         batches = training_batches(
             [
-                Source.of(split, seed=order_seed(seed, number), start=start)
+                Source.of(
+                    split,
+                    seed=order_seed(seed, number),
+                    window_row_groups=self._config.window_row_groups,
+                    start=start,
+                )
                 for number, (split, start) in enumerate(
-                    zip(self._splits, self._progress.sequences, strict=True)
+                    zip(self._splits, self._progress.positions, strict=True)
                 )
             ],
             choices(self._shares, seed=seed, first_line=first_line),
             step_lines=step_sequences,
             micro_batch_lines=self._config.micro_batch_sequences,
             columns=columns_to_read(self._config),
+            rank=self._world.rank,
+            world_size=self._world.size,
         )
         return for_device(batches, self._world.device)
 

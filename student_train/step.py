@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from shards.errors import RunError, first_line
 from student_train.config import TrainConfig
 from student_train.data.batches import Batch
+from student_train.data.order import Position
 from student_train.model.model import head_weight, hidden_states
 from student_train.objective.distillation import Objective, Targets
 from student_train.objective.loss import Loss, distillation_loss
@@ -34,10 +35,12 @@ class StepResult:
     """Means over the labelled positions of one step, nats, and the gradient's norm unclipped.
 
     num_sequences are those trained on, by dataset. All figures are those of all processes together.
+    positions say where each dataset is after the step; None: the batches were no whole step.
     """
 
     num_tokens: int
     num_sequences: tuple[int, ...]
+    positions: tuple[Position, ...] | None
     loss: float
     lm: float
     kd: float
@@ -93,12 +96,14 @@ def optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros(3, device=world.device)
     counts: list[list[int]] = []
+    positions = None
     for batch in _agreed(micro_batches, world):
         with autocast:
             loss = in_forward(student, loss_of, batch.to(world.device))
         loss.total.backward()  # type: ignore[no-untyped-call]
         sums += torch.stack(loss).detach()
         counts.append([batch.num_valid, *batch.num_sequences])
+        positions = batch.positions
     num_tokens, *num_sequences = world.sum_counts(
         [sum(column) for column in zip(*counts, strict=True)]
     )
@@ -118,6 +123,7 @@ def optimizer_step(
     return StepResult(
         num_tokens=num_tokens,
         num_sequences=tuple(num_sequences),
+        positions=positions,
         loss=loss_mean,
         lm=lm,
         kd=kd,

@@ -23,10 +23,12 @@ from student_train.data.batches import (
     Batch,
     for_device,
     sequential_batches,
+    step_batches,
     training_batches,
 )
 from student_train.data.decode_ahead import decode_ahead
 from student_train.data.lines import Source
+from student_train.data.order import START, Position
 from student_train.data.read_ahead import ReadAhead
 from tests.kept_entries import batch_entries
 from tests.tiny_dataset import VOCAB_SIZE, make_dataset
@@ -40,10 +42,9 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Dataset.open(make_dataset(folder, masked=request.param))
 
 
-def batches(dataset: Dataset, first_step: int = 0, columns: object = None) -> Generator[Batch]:
-    start = first_step * STEP_SEQUENCES
+def batches(dataset: Dataset, start: Position = START, columns: object = None) -> Generator[Batch]:
     return training_batches(
-        [Source.of(dataset.split("train"), seed=1, start=start)],
+        [Source.of(dataset.split("train"), seed=1, window_row_groups=4, start=start)],
         repeat(0),
         step_lines=STEP_SEQUENCES,
         micro_batch_lines=2,
@@ -100,14 +101,23 @@ def test_an_epoch_of_training_batches_holds_every_row_exactly_once(dataset: Data
 
 
 def test_micro_batches_add_up_to_steps(dataset: Dataset) -> None:
-    sizes = [len(batch.labels) for batch in islice(batches(dataset), 9)]
-    assert sizes == [2, 2, 1] * 3
+    found = list(islice(batches(dataset), 9))
+    assert [len(batch.labels) for batch in found] == [2, 2, 1] * 3
+    assert [batch.positions is not None for batch in found] == [False, False, True] * 3
+
+
+def test_the_batches_of_a_step_end_with_the_one_that_has_positions(dataset: Dataset) -> None:
+    ahead = batches(dataset)
+    for _ in range(3):
+        step = list(step_batches(ahead))
+        assert [len(batch.labels) for batch in step] == [2, 2, 1]
 
 
 def test_a_later_step_is_the_same_as_after_all_before_it(dataset: Dataset) -> None:
     whole = list(islice(batches(dataset), 30))
     for step in (1, 4, 7):
-        resumed = islice(batches(dataset, first_step=step), 6)
+        (position,) = whole[3 * step - 1].positions or ()
+        resumed = islice(batches(dataset, position), 6)
         for found, expected in zip(resumed, whole[3 * step :], strict=False):
             assert torch.equal(found.input_ids, expected.input_ids)
             assert torch.equal(found.labels, expected.labels)

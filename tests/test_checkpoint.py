@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shards.errors import InputError, RunError
 from student_train import checkpoint
 from student_train.checkpoint import Progress
+from student_train.data.order import Position
 from student_train.metrics import Metrics, cut_back
 from student_train.processes.world import World
 from student_train.run_folder import RunFolder, publish_folder
@@ -31,6 +32,11 @@ def make_model(seed: int = 0) -> LlamaForCausalLM:
             tie_word_embeddings=True,
         )
     )
+
+
+def make_progress(step: int) -> Progress:
+    position = Position(epoch=0, window=2, line=5)
+    return Progress(step=step, tokens=step, sequences=[7], positions=[position])
 
 
 def trained(seed: int = 0) -> tuple[LlamaForCausalLM, torch.optim.AdamW]:
@@ -59,7 +65,7 @@ def load_newest(
 
 def test_a_checkpoint_restores_weights_moments_and_progress_exactly(tmp_path: Path) -> None:
     model, optimizer = trained()
-    progress = Progress(step=3, tokens=100, sequences=[7], evaluation={"cross_entropy": 0.1})
+    progress = replace(make_progress(3), evaluation={"cross_entropy": 0.1})
     save(tmp_path, model, optimizer, progress)
     other, other_optimizer = trained(seed=1)
     assert load_newest(tmp_path, other, other_optimizer) == progress
@@ -73,7 +79,7 @@ def test_a_checkpoint_restores_weights_moments_and_progress_exactly(tmp_path: Pa
 
 def test_an_evaluation_is_recorded_in_the_checkpoint_of_its_step(tmp_path: Path) -> None:
     model, optimizer = trained()
-    due = Progress(step=3, tokens=100, sequences=[7], evaluation_due=True)
+    due = replace(make_progress(3), evaluation_due=True)
     save(tmp_path, model, optimizer, due)
     evaluated = replace(due, evaluation={"cross_entropy": 0.1}, evaluation_due=False)
     checkpoint.record(tmp_path, evaluated)
@@ -85,7 +91,7 @@ def test_an_evaluation_is_recorded_in_the_checkpoint_of_its_step(tmp_path: Path)
 
 def test_options_of_adamw_are_those_of_the_command(tmp_path: Path) -> None:
     model, optimizer = trained()
-    save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+    save(tmp_path, model, optimizer, make_progress(1))
     other = make_model(seed=1)
     fused = torch.optim.AdamW(other.parameters(), lr=0.5, fused=True)
     load_newest(tmp_path, other, fused)
@@ -103,20 +109,20 @@ def test_without_a_checkpoint_nothing_changes(tmp_path: Path) -> None:
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     model, optimizer = trained()
     for step in (9, 10, 100):
-        save(tmp_path, model, optimizer, Progress(step=step, tokens=step, sequences=[7]))
+        save(tmp_path, model, optimizer, make_progress(step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
     found = load_newest(tmp_path, model, optimizer)
-    assert found == Progress(step=100, tokens=100, sequences=[7])
+    assert found == make_progress(100)
 
 
 def test_what_was_killed_while_it_was_written_is_ignored_and_removed(tmp_path: Path) -> None:
     model, optimizer = trained()
-    save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+    save(tmp_path, model, optimizer, make_progress(1))
     half = tmp_path / ".step-00000002.0123456789abcdef.tmp"
     half.mkdir()
     (half / "sha256.json").write_bytes(b"half")
     found = load_newest(tmp_path, model, optimizer)
-    assert found == Progress(step=1, tokens=1, sequences=[7])
+    assert found == make_progress(1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -127,7 +133,7 @@ FILES = ["weights/__0_0.distcp", "weights/.metadata", "progress.json", "sha256.j
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str, damage: str) -> None:
     model, optimizer = trained()
-    save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+    save(tmp_path, model, optimizer, make_progress(1))
     file = tmp_path / "step-00000001" / name
     content = bytearray(file.read_bytes())
     if damage == "cut":
@@ -145,7 +151,7 @@ def test_memory_that_runs_out_is_no_damaged_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer = trained()
-    save(tmp_path, model, optimizer, Progress(step=1, tokens=1, sequences=[7]))
+    save(tmp_path, model, optimizer, make_progress(1))
 
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -14,6 +14,7 @@ from shards.dataset import Dataset
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.data.batches import TAIL_COLUMNS, for_device, sequential_batches
+from student_train.data.order import START
 from student_train.evaluation.evaluate import evaluate
 from student_train.objective.distillation import Objective, Targets
 from student_train.objective.loss import distillation_loss
@@ -172,7 +173,7 @@ def test_a_run_goes_on_without_its_gpu(
 
     step(first)
     assert clock.step_done(1)["peak_cuda_memory_bytes"] > 0
-    progress = Progress(step=1, tokens=1, sequences=[4])
+    progress = Progress(step=1, tokens=1, sequences=[4], positions=[START])
     checkpoint.save(tmp_path, model, optimizer, progress, World(device=GPU))
     on_gpu = [step(batch) for batch in later]
     model.to(CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shards.dataset import Dataset
 from student_train.data.batches import TAIL_COLUMNS, Batch, training_batches
 from student_train.data.lines import Source
 from student_train.data.mixture import choices, order_seed
+from student_train.data.order import START, Position
 from tests.kept_entries import batch_entries
 from tests.packed_batches import assert_is_row, key, pieces
 from tests.tiny_dataset import make_dataset
@@ -63,10 +65,17 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[Dataset]:
     ]
 
 
-def mixed(datasets: list[Dataset], starts: tuple[int, ...], first_line: int) -> list[Batch]:
+def mixed(
+    datasets: list[Dataset], starts: Sequence[Position] = (START, START), first_line: int = 0
+) -> list[Batch]:
     """Twelve micro batches of three lines, two of them a step."""
     sources = [
-        Source.of(dataset.split("train"), seed=order_seed(1, number), start=start)
+        Source.of(
+            dataset.split("train"),
+            seed=order_seed(1, number),
+            window_row_groups=4,
+            start=start,
+        )
         for number, (dataset, start) in enumerate(zip(datasets, starts, strict=True))
     ]
     batches = training_batches(
@@ -88,7 +97,7 @@ def test_every_line_holds_rows_of_its_own_dataset_with_their_targets(
     ]
     seen: list[Counter[bytes]] = [Counter(), Counter()]
     chosen = choices([0.4, 0.6], seed=1, first_line=0)
-    for batch in mixed(datasets, (0, 0), 0):
+    for batch in mixed(datasets):
         dataset_of = list(islice(chosen, 3))
         num_sequences = [0, 0]
         for b, piece in pieces(batch):
@@ -101,19 +110,18 @@ def test_every_line_holds_rows_of_its_own_dataset_with_their_targets(
     assert all(max(counter.values()) == 1 for counter in seen)
 
 
-def test_a_mixture_is_entered_by_the_sequences_of_each_dataset_and_the_lines_of_both(
+def test_a_mixture_is_entered_by_the_positions_of_each_dataset_and_the_lines_of_both(
     datasets: list[Dataset],
 ) -> None:
-    whole = mixed(datasets, (0, 0), 0)
-    first, second = 0, 0
+    whole = mixed(datasets)
+    starts: Sequence[Position] = (START, START)
     for step in range(4):
-        again = mixed(datasets, (first, second), 6 * step)
+        again = mixed(datasets, starts, 6 * step)
         for found, expected in zip(again, whole[2 * step :], strict=False):
             assert torch.equal(found.input_ids, expected.input_ids)
             assert all(map(torch.equal, batch_entries(found), batch_entries(expected)))
             assert found.num_sequences == expected.num_sequences
-        for batch in whole[2 * step : 2 * step + 2]:
-            first, second = first + batch.num_sequences[0], second + batch.num_sequences[1]
+        starts = whole[2 * step + 1].positions or ()
 
 
 def test_a_small_dataset_goes_through_its_epochs_while_the_other_is_in_its_first(
@@ -123,7 +131,7 @@ def test_a_small_dataset_goes_through_its_epochs_while_the_other_is_in_its_first
     rows = {row.tokens[:-1].tobytes(): row for row in small.split("train").rows()}
     seen = Counter(
         key(piece[0])
-        for batch in mixed([small, datasets[1]], (0, 0), 0)
+        for batch in mixed([small, datasets[1]])
         for _, piece in pieces(batch)
         if key(piece[0]) in rows
     )

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice, repeat
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ from shards.dataset import Dataset
 from shards.errors import InputError
 from student_train.data.batches import TAIL_COLUMNS, Batch, sequential_batches, training_batches
 from student_train.data.lines import Source
-from student_train.data.packing import after, pack
+from student_train.data.order import START, Position
+from student_train.data.packing import pack
 from student_train.model import packed_attention
 from student_train.model.model import head_weight, hidden_states
 from student_train.model.packed_attention import block_at_joints
@@ -68,12 +70,12 @@ def test_every_sequence_is_in_one_line_and_no_two_lines_would_fit_into_one(
     assert len(sizes) < 2 or sizes[0] + sizes[1] > 16
 
 
-def test_lines_are_entered_only_where_one_begins() -> None:
-    lines = [[3, 1], [0], [2, 4, 5]]
-    assert [len(after(lines, number)) for number in (0, 2, 3, 6)] == [3, 2, 1, 0]
-    for number in (1, 4, 7):
-        with pytest.raises(ValueError, match="packed in another way"):
-            after(lines, number)
+@given(lengths=st.lists(st.integers(1, 16), max_size=60), random=st.randoms())
+def test_the_number_of_lines_depends_on_the_lengths_alone(
+    lengths: list[int], random: Random
+) -> None:
+    shuffled = random.sample(lengths, len(lengths))
+    assert len(pack(np.array(shuffled, np.int64), 16)) == len(pack(np.array(lengths), 16))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["all count", "masked"])
@@ -82,10 +84,10 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Dataset.open(make_dataset(folder, train=40, masked=request.param, separate=True))
 
 
-def packed_batches(dataset: Dataset, start: int = 0) -> list[Batch]:
+def packed_batches(dataset: Dataset, start: Position = START) -> list[Batch]:
     """Ten steps, of two micro batches each."""
     batches = training_batches(
-        [Source.of(dataset.split("train"), seed=1, start=start)],
+        [Source.of(dataset.split("train"), seed=1, window_row_groups=4, start=start)],
         repeat(0),
         step_lines=STEP_LINES,
         micro_batch_lines=2,
@@ -109,16 +111,16 @@ def test_an_epoch_of_packed_lines_holds_every_row_exactly_once_unshifted(dataset
     assert set(left.values()) == {0}
 
 
-def test_a_step_is_entered_by_the_number_of_sequences_before_it(dataset: Dataset) -> None:
+def test_a_step_is_entered_by_the_position_after_the_one_before_it(dataset: Dataset) -> None:
     whole = packed_batches(dataset)
-    consumed = 0
+    position = START
     for step in range(8):
-        for found, expected in zip(packed_batches(dataset, consumed), whole[2 * step :],
+        for found, expected in zip(packed_batches(dataset, position), whole[2 * step :],
                                    strict=False):  # fmt: skip
             assert torch.equal(found.input_ids, expected.input_ids)
             assert torch.equal(found.position_ids, expected.position_ids)  # type: ignore[arg-type]
             assert all(map(torch.equal, batch_entries(found), batch_entries(expected)))
-        consumed += sum(batch.num_sequences[0] for batch in whole[2 * step : 2 * step + 2])
+        (position,) = whole[2 * step + 1].positions or ()
 
 
 def test_an_evaluation_sees_every_row_once(dataset: Dataset) -> None:

@@ -302,7 +302,7 @@ def test_a_student_learns_from_packed_documents_and_resumes_among_them(
     assert last["cross_entropy"] < first["cross_entropy"] - 0.2
     assert last["kl_bound"] < first["kl_bound"] - 0.2
     assert last["tokens"] == Dataset.open(shards).split("validation").num_positions
-    assert 0.97 * 24_000 < summary["tokens"] <= 24_064  # lines are full, or nearly so
+    assert 0.95 * 24_000 < summary["tokens"] <= 24_064  # lines are full, or nearly so
     out = tmp_path / "resumed"
     shutil.copytree(whole.out, out)
     (out / "summary.json").unlink()
@@ -512,7 +512,7 @@ def test_a_student_learns_with_every_loss_and_a_changing_alpha(
         many_shards,
         student,
         tmp_path / "out",
-        tokens=16_000,
+        tokens=20_000,
         **LEARNING,
         alpha=0.5,
         **changes,

@@ -16,35 +16,40 @@ were not requested are not read from disk.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shards.dataset import Split
-from shards.row_group import RowGroup, require
-from shards.schema import ENTROPIES, ENTRY_COLUMNS, LOSS_MASK, TAIL_LOGMASS, TOKENS
-from student_train.data.lines import Line, Source, all_lines, lines_in_order, packed_length
-from student_train.objective.kept_entries import KeptEntries, Run
+from shards.row_group import require
+from shards.schema import ENTROPIES, ENTRY_COLUMNS, IDS, LOSS_MASK, TAIL_LOGMASS, TOKENS
+from student_train.data.lines import Line, LineCounts, OwnLines, Source, all_lines, packed_length
+from student_train.data.order import Position
+from student_train.data.placing import (
+    entries_of,
+    per_position,
+    placed_rows,
+    position_ids_of,
+    positions_of,
+)
+from student_train.data.plan import Pick, dealt_lines, how_to_even_out, plan_steps
+from student_train.objective.kept_entries import KeptEntries
 from student_train.objective.loss import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = (TOKENS, LOSS_MASK)
 TARGET_COLUMNS = (*TOKEN_COLUMNS, *ENTRY_COLUMNS)
 TAIL_COLUMNS = (*TARGET_COLUMNS, TAIL_LOGMASS)
 
-
-class _PlacedRow(NamedTuple):
-    """Where a row begins among all positions of a batch, and its positions among its group's."""
-
-    start: int
-    group: RowGroup
-    row: int
-    positions: range
+_EMPTY_POSITIONS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,8 @@ class Batch:
     tail_logmass and entropies [B, L] float32, nats, are padded with -inf and 0. What was not read
     is None, and so is a column that the dataset does not have. position_ids [B, L] int64 begin
     again with every packed sequence; None: each line is one. num_sequences are those of all lines,
-    by the dataset that they are of.
+    by the dataset that they are of. The last batch of an optimizer step, and no other, has
+    positions: where each dataset is after the step, of all ranks.
     """
 
     input_ids: Tensor
@@ -66,6 +72,7 @@ class Batch:
     entries: KeptEntries | None = None
     tail_logmass: Tensor | None = None
     entropies: Tensor | None = None
+    positions: tuple[Position, ...] | None = None
 
     def to(self, device: torch.device) -> Self:
         """This batch on a device; itself if it is there."""
@@ -93,22 +100,52 @@ def training_batches(
     step_lines: int,
     micro_batch_lines: int,
     columns: Sequence[str],
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Generator[Batch]:
-    """Micro batches without end, those of whole steps.
+    """Micro batches of one rank without end, those of whole steps.
 
-    `choices` gives the source of every line. A step's lines are cut into micro batches; the last
-    may be smaller, and none spans two steps. Closing the iterator ends decoding ahead.
+    `choices` gives the source of every line of all ranks, `step_lines` of them a step. In each step
+    all ranks get the same number of micro batches, of at most `micro_batch_lines`. A rank without
+    lines for one gets a batch that counts nothing: its loss and gradients are 0. The last batch of
+    a step has `positions`. Closing the iterator ends decoding ahead.
     """
+    if rank == 0:
+        _log_sharing(sources, world_size)
     lengths = [packed_length(source.split.spec) for source in sources]
     packed = next((length for length in lengths if length is not None), None)
+    empty = _empty_batch(sources, columns, packed)
     with ExitStack() as stack:
-        lines = [stack.enter_context(closing(lines_in_order(s, columns))) for s in sources]
-        while True:
-            left = step_lines
-            while left:
-                size = min(left, micro_batch_lines)
-                yield _mixed_batch(lines, list(islice(choices, size)), packed)
-                left -= size
+        lines = [
+            stack.enter_context(OwnLines(source, columns, rank=rank, world_size=world_size))
+            for source in sources
+        ]
+        counts = [stack.enter_context(LineCounts(source.split)) for source in sources]
+        steps = plan_steps(
+            [
+                dealt_lines(source.order, source.start, count, world_size)
+                for source, count in zip(sources, counts, strict=True)
+            ],
+            [source.start for source in sources],
+            choices,
+            step_lines=step_lines,
+            micro_batch_lines=micro_batch_lines,
+            rank=rank,
+            world_size=world_size,
+        )
+        for step in steps:
+            last = len(step.micro_batches) - 1
+            for number, picks in enumerate(step.micro_batches):
+                batch = _mixed_batch(lines, picks, packed) if picks else empty
+                yield replace(batch, positions=step.positions) if number == last else batch
+
+
+def step_batches(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The micro batches of the next step; its last one has `positions`."""
+    for batch in batches:
+        yield batch
+        if batch.positions is not None:
+            return
 
 
 def sequential_batches(
@@ -144,10 +181,10 @@ def make_batch(
 
     `packed` are the positions of a full line of several sequences; None: each line is one.
     """
-    positions = [[_positions(group, r) for group, r in line] for line in lines]
+    positions = [[positions_of(group, r) for group, r in line] for line in lines]
     width = max(sum(map(len, line)) for line in positions) if packed is None else packed
     shape = (len(lines), width)
-    rows = list(_placed_rows(lines, positions, shape[1]))
+    rows = list(placed_rows(lines, positions, shape[1]))
     size = shape[0] * shape[1]
     input_ids = np.zeros(size, np.int64)
     labels = np.full(size, IGNORE_INDEX, np.int64)
@@ -168,79 +205,11 @@ def make_batch(
         labels=torch.from_numpy(labels.reshape(shape)),
         num_valid=num_valid,
         num_sequences=num_sequences,
-        position_ids=None if packed is None else _position_ids(positions, shape),
-        entries=_entries(rows, size),
-        tail_logmass=_per_position(rows, shape, TAIL_LOGMASS, -np.inf),
-        entropies=_per_position(rows, shape, ENTROPIES, 0.0),
+        position_ids=None if packed is None else position_ids_of(positions, shape),
+        entries=entries_of(rows, size),
+        tail_logmass=per_position(rows, shape, TAIL_LOGMASS, -np.inf),
+        entropies=per_position(rows, shape, ENTROPIES, 0.0),
     )
-
-
-def _placed_rows(
-    lines: Sequence[Line], positions: Sequence[Sequence[range]], width: int
-) -> Iterator[_PlacedRow]:
-    """Where the rows of all lines are in the flat batch."""
-    for b, line in enumerate(lines):
-        start = b * width
-        for (group, r), span in zip(line, positions[b], strict=True):
-            yield _PlacedRow(start, group, r, span)
-            start += len(span)
-
-
-def _position_ids(positions: Sequence[Sequence[range]], shape: tuple[int, int]) -> Tensor:
-    """Positions from 0 on for every row of a line, and for the padding after them."""
-    position_ids = np.empty(shape, np.int64)
-    for b, line in enumerate(positions):
-        lengths = list(map(len, line))
-        parts = [*lengths, shape[1] - sum(lengths)]
-        position_ids[b] = np.concatenate([np.arange(length) for length in parts])
-    return torch.from_numpy(position_ids)
-
-
-def _entries(rows: Sequence[_PlacedRow], size: int) -> KeptEntries | None:
-    """Those of all positions; None if not read."""
-    if rows[0].group.ids is None:
-        return None
-    return KeptEntries.gather((_run(*run) for run in _runs(rows)), size)
-
-
-def _run(start: int, group: RowGroup, span: range) -> Run:
-    counts = group.entry_counts[span.start : span.stop]
-    offsets = require("ids", group.entry_offsets)
-    entries = slice(offsets[span.start], offsets[span.stop])
-    ids, logprobs = require("ids", group.ids), require("logprobs", group.logprobs)
-    return Run(start, counts, ids[entries], logprobs[entries])
-
-
-def _runs(rows: Sequence[_PlacedRow]) -> Iterator[tuple[int, RowGroup, range]]:
-    """(start, row group, positions), one for rows that follow each other here and there."""
-    start, group, _, span = rows[0]
-    for row in rows[1:]:
-        follows = row.start == start + len(span) and row.positions.start == span.stop
-        if follows and row.group is group:
-            span = range(span.start, row.positions.stop)
-            continue
-        yield start, group, span
-        start, group, _, span = row
-    yield start, group, span
-
-
-def _per_position(
-    rows: Sequence[_PlacedRow], shape: tuple[int, int], column: str, padding: float
-) -> Tensor | None:
-    """A column of one number per position [B, L]; None if it is missing or was not read."""
-    if getattr(rows[0].group, column) is None:
-        return None
-    padded = np.full(shape[0] * shape[1], padding, np.float32)
-    for start, group, _, span in rows:
-        values = require(column, getattr(group, column))[span.start : span.stop]
-        padded[start : start + len(values)] = values
-    return torch.from_numpy(padded.reshape(shape))
-
-
-def _positions(group: RowGroup, r: int) -> range:
-    """The positions of a row among all of its row group."""
-    offsets = require(TOKENS, group.position_offsets)
-    return range(int(offsets[r]), int(offsets[r + 1]))
 
 
 def _next_batch(lines: Iterator[Line], size: int, packed: int | None) -> Batch | None:
@@ -251,12 +220,37 @@ def _next_batch(lines: Iterator[Line], size: int, packed: int | None) -> Batch |
     return make_batch(batch_lines, packed=packed, num_sequences=(sum(map(len, batch_lines)),))
 
 
-def _mixed_batch(
-    sources: Sequence[Iterator[Line]], chosen: Sequence[int], packed: int | None
-) -> Batch:
-    """The next line of every chosen source; keeps no row group alive."""
-    lines = [next(sources[number]) for number in chosen]
+def _mixed_batch(sources: Sequence[OwnLines], picks: Sequence[Pick], packed: int | None) -> Batch:
+    """The lines of a micro batch; keeps no row group alive."""
+    lines = [sources[pick.dataset].take(pick.line) for pick in picks]
     num_sequences = [0] * len(sources)
-    for number, line in zip(chosen, lines, strict=True):
-        num_sequences[number] += len(line)
+    for pick, line in zip(picks, lines, strict=True):
+        num_sequences[pick.dataset] += len(line)
     return make_batch(lines, packed=packed, num_sequences=tuple(num_sequences))
+
+
+def _empty_batch(sources: Sequence[Source], columns: Sequence[str], packed: int | None) -> Batch:
+    """One line in which nothing counts, with the columns of the others.
+
+    A packed one is as long as all others, so that nothing is compiled for it.
+    """
+    shape = (1, _EMPTY_POSITIONS if packed is None else packed)
+    read = set(columns).intersection(*(source.split.spec.columns for source in sources))
+    return Batch(
+        input_ids=torch.zeros(shape, dtype=torch.int64),
+        labels=torch.full(shape, IGNORE_INDEX),
+        num_valid=0,
+        num_sequences=(0,) * len(sources),
+        position_ids=None if packed is None else torch.arange(packed)[None],
+        entries=KeptEntries.gather((), shape[1]) if IDS in read else None,
+        tail_logmass=torch.full(shape, -torch.inf) if TAIL_LOGMASS in read else None,
+        entropies=torch.zeros(shape) if ENTROPIES in read else None,
+    )
+
+
+def _log_sharing(sources: Sequence[Source], world_size: int) -> None:
+    for source in sources:
+        split, order = source.split, source.order
+        advice = how_to_even_out(order.num_members, split.num_row_groups, world_size)
+        if advice is not None:
+            logger.info("%s: %s", split.path, advice)

@@ -1,10 +1,12 @@
-"""The order in which sequences are trained on: a function of seed and epoch, found by arithmetic.
+"""The order of row groups in training: a function of seed, epoch and number, found by arithmetic.
 
-An epoch permutes the row groups, cuts the permutation into windows of a few groups, and permutes
-the sequences inside each window. So a reader holds one window, every sequence comes exactly once
-per epoch, and a reader can start at any position of the stream: resuming needs a number, not a
-state. This costs 4 bytes per row group during an epoch, 32 MB for a trillion tokens (30 bytes for a
-moment when it begins), and the shuffle is complete only inside a window.
+An epoch permutes the row groups and cuts the permutation into windows of a few. The lines of a
+window's row groups, its members, are dealt in turn (`plan.py`). So a reader holds one window, every
+sequence comes exactly once per epoch, and a run can start at any position of the stream: resuming
+needs three numbers, not a state. The number of processes plays no part in it.
+
+This costs 4 bytes per row group during an epoch, 32 MB for a trillion tokens (30 bytes for a moment
+when it begins), and the shuffle is complete only inside a window.
 
 Random numbers are raw output of PCG64, which numpy promises never to change, unlike the methods of
 its Generator: a run can be resumed with another numpy.
@@ -19,84 +21,98 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.layout import Layout
-from shards.row_group import Int64Array
 
-_Groups = npt.NDArray[np.integer]
-
-# A row group is about 128k tokens, 60 MB once decoded at 54 entries per token.
-GROUPS_PER_WINDOW = 4
+# What a permutation is of, so that no two of them have the same random numbers.
+_ROW_GROUPS, _ROWS, _LINES = 1, 2, 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far the stream of a dataset is: lines that are done in a window of an epoch."""
+
+    epoch: int
+    window: int
+    line: int
+
+
+START = Position(epoch=0, window=0, line=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Window:
-    """Row groups to hold, and picks [N, 2] int64 in order: (index into them, offset in it).
+    """The row groups whose lines are dealt together, its members, and their sizes in sequences."""
 
-    The first `skip` of the picks are not part of the stream that was asked for; key [3] determines
-    what else is decided about the window.
-    """
-
+    seed: int
+    epoch: int
+    number: int
+    is_last: bool
     row_groups: tuple[int, ...]
-    picks: Int64Array
-    skip: int
-    key: tuple[int, int, int]
+    sizes: tuple[int, ...]
 
-    def shuffled(self, length: int) -> npt.NDArray[np.intp]:
-        """A permutation of 0 to length - 1 that belongs to this window."""
-        return _permutation(length, *self.key, 1)
+    @property
+    def next_start(self) -> Position:
+        """Where the stream is when this window is done."""
+        if self.is_last:
+            return Position(epoch=self.epoch + 1, window=0, line=0)
+        return Position(epoch=self.epoch, window=self.number + 1, line=0)
+
+    def shuffled_rows(self, member: int) -> npt.NDArray[np.intp]:
+        """A permutation of the rows of a member."""
+        return _permutation(self.sizes[member], _ROWS, self.seed, self.epoch, self.number, member)
+
+    def shuffled_lines(self, member: int, num_lines: int) -> npt.NDArray[np.intp]:
+        """A permutation of the packed lines of a member."""
+        return _permutation(num_lines, _LINES, self.seed, self.epoch, self.number, member)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The endless stream of a split's sequences, epoch after epoch."""
+    """The endless stream of a split's row groups, epoch after epoch, `window_row_groups` at once.
+
+    ValueError for a window of none.
+    """
 
     num_sequences: int
     layout: Layout
     seed: int
+    window_row_groups: int
 
-    def windows(self, start: int) -> Iterator[Window]:
-        """The stream from its position `start` on, which may lie within the first window."""
-        epoch, skip = divmod(start, self.num_sequences)
+    def __post_init__(self) -> None:
+        if self.window_row_groups < 1:
+            raise ValueError(f"windows of {self.window_row_groups} row groups")
+
+    @property
+    def num_members(self) -> int:
+        """Row groups of a full window."""
+        return min(self.window_row_groups, self.layout.num_row_groups(self.num_sequences))
+
+    def windows(self, start: Position) -> Iterator[Window]:
+        """The windows from that of a position on. ValueError for a position that no epoch has."""
+        epoch, first = start.epoch, start.window
         while True:
-            yield from self._epoch(epoch, skip)
-            epoch, skip = epoch + 1, 0
+            yield from self._epoch(epoch, first)
+            epoch, first = epoch + 1, 0
 
-    def _epoch(self, epoch: int, skip: int) -> Iterator[Window]:
+    def _epoch(self, epoch: int, first: int) -> Iterator[Window]:
         num_groups = self.layout.num_row_groups(self.num_sequences)
-        groups = _permutation(num_groups, self.seed, epoch).astype(np.min_scalar_type(num_groups))
-        first, skip = self._find(groups, skip)
-        for window in range(first, -(-num_groups // GROUPS_PER_WINDOW)):
-            members = groups[window * GROUPS_PER_WINDOW :][:GROUPS_PER_WINDOW]
-            picks = _picks(self._sizes(members))
-            picks = picks[_permutation(len(picks), self.seed, epoch, window)]
-            yield Window(tuple(members.tolist()), picks, skip, (self.seed, epoch, window))
-            skip = 0
-
-    def _find(self, groups: _Groups, skip: int) -> tuple[int, int]:
-        """Where an epoch goes on after `skip` sequences: the window, and how many it has before."""
-        if not skip:
-            return 0, 0
-        starts = np.arange(0, len(groups), GROUPS_PER_WINDOW)
-        ends = np.cumsum(np.add.reduceat(self._sizes(groups), starts))
-        window = int(np.searchsorted(ends, skip, side="right"))
-        return window, skip - (int(ends[window - 1]) if window else 0)
-
-    def _sizes(self, groups: _Groups) -> Int64Array:
-        """Sequences of these row groups: short are the last of a shard and the last of all."""
-        layout = self.layout
-        last_in_shard = layout.row_groups_per_shard - 1
-        last = layout.num_row_groups(self.num_sequences) - 1
-        sizes = np.full(len(groups), layout.sequences_per_row_group, np.int64)
-        is_short = groups.astype(np.int64) % layout.row_groups_per_shard == last_in_shard
-        sizes[is_short] = len(layout.row_group_range(last_in_shard, layout.sequences_per_shard))
-        sizes[groups == last] = len(layout.row_group_range(last, self.num_sequences))
-        return sizes
-
-
-def _picks(sizes: Int64Array) -> Int64Array:
-    """All (group, offset) of groups with these sizes, [sum of sizes, 2]."""
-    group = np.repeat(np.arange(len(sizes)), sizes)
-    offset = np.concatenate([np.arange(size) for size in sizes])
-    return np.stack([group, offset], axis=1)
+        num_windows = -(-num_groups // self.window_row_groups)
+        if not 0 <= first < num_windows:
+            raise ValueError(f"window {first} of {num_windows} in an epoch")
+        groups = _permutation(num_groups, _ROW_GROUPS, self.seed, epoch)
+        groups = groups.astype(np.min_scalar_type(num_groups))
+        for number in range(first, num_windows):
+            members = groups[number * self.window_row_groups :][: self.window_row_groups]
+            yield Window(
+                seed=self.seed,
+                epoch=epoch,
+                number=number,
+                is_last=number == num_windows - 1,
+                row_groups=tuple(members.tolist()),
+                sizes=tuple(
+                    len(self.layout.row_group_range(g, self.num_sequences))
+                    for g in members.tolist()
+                ),
+            )
 
 
 def _permutation(length: int, *key: int) -> npt.NDArray[np.intp]:
