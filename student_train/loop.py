@@ -33,11 +33,10 @@ from student_train.data.order import START
 from student_train.data.read_ahead import ReadAhead
 from student_train.evaluation.evaluate import evaluate
 from student_train.evaluation.token_bytes import token_bytes
-from student_train.figure_lines import read_lines
 from student_train.flops import peak_tokens_per_s
 from student_train.live_teacher import LiveTeacher
 from student_train.metrics import Metrics
-from student_train.model.model import num_parameters
+from student_train.overview import log_start, summarise
 from student_train.processes.sharding import Sharded
 from student_train.processes.world import World
 from student_train.run_folder import RunFolder
@@ -117,7 +116,7 @@ class Training:
     def train(self, step_sequences: int, num_steps: int) -> None:
         """All steps that are left, with their evaluations and checkpoints."""
         config, done = self._config, self._progress.step
-        self._log_start(step_sequences, num_steps)
+        log_start(config, self._model, self._splits, self._progress, step_sequences, num_steps)
         rates, alphas = plan_schedules(config, num_steps)
         peak = peak_tokens_per_s(self._model, self._length, config.dtype, self._world.device)
         peak = None if peak is None else peak * self._world.size
@@ -182,28 +181,8 @@ class Training:
         )
 
     def summary(self) -> dict[str, Json]:
-        """The result, flat: where it is, its size, figures of the last evaluation, speed.
-
-        The speed is that of all processes that worked on the run.
-        """
-        total, beside = num_parameters(self._model)
-        epochs = [
-            done / split.num_sequences
-            for done, split in zip(self._progress.sequences, self._splits, strict=True)
-        ]
-        evaluation = self._progress.evaluation or {}
-        seconds = sum(line["seconds"] for _, line in read_lines(self._folder.speed))
-        return {
-            "model": str(self._folder.model),
-            "parameters": total,
-            "parameters_beside_embedding": beside,
-            "steps": self._progress.step,
-            "tokens": self._progress.tokens,
-            "epochs": epochs,
-            **{f"{VALIDATION}_{name}": value for name, value in evaluation.items()},
-            "seconds": seconds,
-            "tokens_per_s": self._progress.tokens / max(seconds, 1e-9),
-        }
+        """The result, flat: where it is, its size, figures of the last evaluation, speed."""
+        return summarise(self._folder, self._model, self._progress, self._splits)
 
     def _train_step(
         self, process: _Process, step: int, alpha: float, rate: float, batches: Iterator[Batch]
@@ -303,23 +282,3 @@ class Training:
             world_size=self._world.size,
         )
         return for_device(batches, self._world.device)
-
-    def _log_start(self, step_sequences: int, num_steps: int) -> None:
-        total, beside = num_parameters(self._model)
-        logger.info(
-            "%s: %d parameters, %d without embedding and head; %d steps of %d sequences",
-            self._config.student,
-            total,
-            beside,
-            num_steps,
-            step_sequences,
-        )
-        if len(self._splits) > 1:
-            positions = num_steps * step_sequences * self._length
-            for split, share in zip(self._splits, self._shares, strict=True):
-                epochs = share * positions / split.num_positions
-                logger.info(
-                    "%s: %.1f %% of the lines, %.2f epochs", split.path, 100 * share, epochs
-                )
-        if self._progress.step:
-            logger.info("continuing after step %d", self._progress.step)

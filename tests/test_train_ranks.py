@@ -97,6 +97,7 @@ def assert_same_within_noise(out: Path, whole: Path) -> None:
         found, expected = lines(out, kind), lines(whole, kind)
         assert [line["step"] for line in found] == [line["step"] for line in expected]
         for line, other in zip(found, expected, strict=True):
+            assert line.pop("kind") == other.pop("kind")
             assert line["tokens"] == other["tokens"]  # so the same sequences
             assert line == pytest.approx(other, rel=2e-3, abs=1e-5)
     one, other = (load_file(path / "model" / "model.safetensors") for path in (out, whole))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,5 +82,7 @@ def checkpoint_tensors(path: Path) -> dict[str, torch.Tensor]:
         name: torch.empty(stored.size)
         for name, stored in reader.read_metadata().state_dict_metadata.items()
     }
-    read_state(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*assuming the intent is to load")
+        read_state(tensors, storage_reader=reader, no_dist=True)
     return tensors

@@ -94,14 +94,17 @@ def shard(
 def whole_weights(model: PreTrainedModel, world: World) -> dict[str, Tensor]:
     """All weights and buffers of a sharded model on the first process' CPU; else {}. Collective.
 
-    One weight after the other is gathered, so that no GPU holds more than one.
+    One weight after the other is gathered, so that no GPU holds more than one. Tied weights are
+    one tensor, as in the model.
     """
-    gathered: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world.is_first:
-            gathered[name] = whole.detach().cpu()
-    return gathered
+    names: dict[str, Tensor] = {}
+    gathered: dict[Tensor, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor not in gathered:
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered[tensor] = whole.detach().cpu() if world.is_first else torch.empty(0)
+        names[name] = gathered[tensor]
+    return names if world.is_first else {}
 
 
 @torch.no_grad()
