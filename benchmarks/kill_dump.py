@@ -44,13 +44,8 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-STATES = TOKENISING, ROW_GROUP, TWO_NAMES, EXTENSION, RETRY = (
-    "tokenising",
-    "row group",
-    "two names",
-    "extension",
-    "retry",
-)
+STATES = ("tokenising", "row group", "two names", "extension", "retry")
+TOKENISING, ROW_GROUP, TWO_NAMES, EXTENSION, RETRY = STATES
 OPTIONS: dict[str, list[list[str]]] = {
     "alone": [[]],
     "ranks": [["--rank", "0", "--world-size", "2"], ["--rank", "1", "--world-size", "2"]],
@@ -119,14 +114,9 @@ class Killer:
         return min(aims, key=lambda aim: self.hits[aim])
 
     def _run_and_kill(
-        self,
-        out: Path,
-        max_tokens: int,
-        launch: str,
-        wanted: str,
-        short: set[str],
+        self, out: Path, max_tokens: int, launch: str, wanted: str, short: set[str],
         interrupted: set[str],
-    ) -> bool:
+    ) -> bool:  # fmt: skip
         """Run the command until the wanted moment, and kill something. False: it never came."""
         old = _names(out)
 
@@ -135,9 +125,13 @@ class Killer:
 
         processes = self._start(out, max_tokens, launch)
         try:
-            while not is_now():
-                if all(not process.is_alive() for process in processes):
-                    return False
+            is_over = False
+            while not (is_over or is_now()):
+                is_over = not any(process.is_alive() for process in processes)
+            if any(process.exitcode for process in processes):
+                raise click.ClickException(f"{out}: {self._log.read_text()[-2000:]}")
+            if is_over:
+                return False
             time.sleep(self._random.random() * MOST_LATE_S.get(wanted, 0.003))
             way = self._kill(processes, launch)
             is_hit = way == "SIGTERM" or is_now()
@@ -166,10 +160,8 @@ class Killer:
 
     def _start(self, out: Path, max_tokens: int, launch: str) -> list[ForkServerProcess]:
         words = [*self._words, "--out", str(out), "--max-tokens", str(max_tokens)]
-        processes = [
-            FORKED.Process(target=_dump, args=([*words, *more], self._log))
-            for more in OPTIONS[launch]
-        ]
+        words_of = [[*words, *more] for more in OPTIONS[launch]]
+        processes = [FORKED.Process(target=_dump, args=(each, self._log)) for each in words_of]
         for process in processes:
             process.start()
         return processes
