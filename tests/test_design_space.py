@@ -40,10 +40,12 @@ def test_two_cells_make_two_rows_by_their_settings(folder: Path) -> None:
         assert row["cell"] == target
         assert row["settings"] == Cell(question=1, target=target).hash(SMOKE)
         assert (row["seed"], row["scale"], row["tokens"]) == ("0", "smoke", "2048")
-        assert float(row["entries_per_token"]) == SMOKE.vocab_size
-        assert float(row["bytes_per_token"]) > 50
-    assert json.loads(full["options"])["alpha"] == 1
-    assert json.loads(plain["options"])["alpha"] == 0
+    assert float(full["entries_per_token"]) == SMOKE.vocab_size
+    assert float(plain["entries_per_token"]) == 0
+    assert float(full["bytes_per_token"]) > 50 > float(plain["bytes_per_token"]) > 1
+    assert json.loads(full["train"])["alpha"] == 1
+    assert json.loads(plain["train"])["alpha"] == 0
+    assert json.loads(plain["dump"])["keep"] == "tokens"
 
 
 def test_rows_hold_what_the_trainer_measured(folder: Path) -> None:
@@ -83,7 +85,7 @@ def test_a_question_is_done_seed_by_seed_and_cells_differ_in_settings() -> None:
     order = list(grid.runs([1]))
     size = len(order) // len(grid.SEEDS)
     assert [seed for _, seed in order] == [seed for seed in grid.SEEDS for _ in range(size)]
-    assert {cell.target for cell, _ in order[:size]} == {*grid.TARGETS, "LM"}
+    assert {cell.target for cell, _ in order[:size]} == set(grid.TARGETS)
     laptop = SCALES["laptop"]
     hashes = [cell.hash(laptop) for cell in grid.cells()]
     assert len(set(hashes)) == len({cell.name for cell in grid.cells()})

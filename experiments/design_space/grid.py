@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from experiments.design_space.text import PACKAGES
 
 Options = dict[str, str | float]
-FULL = "full"
+FULL, LM = "full", "LM"
 SEEDS = (0, 1, 2)
 
-# Names of targets, as options of dump-logits. "full" keeps the whole distribution.
+# Targets by name, as options of dump-logits. LM is the labels alone: tokens without a teacher.
 TARGETS: Mapping[str, Options] = {
     FULL: {"keep": "top-p-k", "top-p": 1.0},  # top-k: the vocabulary
+    LM: {"keep": "tokens"},
     "threshold 0.05": {"keep": "threshold", "threshold": 0.05},
     "top-p-k 0.95-100": {"keep": "top-p-k", "top-p": 0.95, "top-k": 100},
     "draws 50": {"keep": "draws", "draws": 50},
@@ -100,6 +101,17 @@ class Scale:
         rate = self.teachers[name].learning_rate
         return {**self.layout, **self.teacher_train, **model, "learning-rate": rate}
 
+    def dump_options(self, target: str, data: float) -> Options:
+        """The options of dump-logits for a target, but for the layout and paths."""
+        options = TARGETS[target] | {"max-tokens": int(data * self.dataset_tokens)}
+        options |= {"top-k": self.vocab_size} if target == FULL else {}
+        return options if target == LM else options | self.dump
+
+    def train_options(self, cell: Cell) -> Options:
+        """The options of train-student for a cell, but for student, seed and paths."""
+        tokens, alpha = int(cell.tokens * self.student_tokens), float(cell.target != LM)
+        return self.train | {"tokens": tokens, "alpha": alpha} | cell.options
+
 
 SCALES: Mapping[str, Scale] = {
     "laptop": Scale(
@@ -154,7 +166,7 @@ SCALES: Mapping[str, Scale] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One student: `target` "LM" trains on the labels alone. Factors multiply the scale's tokens.
+    """One student. The factors multiply the scale's tokens.
 
     `data` is the size of the dataset and `tokens` how long to train: with 0.25 and 1 the student
     sees its data four times.
@@ -167,16 +179,6 @@ class Cell:
     teacher: str = BASE_TEACHER
     data: float = 1
     tokens: float = 1
-
-    @property
-    def all_options(self) -> Options:
-        """The options of train-student, with alpha."""
-        return {"alpha": 0.0 if self.target == "LM" else 1.0} | self.options
-
-    @property
-    def dataset(self) -> str:
-        """The target whose dataset the student reads: plain language modelling reads tokens."""
-        return FULL if self.target == "LM" else self.target
 
     @property
     def name(self) -> str:
@@ -194,26 +196,15 @@ class Cell:
         """Everything that decides the result, but for text, seed and code."""
         return {
             "vocab_size": scale.vocab_size,
-            "teacher": scale.teacher_settings(self.teacher),
-            "dataset": [
-                self.data * scale.dataset_tokens,
-                keep_options(self.dataset, scale),
-                scale.dump,
-            ],
+            "teacher": None if self.target == LM else scale.teacher_settings(self.teacher),
+            "dump": scale.layout | scale.dump_options(self.target, self.data),
             "student": asdict(scale.students[self.student]),
-            "train": scale.train | self.all_options,
-            "tokens": self.tokens * scale.student_tokens,
+            "train": scale.train_options(self),
         }
 
     def hash(self, scale: Scale) -> str:
         """The identity of the settings in the results."""
         return digest(self.settings(scale))
-
-
-def keep_options(target: str, scale: Scale) -> Options:
-    """The options of dump-logits for a target."""
-    options = TARGETS[target]
-    return options | {"top-k": scale.vocab_size} if target == FULL else options
 
 
 def digest(content: object) -> str:
@@ -222,8 +213,7 @@ def digest(content: object) -> str:
 
 
 def _targets() -> Iterator[Cell]:
-    first, *others = TARGETS
-    for target in (first, "LM", *others):
+    for target in TARGETS:
         yield Cell(question=1, target=target)
 
 
@@ -231,7 +221,8 @@ def _losses() -> Iterator[Cell]:
     # mse leaves all other logits free, so losses and temperatures keep a tenth of the labels' loss.
     for target in (TRUNCATED, "k = 12", "top-p-k 0.95-50"):
         yield Cell(question=2, target=target, options={"tail": "bucket"})
-    for loss in ("kld", "mse", "nll"):
+    yield Cell(question=2, target=TRUNCATED, options={"alpha": 0.9})
+    for loss in ("mse", "nll"):
         yield Cell(question=2, target=TRUNCATED, options={"loss": loss, "alpha": 0.9})
 
 
@@ -241,7 +232,7 @@ def _alphas() -> Iterator[Cell]:
             yield Cell(question=3, target=target, options={"alpha": alpha})
     for rate in ("wsd", "cosine"):
         if rate != "wsd":
-            yield Cell(question=3, target="LM", options={"lr-schedule": rate})
+            yield Cell(question=3, target=LM, options={"lr-schedule": rate})
             yield Cell(question=3, target=SAMPLED, options={"lr-schedule": rate})
         for schedule in ("wsd", "linear-decrease", "linear-increase", "period"):
             options: Options = {"alpha-schedule": schedule}
@@ -261,7 +252,7 @@ def _temperatures() -> Iterator[Cell]:
 
 def _sizes() -> Iterator[Cell]:
     for student in ("0.5M", "2M"):
-        for target in ("LM", SAMPLED):
+        for target in (LM, SAMPLED):
             yield Cell(question=5, target=target, student=student)
     for teacher in ("2M", "9M"):
         yield Cell(question=5, target=SAMPLED, teacher=teacher)
@@ -269,7 +260,7 @@ def _sizes() -> Iterator[Cell]:
 
 def _corpora() -> Iterator[Cell]:
     for data, tokens in ((0.25, 1.0), (0.5, 0.5), (2.0, 2.0)):
-        for target in ("LM", SAMPLED):
+        for target in (LM, SAMPLED):
             yield Cell(question=6, target=target, data=data, tokens=tokens)
 
 
@@ -279,11 +270,41 @@ def cells() -> list[Cell]:
     return [cell for part in parts for cell in part()]
 
 
+QUESTIONS = (1, 2, 3, 4, 5, 6)
+
+
 def runs(questions: Sequence[int] = ()) -> Iterator[tuple[Cell, int]]:
     """Cells with seeds in the order to run them: a question is done seed by seed.
 
     No questions: all.
     """
-    for question in questions or sorted({cell.question for cell in cells()}):
+    for question in questions or QUESTIONS:
         for seed in SEEDS:
             yield from ((cell, seed) for cell in cells() if cell.question == question)
+
+
+def labels_alone(cell: Cell) -> Cell:
+    """The cell that a gain is measured against: the same run without a teacher."""
+    rate = {key: value for key, value in cell.options.items() if key == "lr-schedule"}
+    return replace(cell, target=LM, options=rate, teacher=BASE_TEACHER)
+
+
+def shown(question: int) -> list[Cell]:
+    """The cells of a question as its table shows them, with those of others to compare with."""
+    own = [cell for cell in cells() if cell.question == question]
+    plain = Cell(question=1, target=LM)
+    sampled, truncated = (Cell(question=1, target=name) for name in (SAMPLED, TRUNCATED))
+    if question == 2:
+        others = [
+            Cell(question=1, target=name) for name in (TRUNCATED, "k = 12", "top-p-k 0.95-50")
+        ]
+        return [plain, *others, *own]
+    if question == 4:
+        return [
+            plain,
+            Cell(question=2, target=TRUNCATED, options={"alpha": 0.9}),
+            *own,
+        ]
+    if question == 1:
+        return own
+    return [plain, sampled, *([truncated] if question == 3 else []), *own]

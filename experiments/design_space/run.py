@@ -27,12 +27,12 @@ from experiments.design_space import results, text
 from experiments.design_space.grid import (
     BASE_TEACHER,
     FULL,
+    LM,
     SCALES,
     Cell,
     Model,
     Options,
     digest,
-    keep_options,
     runs,
 )
 
@@ -112,7 +112,7 @@ class Grid:
 
     def prepare(self, cell: Cell) -> tuple[Path, Path]:
         """The datasets that a cell trains and is evaluated on. Failed if a command fails."""
-        shards = self._dataset(cell.dataset, cell.teacher, cell.data)
+        shards = self._dataset(cell.target, cell.teacher, cell.data)
         return shards, self._dataset(FULL, BASE_TEACHER, 1)
 
     def run(self, cell: Cell, seed: int, shards: Path, evaluation: Path) -> dict[str, object]:
@@ -120,9 +120,7 @@ class Grid:
         scale = self._scale
         settings = cell.hash(scale)
         out = self._work / "runs" / f"{settings}-{self.text}-{seed}"
-        options = (
-            scale.train | {"tokens": int(cell.tokens * scale.student_tokens)} | cell.all_options
-        )
+        options = scale.train_options(cell)
         run: Options = {"seed": seed, "eval-shards": str(evaluation)}
         self._train(out, scale.students[cell.student], shards, run | options)
         figures, size = _last_validation(out), _description(shards)["splits"]["train"]
@@ -137,8 +135,8 @@ class Grid:
             **{key: f"{size[key]:.6g}" for key in ("bytes_per_token", "entries_per_token")},
             **{key: summary[key] for key in ("parameters", "tokens")},
             "seconds": f"{summary['seconds']:.1f}",
-            "keep": json.dumps(keep_options(cell.dataset, scale)),
-            "options": json.dumps(options),
+            "dump": json.dumps(scale.dump_options(cell.target, cell.data)),
+            "train": json.dumps(options),
             "scale": self._scale_name,
             "commit": _commit(),
             "machine": _machine(),
@@ -147,13 +145,16 @@ class Grid:
     def _dataset(self, target: str, teacher: str, data: float) -> Path:
         """The shards of a target, by a teacher."""
         scale = self._scale
-        tokens = int(data * scale.dataset_tokens)
-        options = keep_options(target, scale) | scale.dump | {"max-tokens": tokens}
-        name = digest([self.text, scale.teacher_settings(teacher), options])
+        options = scale.dump_options(target, data)
+        made_of = None if target == LM else scale.teacher_settings(teacher)
+        name = digest([self.text, scale.vocab_size, scale.layout, made_of, options])
         out = self._work / "datasets" / f"{target.replace(' ', '-')}-{name}"
         described = _description_file(out)
         if not described.exists():
-            self._dump(out, options | {"teacher": str(self._teacher(teacher))})
+            if target == LM:
+                self._dump(out, options | {"tokenizer": str(self._tokenizer)})
+            else:
+                self._dump(out, options | {"teacher": str(self._teacher(teacher))})
             unfinished = described.with_suffix(".part")
             self._command("inspect-shards", out, "--json", output=unfinished)
             unfinished.replace(described)
@@ -165,7 +166,8 @@ class Grid:
         settings = digest([self.text, scale.teacher_settings(name)])
         out = self._work / f"teacher-{name}-{settings}"
         if not (out / "model").exists():
-            tokens = self._work / "datasets" / f"tokens-{digest([self.text, scale.layout])}"
+            made_of = [self.text, scale.vocab_size, scale.layout]
+            tokens = self._work / "datasets" / f"tokens-{digest(made_of)}"
             self._dump(tokens, {"keep": "tokens", "tokenizer": str(self._tokenizer)})
             self._train(out, scale.teachers[name], tokens, scale.teacher_train)
         return out / "model"

@@ -1,0 +1,215 @@
+"""Draws docs/results.md from the rows of the results: `draw.py`.
+
+It replaces what stands between `<!-- question N -->` and `<!-- end -->`, and writes the plots. It
+shows a figure as mean and standard deviation over seeds, and no figure of fewer than two. Gains are
+differences of runs with the same seed, which share initial weights and the order of sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments.design_space import grid, results
+from experiments.design_space.grid import FULL, LM, SCALES, Cell, Scale
+
+PAGE = ROOT / "docs" / "results.md"
+RESULTS = Path(__file__).parent / "results.csv"
+FIGURES = {
+    "cross_entropy": ("cross-entropy", ".3f"),
+    "kl": ("KL to the teacher", ".3f"),
+    "top1_agreement": ("agreement", ".3f"),
+    "calibration_error": ("calibration error", ".4f"),
+}
+_SECTION = re.compile(r"(<!-- question (\d) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread | None:
+        """None for fewer than two values."""
+        values = list(values)
+        if len(values) < 2:
+            return None
+        return cls(statistics.mean(values), statistics.stdev(values))
+
+    def text(self, form: str) -> str:
+        """As in a table."""
+        return f"{self.mean:{form}} ± {self.deviation:{form}}"
+
+
+class Rows:
+    """The rows of one text, by cell and seed. None: the text of the last row."""
+
+    def __init__(self, rows: Sequence[results.Row], scale: Scale, text: str | None = None) -> None:
+        self._scale = scale
+        text = text or (rows[-1]["text"] if rows else None)
+        self._rows: dict[str, dict[str, results.Row]] = defaultdict(dict)
+        for row in rows:
+            if row["text"] == text:
+                self._rows[row["settings"]][row["seed"]] = row
+
+    def of(self, cell: Cell) -> Mapping[str, results.Row]:
+        """The rows of a cell by seed."""
+        return self._rows.get(cell.hash(self._scale), {})
+
+    def figure(self, cell: Cell, key: str) -> Spread | None:
+        """A column of a cell's rows."""
+        return Spread.of(float(row[key]) for row in self.of(cell).values())
+
+    def gain(self, cell: Cell) -> Spread | None:
+        """How far a cell's cross-entropy is below that of the labels alone, nats."""
+        pairs = self._pairs(cell, grid.labels_alone(cell))
+        return Spread.of(there - here for here, there in pairs)
+
+    def share(self, cell: Cell) -> Spread | None:
+        """The gain as a part of that of the full distributions."""
+        plain, full = grid.labels_alone(cell), Cell(question=1, target=FULL)
+        entropies = [self._entropies(each) for each in (cell, plain, full)]
+        seeds = set.intersection(*map(set, entropies))
+        own, low, high = ([each[seed] for seed in sorted(seeds)] for each in entropies)
+        return Spread.of((b - a) / (b - c) for a, b, c in zip(own, low, high, strict=True))
+
+    def _pairs(self, *pair: Cell) -> list[tuple[float, float]]:
+        here, there = map(self._entropies, pair)
+        return [(here[seed], there[seed]) for seed in sorted(here.keys() & there.keys())]
+
+    def _entropies(self, cell: Cell) -> dict[str, float]:
+        return {seed: float(row["cross_entropy"]) for seed, row in self.of(cell).items()}
+
+
+def section(rows: Rows, question: int) -> str:
+    """The content of a question's section: a table, and the plot if there is one to see."""
+    cells = [cell for cell in grid.shown(question) if rows.figure(cell, "cross_entropy")]
+    missing = [cell.name for cell in grid.shown(question) if cell not in cells]
+    parts = []
+    if len(cells) > 1:
+        parts += [f"![Question {question}](images/results-{question}.svg)", table(rows, cells)]
+    if missing:
+        parts.append(f"Not run with two seeds yet: {'; '.join(missing)}.")
+    return "".join(f"\n{part}\n" for part in parts) + "\n"
+
+
+def table(rows: Rows, cells: Sequence[Cell]) -> str:
+    """Markdown with a line for each cell."""
+    heads = ["", "entries/token", "bytes/token", *(title for title, _ in FIGURES.values())]
+    lines = [[*heads, "gain, nats", "seeds"]]
+    for cell in cells:
+        sizes = ["-", "-"]
+        if cell.target != LM:
+            row = next(iter(rows.of(cell).values()))
+            sizes = [f"{float(row[key]):.1f}" for key in ("entries_per_token", "bytes_per_token")]
+        figures = [_text(rows.figure(cell, key), form) for key, (_, form) in FIGURES.items()]
+        gain = "-" if cell.target == LM else _text(rows.gain(cell), ".3f")
+        lines.append([cell.name, *sizes, *figures, gain, str(len(rows.of(cell)))])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _text(spread: Spread | None, form: str) -> str:
+    return "-" if spread is None else spread.text(form)
+
+
+def plot(rows: Rows, question: int) -> Any:
+    """The chart of a question, or None if fewer than two cells have a spread."""
+    cells = [cell for cell in grid.shown(question) if cell.target != LM]
+    if question == 1:
+        cells = [cell for cell in cells if cell.target != FULL]
+        points = [_point(cell, rows.share(cell), rows) for cell in cells if rows.share(cell)]
+    else:
+        points = [_point(cell, rows.gain(cell), rows) for cell in cells if rows.gain(cell)]
+    if len(points) < 2:
+        return None
+    return _size_chart(points) if question == 1 else _gain_chart(points)
+
+
+def _point(cell: Cell, value: Spread | None, rows: Rows) -> dict[str, Any]:
+    assert value is not None
+    row = next(iter(rows.of(cell).values()))
+    return {
+        "cell": cell.name,
+        "method": json.loads(row["dump"])["keep"],
+        "bytes": float(row["bytes_per_token"]),
+        "value": value.mean,
+        "low": value.mean - value.deviation,
+        "high": value.mean + value.deviation,
+    }
+
+
+def _size_chart(points: Sequence[Mapping[str, Any]]) -> Any:
+    """The share of the full distributions' gain over bytes per token."""
+    import altair as alt
+
+    base = alt.Chart(alt.InlineData(values=list(points))).encode(
+        alt.X("bytes:Q", title="bytes per token").scale(type="log"),
+        alt.Y("value:Q", title="share of the gain of full distributions").axis(format="%"),
+        alt.Color("method:N", title="--keep"),
+    )
+    lines = (
+        alt.Chart(alt.InlineData(values=[{"value": 0}, {"value": 1}]))
+        .mark_rule(color="gray", strokeDash=[3, 3])
+        .encode(alt.Y("value:Q"))
+    )
+    return alt.layer(
+        lines,
+        base.mark_rule().encode(alt.Y("low:Q"), alt.Y2("high")),
+        base.mark_circle(size=60, opacity=1),
+        base.mark_text(align="left", dx=7, dy=-5, fontSize=10).encode(alt.Text("cell:N")),
+    ).properties(width=620, height=380)
+
+
+def _gain_chart(points: Sequence[Mapping[str, Any]]) -> Any:
+    """The gain over the labels alone, cell by cell."""
+    import altair as alt
+
+    order = [point["cell"] for point in points]
+    base = alt.Chart(alt.InlineData(values=list(points))).encode(
+        alt.Y("cell:N", title=None).sort(order).axis(labelLimit=400),
+        alt.X("value:Q", title="cross-entropy below that of the labels alone, nats"),
+    )
+    return alt.layer(
+        base.mark_rule().encode(alt.X("low:Q"), alt.X2("high")),
+        base.mark_circle(size=60, opacity=1),
+    ).properties(width=420)
+
+
+def draw(page: str, rows: Rows) -> str:
+    """The page with the sections of the rows."""
+    return _SECTION.sub(lambda m: m[1] + section(rows, int(m[2])) + m[3], page)
+
+
+def main() -> None:
+    """Rewrite the page and its plots."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--scale", choices=SCALES, default="laptop")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args()
+    rows = Rows(results.read(options.results), SCALES[options.scale])
+    page = options.page.read_text(encoding="utf-8")
+    options.page.write_text(draw(page, rows), encoding="utf-8")
+    images = options.page.parent / "images"
+    images.mkdir(exist_ok=True)
+    for question in grid.QUESTIONS:
+        chart = plot(rows, question)
+        if chart is not None:
+            chart.save(images / f"results-{question}.svg")
+
+
+if __name__ == "__main__":
+    main()
