@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from experiments.design_space import grid, results
-from experiments.design_space.grid import SCALES, Cell
+from experiments.design_space import draw, grid, results
+from experiments.design_space.grid import Cell
+from experiments.design_space.scales import SCALES, TARGETS
 
 ROOT = Path(__file__).parent.parent
 SMOKE = SCALES["smoke"]
@@ -85,8 +87,71 @@ def test_a_question_is_done_seed_by_seed_and_cells_differ_in_settings() -> None:
     order = list(grid.runs([1]))
     size = len(order) // len(grid.SEEDS)
     assert [seed for _, seed in order] == [seed for seed in grid.SEEDS for _ in range(size)]
-    assert {cell.target for cell, _ in order[:size]} == set(grid.TARGETS)
+    assert {cell.target for cell, _ in order[:size]} == set(TARGETS)
     laptop = SCALES["laptop"]
     hashes = [cell.hash(laptop) for cell in grid.cells()]
     assert len(set(hashes)) == len({cell.name for cell in grid.cells()})
     assert len(hashes) * len(grid.SEEDS) > 150
+
+
+def test_a_command_ends_when_the_time_is_over() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "from experiments.design_space.run import Commands\n"
+         "Commands(0).run('inspect-shards', '--help')"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr == "the time is over; the same command continues\n"
+
+
+def made_up(entropies: dict[str, list[float]]) -> draw.Rows:
+    """Rows of question 1 with these cross-entropies, one per seed."""
+    common = dict.fromkeys(results.COLUMNS, "1.5") | {"text": "t", "dump": '{"keep": "draws"}'}
+    rows = [
+        common
+        | {"settings": Cell(question=1, target=target).hash(SMOKE), "seed": f"{seed}"}
+        | {"cross_entropy": f"{entropy}"}
+        for target, values in entropies.items()
+        for seed, entropy in enumerate(values)
+    ]
+    return draw.Rows(rows, SMOKE)
+
+
+def test_gains_and_shares_pair_runs_by_seed() -> None:
+    rows = made_up({"LM": [4.0, 5.0, 9.0], "full": [3.0, 3.0], "draws 50": [3.5, 3.5]})
+    gain = rows.gain(Cell(question=1, target="draws 50"))
+    share = rows.share(Cell(question=1, target="draws 50"))
+    assert gain is not None
+    assert share is not None
+    assert gain == pytest.approx((1.0, 0.5**0.5))
+    assert share == pytest.approx(((0.5 + 0.75) / 2, 0.25 / 2**0.5))
+    assert gain.text(".2f") == "1.00 ± 0.71"
+
+
+def test_a_figure_without_a_spread_is_not_shown() -> None:
+    rows = made_up({"LM": [4.0, 5.0], "full": [3.0, 3.0], "draws 50": [3.5]})
+    text = draw.section(rows, 1)
+    assert "| full | 1.5 | 1.5 | 3.000 ± 0.000 |" in text
+    assert "| LM | - | - | 4.500 ± 0.707 |" in text
+    assert "| draws 50" not in text
+    assert "Not run with two seeds yet: threshold 0.05; " in text
+    assert "draws 50;" in text
+    assert draw.plot(rows, 1) is None  # LM and full are the ends of the scale
+
+
+def test_the_plot_of_targets_has_shares_over_bytes() -> None:
+    entropies = {"LM": [4.0, 5.0], "full": [3.0, 3.0], "draws 50": [3.5, 3.5], "k = 1": [4.0, 5.0]}
+    content = draw.plot(made_up(entropies), 1).to_dict()
+    (points,) = [p for p in content["datasets"].values() if len(p) == 2 and "cell" in p[0]]
+    assert {p["cell"]: (p["bytes"], p["value"]) for p in points} == {
+        "draws 50": (1.5, 0.625),
+        "k = 1": (1.5, 0.0),
+    }
+
+
+def test_the_page_of_results_is_drawn_from_the_rows() -> None:
+    page = draw.PAGE.read_text(encoding="utf-8")
+    rows = draw.Rows(results.read(draw.RESULTS), SCALES["laptop"])
+    assert draw.draw(page, rows) == page, "run experiments/design_space/draw.py"
+    for name in re.findall(r"\]\((images/.*?)\)", page):
+        assert (draw.PAGE.parent / name).exists()

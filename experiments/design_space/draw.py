@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.design_space import grid, results
-from experiments.design_space.grid import FULL, LM, SCALES, Cell, Scale
+from experiments.design_space.grid import Cell
+from experiments.design_space.scales import FULL, LM, SCALES, Scale
 
 PAGE = ROOT / "docs" / "results.md"
 RESULTS = Path(__file__).parent / "results.csv"

@@ -24,17 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.design_space import results, text
-from experiments.design_space.grid import (
-    BASE_TEACHER,
-    FULL,
-    LM,
-    SCALES,
-    Cell,
-    Model,
-    Options,
-    digest,
-    runs,
-)
+from experiments.design_space.grid import BASE_TEACHER, Cell, runs
+from experiments.design_space.scales import FULL, LM, SCALES, Model, Options, digest
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIGURES = {
@@ -120,7 +111,7 @@ class Grid:
         scale = self._scale
         settings = cell.hash(scale)
         out = self._work / "runs" / f"{settings}-{self.text}-{seed}"
-        options = scale.train_options(cell)
+        options = cell.train_options(scale)
         run: Options = {"seed": seed, "eval-shards": str(evaluation)}
         self._train(out, scale.students[cell.student], shards, run | options)
         figures, size = _last_validation(out), _description(shards)["splits"]["train"]
