@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from logitshards.losses import DistillationLoss as DistillationLoss
     from logitshards.losses import labels_and_targets as labels_and_targets
     from logitshards.reading import Dataset as Dataset
     from logitshards.reading import Rows as Rows
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from logitshards.reading import open as open
     from logitshards.row import Ragged as Ragged
     from logitshards.row import Row as Row
+    from logitshards.stream import Batches as Batches
+    from logitshards.stream import batches as batches
     from shards.errors import ShardError as ShardError
+    from student_train.data.batches import Batch as Batch
     from student_train.objective.distillation import Objective as Objective
     from student_train.objective.distillation import Targets as Targets
     from student_train.objective.loss import distillation_loss as distillation_loss
@@ -33,7 +37,10 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Batch",
+    "Batches",
     "Dataset",
+    "DistillationLoss",
     "Objective",
     "Ragged",
     "Row",
@@ -42,6 +49,7 @@ __all__ = [
     "Split",
     "Targets",
     "__version__",
+    "batches",
     "distillation_loss",
     "labels_and_targets",
     "open",
@@ -49,7 +57,10 @@ __all__ = [
 
 # The module that each public name comes from.
 _MODULES = {
+    "Batch": "student_train.data.batches",
+    "Batches": "logitshards.stream",
     "Dataset": "logitshards.reading",
+    "DistillationLoss": "logitshards.losses",
     "Objective": "student_train.objective.distillation",
     "Ragged": "logitshards.row",
     "Row": "logitshards.row",
@@ -57,6 +68,7 @@ _MODULES = {
     "ShardError": "shards.errors",
     "Split": "logitshards.reading",
     "Targets": "student_train.objective.distillation",
+    "batches": "logitshards.stream",
     "distillation_loss": "student_train.objective.loss",
     "labels_and_targets": "logitshards.losses",
     "open": "logitshards.reading",

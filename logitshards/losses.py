@@ -1,4 +1,4 @@
-"""From rows to what `distillation_loss` takes."""
+"""The loss for models of the caller's own: as a module, and its arguments from rows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from logitshards.row import Row
 from shards.rows import Float32Array
-from student_train.objective.distillation import Targets
+from student_train.data.batches import Batch
+from student_train.objective.distillation import Objective, Targets
 from student_train.objective.kept_entries import KeptEntries, Run
-from student_train.objective.loss import IGNORE_INDEX
+from student_train.objective.loss import IGNORE_INDEX, Loss, distillation_loss
 
 
 def labels_and_targets(rows: Row | Sequence[Row]) -> tuple[Tensor, Targets]:
@@ -38,6 +40,41 @@ def labels_and_targets(rows: Row | Sequence[Row]) -> tuple[Tensor, Targets]:
         _joined([row.tail_logmass for row in rows]),
         _joined([row.entropies for row in rows]),
     )
+
+
+class DistillationLoss(nn.Module):
+    """The loss of batches, for a model whose logits are hidden states times the weight of `head`.
+
+    `head` has a `weight` [V, D] and no bias, like the `lm_head` of a Hugging Face model. It stays
+    part of the model: this module refers to it, and has no parameters of its own. So it adds
+    nothing to a state dict, and a weight that is tied or replaced is the model's own.
+
+    A model under FSDP2 has whole weights only in the forward pass of what `fully_shard` wraps: call
+    this module there.
+    """
+
+    def __init__(self, head: nn.Module, objective: Objective) -> None:
+        """ValueError for a head with a bias, whose logits are other ones."""
+        super().__init__()
+        if getattr(head, "bias", None) is not None:
+            raise ValueError("the head has a bias, which the loss would leave out")
+        self._head = (head,)  # in a tuple, so that it is not registered a second time
+        self.objective = objective
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Loss:
+        """The sums over the labels of a batch, from hidden states [B, L, D] on its device.
+
+        ValueError if the weight is sharded here, or the batch lacks the entries.
+        """
+        weight = self._head[0].weight
+        assert isinstance(weight, Tensor)
+        if isinstance(weight, DTensor):
+            raise ValueError(
+                "the weight of the head is sharded here: call the loss inside the forward pass of"
+                " the module that fully_shard wraps, and do not wrap the head itself"
+            )
+        labels, targets = batch.labels.flatten(), batch.targets(self.objective)
+        return distillation_loss(hidden.flatten(0, 1), weight, labels, targets, self.objective)
 
 
 def _labels(row: Row) -> npt.NDArray[np.int64]:

@@ -26,11 +26,11 @@ from shards.spec import TRAIN, VALIDATION
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.config import TrainConfig
-from student_train.data.batches import Batch, for_device, step_batches, training_batches
-from student_train.data.lines import Source
-from student_train.data.mixture import choices, order_seed
+from student_train.data.batches import Batch, for_device, step_batches
+from student_train.data.mixture import order_seed
 from student_train.data.order import START
 from student_train.data.read_ahead import ReadAhead
+from student_train.data.stream import Stream
 from student_train.evaluation.evaluate import evaluate
 from student_train.evaluation.token_bytes import token_bytes
 from student_train.flops import peak_tokens_per_s
@@ -261,21 +261,16 @@ class Training:
         process.saver.record(self._progress)
 
     def _batches(self, step_sequences: int) -> Iterator[Batch]:
-        seed, first_line = self._config.seed, self._progress.step * step_sequences
-        batches = training_batches(
-            [
-                Source.of(
-                    split,
-                    seed=order_seed(seed, number),
-                    window_row_groups=self._config.window_row_groups,
-                    start=start,
-                )
-                for number, (split, start) in enumerate(
-                    zip(self._splits, self._progress.positions, strict=True)
-                )
-            ],
-            choices(self._shares, seed=seed, first_line=first_line),
+        stream = Stream(
+            splits=self._splits,
+            shares=self._shares,
+            seed=self._config.seed,
+            window_row_groups=self._config.window_row_groups,
             step_lines=step_sequences,
+        )
+        batches = stream.batches(
+            self._progress.positions,
+            lines_done=self._progress.step * step_sequences,
             micro_batch_lines=self._config.micro_batch_sequences,
             columns=columns_to_read(self._config),
             rank=self._world.rank,

@@ -24,7 +24,7 @@ from student_train.config import TrainConfig
 from student_train.data.batches import Batch
 from student_train.data.order import Position
 from student_train.model.model import head_weight, hidden_states
-from student_train.objective.distillation import Objective, Targets
+from student_train.objective.distillation import Objective
 from student_train.objective.loss import Loss, distillation_loss
 from student_train.processes.sharding import Sharded, in_forward
 from student_train.processes.world import World
@@ -148,14 +148,6 @@ def _local(gradient: Tensor) -> Tensor:
 
 def batch_loss(model: PreTrainedModel, batch: Batch, *, objective: Objective) -> Loss:
     """The summed loss of a batch on the model's device."""
-    targets = None
-    if objective.alpha and batch.entries is not None:
-        tail = batch.tail_logmass if objective.bucket else None
-        entropies = batch.entropies
-        targets = Targets(
-            batch.entries,
-            None if tail is None else tail.flatten(),
-            None if entropies is None else entropies.flatten(),
-        )
     hidden = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)
-    return distillation_loss(hidden, head_weight(model), batch.labels.flatten(), targets, objective)
+    labels, targets = batch.labels.flatten(), batch.targets(objective)
+    return distillation_loss(hidden, head_weight(model), labels, targets, objective)

@@ -1,6 +1,7 @@
 """docs/python.md: its blocks run one after another, on datasets of every kind that it names."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,10 @@ def test_the_page_names_every_public_function_and_class_that_a_reader_meets():
     for name in logitshards.__all__:
         if name[0].islower() or name in ("Objective", "ShardError"):
             assert f"logitshards.{name}" in PAGE or f"`{name}`" in PAGE
+
+
+def test_the_table_of_a_batch_names_its_attributes():
+    table = PAGE.split("| attribute of a batch |")[1].split("\n\n")[0]
+    cells = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"\w+", cell)} - {"---"}
+    assert named == {field.name for field in fields(logitshards.Batch)} - {"num_sequences"}

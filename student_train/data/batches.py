@@ -40,6 +40,7 @@ from student_train.data.placing import (
     positions_of,
 )
 from student_train.data.plan import Pick, dealt_lines, how_to_even_out, plan_steps
+from student_train.objective.distillation import Objective, Targets
 from student_train.objective.kept_entries import KeptEntries
 from student_train.objective.loss import IGNORE_INDEX
 
@@ -73,6 +74,31 @@ class Batch:
     tail_logmass: Tensor | None = None
     entropies: Tensor | None = None
     positions: tuple[Position, ...] | None = None
+
+    def targets(self, objective: Objective) -> Targets | None:
+        """The targets of all B L positions; None if there are none, or the objective needs none."""
+        if not objective.alpha or self.entries is None:
+            return None
+        tail = self.tail_logmass if objective.bucket else None
+        entropies = self.entropies
+        return Targets(
+            self.entries,
+            None if tail is None else tail.flatten(),
+            None if entropies is None else entropies.flatten(),
+        )
+
+    def padded_entries(self) -> tuple[Tensor, Tensor]:
+        """ids [B, L, K] int64 and logprobs [B, L, K] float32, padded with any id and -inf.
+
+        K is the most entries at any position. ValueError if they were not read.
+        """
+        entries, size = require(IDS, self.entries), self.labels.numel()
+        shape = (*self.labels.shape, entries.max_entries)
+        if not entries.max_entries:
+            return entries.ids.new_zeros(shape).long(), entries.logprobs.new_zeros(shape)
+        rows = torch.arange(size, device=self.labels.device)
+        ids, logprobs = entries.padded(rows)
+        return ids.long().view(shape), logprobs.view(shape)
 
     def to(self, device: torch.device) -> Self:
         """This batch on a device; itself if it is there."""
