@@ -37,6 +37,7 @@ from student_train.evaluation.tasks import (
 )
 from student_train.live_teacher import LiveTeacher
 from student_train.loop import Training
+from student_train.memory import check_memory
 from student_train.model.blocks import decoder_blocks, prepare_blocks, try_compiled
 from student_train.model.model import (
     check_sizes,
@@ -44,6 +45,7 @@ from student_train.model.model import (
     export,
     make_student,
     shallow_copy,
+    student_config,
 )
 from student_train.model.packed_attention import block_at_joints
 from student_train.processes.sharding import Sharded, is_sharded, shard, whole_weights
@@ -167,6 +169,12 @@ def _train(prepared: _Prepared, world: World) -> dict[str, Json]:
     dataset = datasets[0]
     splits = [other.split(TRAIN) for other in datasets]
     step_sequences, num_steps = plan_steps(config, dataset)
+
+    def check() -> None:
+        model_config = student_config(config.student, dataset)
+        check_memory(config, model_config, dataset.spec, world.size, world.device)
+
+    world.together(check)
     teacher = None
     if config.teacher is not None:
         folder_of_teacher = Path(config.teacher)

@@ -70,22 +70,12 @@ def make_student(
     another tokenizer.
     """
     path = Path(student)
-    if student in PRESETS:
-        config = LlamaConfig(**PRESETS[student].config_json(dataset.spec))
-        model = _fresh(student, config, seed, with_weights)
-    elif path.is_dir():
+    if student not in PRESETS and path.is_dir():
         check_tokenizer(path, dataset)
-        model = (
-            load_model(path) if with_weights else _fresh(student, _read_config(path), seed, False)
-        )
-    elif path.is_file():
-        model = _fresh(student, _read_config(path), seed, with_weights)
+    if student not in PRESETS and path.is_dir() and with_weights:
+        model = load_model(path)
     else:
-        names = ", ".join(PRESETS)
-        raise InputError(
-            f"--student {student}: expected a preset ({names}), a config.json or a model folder;"
-            " there is no such file or folder"
-        )
+        model = _fresh(student, student_config(student, dataset), seed, with_weights)
     if getattr(model.config, "attn_logit_softcapping", None) is not None:
         # PyTorch's attention, the default, leaves it out, but code that runs the result does not.
         model.set_attn_implementation("eager")
@@ -112,6 +102,19 @@ def shallow_copy(model: PreTrainedModel) -> PreTrainedModel:
         copied: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)
     copied.set_attn_implementation(model.config._attn_implementation)
     return copied
+
+
+def student_config(student: str, dataset: Dataset) -> Any:
+    """The configuration of a student, of transformers. InputError if there is none."""
+    if student in PRESETS:
+        return LlamaConfig(**PRESETS[student].config_json(dataset.spec))
+    if not Path(student).exists():
+        names = ", ".join(PRESETS)
+        raise InputError(
+            f"--student {student}: expected a preset ({names}), a config.json or a model folder;"
+            " there is no such file or folder"
+        )
+    return _read_config(Path(student))
 
 
 def hidden_states(

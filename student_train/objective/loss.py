@@ -48,7 +48,7 @@ _CPU_BLOCK_BYTES = 48 << 20
 _CPU_LEAST_ROWS = 192
 # By arithmetic, not measured: at 600 TFLOP/s and 3 TB/s adding that product takes 480 / R of the
 # time of a block's three products, so that R should be thousands.
-_GPU_BLOCK_BYTES = 1 << 30
+GPU_BLOCK_BYTES = 1 << 30
 
 
 class Loss(NamedTuple):
@@ -163,7 +163,7 @@ def _rows_of(values: Tensor | None, rows: Tensor) -> Tensor | None:
 
 def _block_bytes(device: str, row_bytes: int) -> int:
     if device != "cpu":
-        return _GPU_BLOCK_BYTES
+        return GPU_BLOCK_BYTES
     return max(_CPU_BLOCK_BYTES, _CPU_LEAST_ROWS * row_bytes)
 
 
