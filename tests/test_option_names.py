@@ -22,6 +22,8 @@ SOURCES = [
 ELSEWHERE = {
     "--version": "of the command itself",
     "--help": "of click",
+    "--nproc-per-node": "of torchrun",
+    "--nnodes": "of torchrun",
 }
 _WORD = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])")
 _STYLE = re.compile(r"var\(--[a-z-]+|--[a-z-]+: ?(#|var)")
