@@ -48,7 +48,13 @@ from student_train.model.model import (
     student_config,
 )
 from student_train.model.packed_attention import block_at_joints
-from student_train.processes.sharding import Sharded, is_sharded, shard, whole_weights
+from student_train.processes.sharding import (
+    Sharded,
+    is_sharded,
+    precision_for,
+    shard,
+    whole_weights,
+)
 from student_train.processes.world import World, joined
 from student_train.run_folder import RunFolder, describe_run, publish_folder
 from student_train.setup import find_evaluation_dataset, open_datasets, plan_steps
@@ -229,7 +235,8 @@ def _make_student(prepared: _Prepared, world: World) -> PreTrainedModel | Sharde
         )
         model.set_attn_implementation(probe.config._attn_implementation)
     world.together(lambda: prepare_blocks(config, model))
-    student = shard(model, decoder_blocks(model), world, config.dtype).train()
+    precision = precision_for(config.dtype, world.device)
+    student = shard(model, decoder_blocks(model), world, precision).train()
     world.together(
         lambda: try_compiled(
             config,

@@ -16,7 +16,7 @@ from student_train.data.batches import TAIL_COLUMNS, Batch, sequential_batches
 from student_train.model.blocks import decoder_blocks
 from student_train.objective.distillation import Objective
 from student_train.objective.loss import IGNORE_INDEX
-from student_train.processes.sharding import Sharded, shard, whole_weights
+from student_train.processes.sharding import Sharded, precision_for, shard, whole_weights
 from student_train.processes.world import World, joined
 from student_train.step import StepResult, autocast_for, batch_loss, optimizer_step
 from tests.ranks import run_ranks
@@ -45,6 +45,8 @@ CASES = {
     "packed": ("separate", True, "kld", "float32"),
     "sampled": ("sampled", False, "sampled", "float32"),
     "bfloat16": ("joined", True, "kld", "bfloat16"),
+    "bfloat16, as on a GPU": ("joined", True, "kld", "bfloat16"),
+    "bfloat16, as on a GPU, untied": ("joined", False, "kld", "bfloat16"),
 }
 
 
@@ -92,7 +94,9 @@ def step_of(case: str, folder: Path, world: World) -> Outcome:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(torch.nan)
-    student = shard(model, decoder_blocks(model), world, dtype)
+    on_gpu = "as on a GPU" in case and world.size > 1
+    device = torch.device("cuda") if on_gpu else CPU
+    student = shard(model, decoder_blocks(model), world, precision_for(dtype, device))
     if world.size > 1:
         assert isinstance(student, Sharded)
         assert all(isinstance(p, DTensor) for p in student.parameters())
@@ -103,7 +107,7 @@ def step_of(case: str, folder: Path, world: World) -> Outcome:
         batches_of(folder / dataset, world),
         partial(batch_loss, objective=objective),
         gradient_clip=0.2,
-        autocast=autocast_for(dtype, CPU),
+        autocast=autocast_for(dtype, device, sharded=on_gpu),
         world=world,
     )
     return result, {name: t.clone() for name, t in whole_weights(model, world).items()}

@@ -16,6 +16,7 @@ the same as in one process, which needs no sharding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -64,25 +65,33 @@ def is_sharded(world: World) -> bool:
     return world.size > 1 or world.device.type == "cuda"
 
 
+def precision_for(dtype: str, device: torch.device) -> MixedPrecisionPolicy:
+    """The dtypes of a sharded model for a `--dtype`. On CPUs autocast sets them instead."""
+    if dtype == "float32" or device.type == "cpu":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
 def shard(
-    model: PreTrainedModel, blocks: Sequence[nn.Module], world: World, dtype: str
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    world: World,
+    precision: MixedPrecisionPolicy,
 ) -> PreTrainedModel | Sharded:
     """The student that the processes of a run share; one process on a CPU keeps its model.
 
     Each of its `blocks` is gathered alone, everything else together. The weights are those of the
-    first process. `dtype` is that of `--dtype`. Collective.
+    first process. Collective.
     """
     if not is_sharded(world):
         return model
     whole = dict(_tensors(model)) if world.is_first else {}
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy()
-    if world.device.type == "cuda" and dtype == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     student = Sharded(model)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(student, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    # A batch goes through here, with log-probabilities of the teacher that must not be rounded.
+    fully_shard(student, mesh=mesh, mp_policy=replace(precision, cast_forward_inputs=False))
     for module in student.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no division
