@@ -101,7 +101,9 @@ class Training:
             step=0, tokens=0, sequences=[0] * len(splits), positions=[START] * len(splits)
         )
         self._bytes_of_tokens = (
-            None if evaluation_dataset is None else token_bytes(evaluation_dataset)
+            None
+            if evaluation_dataset is None
+            else world.from_first(token_bytes(evaluation_dataset))
         )
 
     def _load(self) -> Progress | None:
@@ -190,6 +192,7 @@ class Training:
         """The next step and its figures. RunError if the loss is not finite."""
         with process.saver.kept(lambda: self._progress):
             result = self._step(step, alpha, rate, process.clock.waiting(step_batches(batches)))
+        self._count(step, result)
         speed = process.clock.step_done(result.num_tokens)
         figures = {
             "tokens": self._progress.tokens,
@@ -205,11 +208,11 @@ class Training:
         process.metrics.write_speed(step, {"tokens": self._progress.tokens, **speed})
 
     def _step(self, step: int, alpha: float, rate: float, batches: Iterator[Batch]) -> StepResult:
-        """One step. RunError if the loss is not a number any more."""
+        """One step of AdamW."""
         torch.manual_seed(order_seed((self._config.seed + step) % (1 << 63), self._world.rank))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        result = optimizer_step(
+        return optimizer_step(
             self._student,
             self._optimizer,
             batches,
@@ -218,6 +221,9 @@ class Training:
             autocast=self._autocast,
             world=self._world,
         )
+
+    def _count(self, step: int, result: StepResult) -> None:
+        """Count a step as done. RunError if its loss is not a number any more."""
         if not math.isfinite(result.loss + result.gradient_norm):
             self._world.fail(
                 RunError(
@@ -236,7 +242,6 @@ class Training:
                 for counts in zip(self._progress.sequences, result.num_sequences, strict=True)
             ],
         )
-        return result
 
     def _evaluate_if_due(self, process: _Process) -> None:
         """Evaluate after the last step, unless that is done or not wanted.

@@ -237,15 +237,13 @@ def _make_student(prepared: _Prepared, world: World) -> PreTrainedModel | Sharde
     world.together(lambda: prepare_blocks(config, model))
     precision = precision_for(config.dtype, world.device)
     student = shard(model, decoder_blocks(model), world, precision).train()
-    world.together(
-        lambda: try_compiled(
-            config,
-            student,
-            sequence_length=length,
-            packed=bool(packed),
-            device=world.device,
-            autocast=autocast_for(config.dtype, world.device, sharded=not alone),
-        )
+    try_compiled(
+        config,
+        student,
+        sequence_length=length,
+        packed=bool(packed),
+        device=world.device,
+        autocast=autocast_for(config.dtype, world.device, sharded=not alone),
     )
     return student
 

@@ -14,11 +14,11 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from shards.errors import FailedElsewhereError, LogitshardsError, ShardError
+from shards.errors import FailedElsewhereError, ShardError
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.metrics import Metrics
-from student_train.processes.world import World
+from student_train.processes.world import World, is_agreed
 from student_train.run_folder import RunFolder
 
 _SAVE_EVERY_S = 600.0
@@ -92,6 +92,6 @@ class Saver:
         try:
             yield
         except failures as error:
-            if self._world.size == 1 or isinstance(error, LogitshardsError):
+            if self._world.size == 1 or is_agreed(error):
                 self.save(progress())
             raise

@@ -1,17 +1,22 @@
 """Signals that end a run at the next step instead of at once: SIGTERM, SIGUSR1 and Ctrl-C.
 
 A second signal of the same kind acts as it would without this, at once
-(`shards/process/stop_signals.py`).
+(`shards/process/stop_signals.py`). Under torchrun one that follows within seconds is the same
+signal: Slurm sends it to every process of a job step, and torchrun passes on its own.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
 from typing import Self
 
 from shards.process.stop_signals import STOP_SIGNALS
 
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+_SAME_SIGNAL_S = 5.0
 SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 
 
@@ -24,6 +29,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._at: dict[int, float] = {}
         self._before: dict[signal.Signals, signal.Handlers | object] = {}
 
     def __enter__(self) -> Self:
@@ -42,7 +48,13 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore(self.received)
+        if _TORCHRUN not in os.environ:
+            self._restore(self.received)
+            return
+        first = self._at.setdefault(number, time.monotonic())
+        if time.monotonic() - first > _SAME_SIGNAL_S:
+            self._restore(self.received)
+            os.kill(os.getpid(), number)
 
     def _restore(self, number: signal.Signals) -> None:
         before = self._before.pop(number, None)

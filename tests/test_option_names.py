@@ -24,6 +24,7 @@ ELSEWHERE = {
     "--help": "of click",
     "--nproc-per-node": "of torchrun",
     "--nnodes": "of torchrun",
+    "--shutdown-timeout": "of torchrun",
 }
 _WORD = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])")
 _STYLE = re.compile(r"var\(--[a-z-]+|--[a-z-]+: ?(#|var)")

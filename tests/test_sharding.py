@@ -12,11 +12,20 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from shards.dataset import Dataset
+from student_train import checkpoint
+from student_train.checkpoint import Progress
 from student_train.data.batches import TAIL_COLUMNS, Batch, sequential_batches
 from student_train.model.blocks import decoder_blocks
+from student_train.model.model import hidden_states
 from student_train.objective.distillation import Objective
 from student_train.objective.loss import IGNORE_INDEX
-from student_train.processes.sharding import Sharded, precision_for, shard, whole_weights
+from student_train.processes.sharding import (
+    Sharded,
+    in_forward,
+    precision_for,
+    shard,
+    whole_weights,
+)
 from student_train.processes.world import World, joined
 from student_train.step import StepResult, autocast_for, batch_loss, optimizer_step
 from tests.ranks import run_ranks
@@ -149,3 +158,39 @@ def test_a_step_of_several_processes_is_the_step_of_one(
         moved = (weight - before[name]).abs().max()
         assert moved > 0
         assert (found[name] - weight).abs().max() < max(10 * rel, 1e-4) * moved, name
+
+
+def save_after_a_failure(folder: Path) -> None:
+    """What each of several processes does: a forward pass fails, and the weights are saved."""
+    with joined(CPU) as world:
+        policy = precision_for("bfloat16", torch.device("cuda"))
+        model = make_model(tied=True)
+        expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+        student = shard(model, decoder_blocks(model), world, policy)
+        optimizer = torch.optim.AdamW(student.parameters())
+
+        def fail(model: PreTrainedModel) -> None:
+            hidden_states(model, torch.zeros((1, 4), dtype=torch.int64))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        with pytest.raises(torch.OutOfMemoryError):
+            in_forward(student, fail)
+        progress = Progress(step=1, tokens=1, sequences=[1], positions=[])
+        checkpoint.save(folder, model, optimizer, progress, world)
+        other = make_model(tied=True)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        loaded = shard(other, decoder_blocks(other), world, policy)
+        path = world.from_first(checkpoint.find_newest(folder) if world.is_first else None)
+        assert path is not None
+        optimizer = torch.optim.AdamW(loaded.parameters())
+        assert checkpoint.load(path, other, optimizer, world) == progress
+        for name, weight in whole_weights(other, world).items():
+            assert torch.equal(weight, expected[name]), name
+
+
+def test_weights_that_a_failed_forward_pass_left_gathered_are_saved_unrounded(
+    tmp_path: Path,
+) -> None:
+    run_ranks(save_after_a_failure, 2, tmp_path)

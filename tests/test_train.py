@@ -243,6 +243,25 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored() -> None
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_under_torchrun_a_signal_that_comes_twice_at_once_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.received == signal.SIGUSR1
+            assert not seen
+            monkeypatch.setattr("student_train.stop._SAME_SIGNAL_S", -1.0)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.mark.usefixtures("sigterm_is_an_error")
 @pytest.mark.parametrize("comes", ["in the step", "in the evaluation", "while it is saved"])
 @pytest.mark.parametrize("step", [3, 4, 6])

@@ -79,7 +79,7 @@ def evaluate(
     or infinity.
     """
     spec = split.spec
-    totals = counted_totals(split)
+    totals = world.together(lambda: counted_totals(split))
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
     bins = torch.zeros((3, NUM_BINS), dtype=torch.float64, device=world.device)
     num_bytes = 0
@@ -98,17 +98,19 @@ def evaluate(
         rank=world.rank,
         world_size=world.size,
     )
-    with (
-        torch.no_grad(),
-        ReadAhead(for_device(batches, world.device), _READ_AHEAD_BATCHES) as ahead,
-    ):
-        for batch in _until_all_end(ahead, world, asked_to_end, length=spec.sequence_length):
-            if bytes_of_tokens is not None:
-                counted = batch.labels[batch.labels != IGNORE_INDEX]
-                num_bytes += int(bytes_of_tokens[counted].sum())
-            in_forward(student, add, batch.to(world.device))
-    reshard(student)
-    student.train(was_training)
+    try:
+        with (
+            torch.no_grad(),
+            ReadAhead(for_device(batches, world.device), _READ_AHEAD_BATCHES) as ahead,
+        ):
+            for batch in _until_all_end(ahead, world, asked_to_end, length=spec.sequence_length):
+                if bytes_of_tokens is not None:
+                    counted = batch.labels[batch.labels != IGNORE_INDEX]
+                    num_bytes += int(bytes_of_tokens[counted].sum())
+                in_forward(student, add, batch.to(world.device))
+    finally:
+        reshard(student)
+        student.train(was_training)
     if world.largest(asked_to_end()):
         return None
     (num_bytes,) = world.sum_counts([num_bytes])

@@ -96,6 +96,8 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no division
             module.set_gradient_divide_factor(1.0)
+            # An expert that gets no token on one process may get some on another.
+            module.set_reduce_scatter_unused_params(True, recurse=False)
     _fill(model, whole, world)
     return student
 

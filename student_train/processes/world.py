@@ -10,8 +10,11 @@ place, and only the one that failed prints its error.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,9 +35,13 @@ from shards.errors import (
 )
 
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=BaseException)
 
 # How long a process waits for the others: longer than exporting a large student takes.
 _TIMEOUT = timedelta(hours=1)
+_GRACE_S = 3.0
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+_AGREED = "agreed_by_all_processes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +123,15 @@ class World:
             return
         first = next(rank for rank, count in enumerate(failed) if count)
         if error is not None and first == self.rank:
-            raise error
-        raise FailedElsewhereError(f"process {first} of this run failed") from error
+            raise _agreed(error)
+        elsewhere = FailedElsewhereError(f"process {first} of this run failed")
+        raise _agreed(elsewhere) from error
 
     def fail(self, error: LogitshardsError) -> NoReturn:
         """End all processes for a reason that all have found: one of them prints it."""
         if self.is_first:
-            raise error
-        raise FailedElsewhereError(str(error), error.exit_code)
+            raise _agreed(error)
+        raise _agreed(FailedElsewhereError(str(error), error.exit_code))
 
 
 @contextmanager
@@ -158,15 +166,62 @@ def joined(device: torch.device, environ: Mapping[str, str] = os.environ) -> Ite
     if rank:
         root.setLevel(logging.ERROR)
     try:
+        _check_devices(world)
         yield world
-    except RuntimeError as error:
+        dist.destroy_process_group()
+    except BaseException as error:
+        _leave(error, world)
         if not is_lost(error):
             raise
-        lost = "another process of this run ended; run the same command again to continue"
+        lost = (
+            f"another process of this run ended ({first_line(error)}); run the same command again"
+            " to continue"
+        )
         raise (RunError(lost) if world.is_first else FailedElsewhereError(lost)) from error
     finally:
         root.setLevel(level)
+
+
+def is_agreed(error: BaseException | None) -> bool:
+    """Whether all processes fail with this error or for its sake, at the same place."""
+    while error is not None:
+        if getattr(error, _AGREED, False):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _agreed(error: _E) -> _E:
+    setattr(error, _AGREED, True)
+    return error
+
+
+def _leave(error: BaseException, world: World) -> None:
+    """Leave a group because of an error, so that no process waits for another one.
+
+    If all leave for the same reason, those that print nothing wait a moment, because torchrun
+    kills the others when the first one ends. Taking NCCL down waits for the other processes, so one
+    that fails alone must not do that.
+    """
+    if is_agreed(error) or world.size == 1:
+        if isinstance(error, FailedElsewhereError) and _TORCHRUN in os.environ:
+            time.sleep(_GRACE_S)
         dist.destroy_process_group()
+    elif world.device.type == "cuda":
+        atexit.register(os._exit, 1)
+    else:
+        dist.destroy_process_group()
+
+
+def _check_devices(world: World) -> None:
+    """InputError if two processes have the same GPU."""
+    if world.device.type != "cuda":
+        return
+    uuid = str(torch.cuda.get_device_properties(world.device).uuid)
+    devices = world.from_all(f"{socket.gethostname()}, GPU {uuid}")
+    shared = {device for device in devices if devices.count(device) > 1}
+    if shared:
+        world.fail(InputError(f"several processes use one GPU ({min(shared)}); start one per GPU"))
 
 
 def is_lost(error: BaseException) -> bool:
