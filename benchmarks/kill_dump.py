@@ -55,7 +55,7 @@ OPTIONS: dict[str, list[list[str]]] = {
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["cli", "teacher_dump.dump", "tests.tiny_teacher", "pandas"])
 # Seconds between seeing a moment and the kill, at most.
-MOST_LATE_S = {TOKENISING: 1.0, TWO_NAMES: 0.0}
+MOST_LATE_S = {TOKENISING: 0.5, TWO_NAMES: 0.0}
 SIZES = (30_000, 60_000)  # tokens; the last shards of both are short
 
 
@@ -132,7 +132,7 @@ class Killer:
                 raise click.ClickException(f"{out}: {self._log.read_text()[-2000:]}")
             if is_over:
                 return False
-            time.sleep(self._random.random() * MOST_LATE_S.get(wanted, 0.003))
+            time.sleep(self._random.random() * MOST_LATE_S.get(wanted, 0.001))
             way = self._kill(processes, launch)
             is_hit = way == "SIGTERM" or is_now()
         finally:
@@ -145,13 +145,13 @@ class Killer:
         """Send the signal; what died."""
         victim = self._random.choice(processes)
         ways = ["process", "group", "SIGTERM"]
-        workers = _children_named(_id_of(victim), "RayWorker") if launch == "workers" else []
-        way = self._random.choice([*ways, "worker"] if workers else ways)
+        way = self._random.choice([*ways, "worker"] if launch == "workers" else ways)
         if way == "group":
             for process in processes:
                 _kill_group(process)
         elif way == "worker":
-            os.kill(self._random.choice(workers), signal.SIGKILL)
+            for worker in _children_named(_id_of(victim), "RayWorker")[:1]:
+                os.kill(worker, signal.SIGKILL)
         elif way == "process":
             victim.kill()
         else:
