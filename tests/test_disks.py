@@ -66,7 +66,10 @@ def _run(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", [(), ("--rank", "1", "--world-size", "2"), ("--workers", "2")])
+@pytest.mark.parametrize(
+    "launch", [(), ("--rank", "1", "--world-size", "2"), ("--workers", "2")],
+    ids=["alone", "rank", "workers"],
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("script", "reason"), [(FULL, "No space left on device"), (READ_ONLY, "Read-only file system")]
 )
