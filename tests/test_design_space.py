@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,20 +19,36 @@ ROOT = Path(__file__).parent.parent
 SMOKE = SCALES["smoke"]
 
 
+def command(folder: Path, *words: str) -> list[str]:
+    """The command line of a tiny grid."""
+    script = ROOT / "experiments" / "design_space" / "run.py"
+    options = ["--work", str(folder / "work"), "--results", str(folder / "results.csv")]
+    return [sys.executable, str(script), *options, "--scale", "smoke", "--questions", "1", *words]
+
+
 def run_grid(folder: Path, *words: str) -> str:
     """What the command prints."""
-    command = [sys.executable, str(ROOT / "experiments" / "design_space" / "run.py")]
-    options = ["--work", str(folder / "work"), "--results", str(folder / "results.csv")]
-    options += ["--scale", "smoke", "--questions", "1", *words]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(command(folder, *words), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grid after its first two cells: the full distributions, and labels alone."""
+    """A grid after its first two cells, the full distributions and the labels alone.
+
+    A signal stopped it while it trained the teacher.
+    """
     folder = tmp_path_factory.mktemp("grid")
+    with subprocess.Popen(command(folder), stdout=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout is not None
+        for line in stopped.stdout:
+            if line.startswith("$ train-student"):
+                assert (folder / "work" / "pid").read_text() == f"{stopped.pid}\n"
+                stopped.send_signal(signal.SIGTERM)
+                break
+        assert stopped.wait() == 128 + signal.SIGTERM
+    assert results.read(folder / "results.csv") == []
     run_grid(folder, "--runs", "2")
     return folder
 

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +36,7 @@ FIGURES = {
     "calibration_error": "calibration_error",
     "teacher_cross_entropy": "teacher_cross_entropy",
 }
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Failed(SystemExit):
@@ -46,9 +48,8 @@ class Commands:
 
     def __init__(self, minutes: float | None) -> None:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
-        self._child: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
+        for number in _SIGNALS:
+            signal.signal(number, _stop)
 
     def run(self, *words: object, output: Path | None = None) -> None:
         """Run a command, its output into a file if one is named. Failed, or SystemExit if stopped.
@@ -57,34 +58,32 @@ class Commands:
         """
         texts = [str(word) for word in words]
         print("$", *texts, flush=True)
-        stream = None if output is None else output.open("wb")
-        try:
-            self._child = subprocess.Popen(
-                [sys.executable, "cli.py", *texts], cwd=ROOT, stdout=stream
-            )
+        command = [sys.executable, "cli.py", *texts]
+        with nullcontext() if output is None else output.open("wb") as stream:
+            child = subprocess.Popen(command, cwd=ROOT, stdout=stream)
+            left = None if self._end is None else max(0.0, self._end - time.monotonic())
             try:
-                code = self._child.wait(self._seconds_left())
+                code = child.wait(left)
             except subprocess.TimeoutExpired:
-                self._end_child()
+                _end(child)
                 raise SystemExit("the time is over; the same command continues") from None
-        finally:
-            self._child = None
-            if stream is not None:
-                stream.close()
+            except BaseException:
+                _end(child)
+                raise
         if code:
             raise Failed(f"{texts[0]} ended with code {code}")
 
-    def _seconds_left(self) -> float | None:
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
 
-    def _end_child(self) -> None:
-        if self._child is not None and self._child.poll() is None:
-            self._child.terminate()
-            self._child.wait()
+def _stop(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
-    def _stop(self, number: int, _: object) -> None:
-        self._end_child()
-        raise SystemExit(128 + number)
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Let a command save its work. Only a signal that cannot be caught ends this earlier."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    child.terminate()
+    child.wait()
 
 
 class Grid:
@@ -95,16 +94,17 @@ class Grid:
         self._command = commands.run
         work.mkdir(parents=True, exist_ok=True)
         packages = self._scale.packages
-        self._corpus = work / f"corpus-{digest(list(packages))}.jsonl"
-        self.text = text.write_corpus(self._corpus, packages)[:12]
+        name = digest([list(packages), self._scale.held_out])
+        self._corpus = text.write_corpus(work / f"corpus-{name}", packages, self._scale.held_out)
+        self.text = self._corpus.sha256[:12]
         vocabulary = self._scale.vocab_size
         self._tokenizer = work / f"tokenizer-{vocabulary}-{self.text}"
-        text.write_tokenizer(self._tokenizer, self._corpus, vocabulary)
+        text.write_tokenizer(self._tokenizer, self._corpus.train, vocabulary)
 
     def prepare(self, cell: Cell) -> tuple[Path, Path]:
         """The datasets that a cell trains and is evaluated on. Failed if a command fails."""
         shards = self._dataset(cell.target, cell.teacher, cell.data)
-        return shards, self._dataset(FULL, BASE_TEACHER, 1)
+        return shards, self._evaluation()
 
     def run(self, cell: Cell, seed: int, shards: Path, evaluation: Path) -> dict[str, object]:
         """Train and evaluate a cell; returns its row. Failed if the run does."""
@@ -114,7 +114,7 @@ class Grid:
         options = cell.train_options(scale)
         run: Options = {"seed": seed, "eval-shards": str(evaluation)}
         self._train(out, scale.students[cell.student], shards, run | options)
-        figures, size = _last_validation(out), _description(shards)["splits"]["train"]
+        figures, size = _last_validation(out), _description(shards)
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         return {
             "settings": settings,
@@ -143,12 +143,29 @@ class Grid:
         described = _description_file(out)
         if not described.exists():
             if target == LM:
-                self._dump(out, options | {"tokenizer": str(self._tokenizer)})
+                options |= {"tokenizer": str(self._tokenizer)}
             else:
-                self._dump(out, options | {"teacher": str(self._teacher(teacher))})
+                options |= {"teacher": str(self._teacher(teacher))}
+            self._dump(out, self._corpus.train, options | {"held-out": 0})
             unfinished = described.with_suffix(".part")
             self._command("inspect-shards", out, "--json", output=unfinished)
             unfinished.replace(described)
+        return out
+
+    def _evaluation(self) -> Path:
+        """Full distributions on held-out documents, for all cells.
+
+        dump-logits needs a document outside the validation split, so a tenth is left unused.
+        """
+        scale = self._scale
+        tokens = scale.evaluation_tokens
+        options = scale.dump_options(FULL, 1) | {"max-tokens": tokens, "held-out": 0.9}
+        name = digest([self.text, scale.vocab_size, scale.teacher_settings(BASE_TEACHER), options])
+        out = self._work / "datasets" / f"evaluation-{name}"
+        if not (done := _description_file(out)).exists():
+            options |= {"teacher": str(self._teacher(BASE_TEACHER))}
+            self._dump(out, self._corpus.held_out, options)
+            done.touch()
         return out
 
     def _teacher(self, name: str) -> Path:
@@ -159,13 +176,14 @@ class Grid:
         if not (out / "model").exists():
             made_of = [self.text, scale.vocab_size, scale.layout]
             tokens = self._work / "datasets" / f"tokens-{digest(made_of)}"
-            self._dump(tokens, {"keep": "tokens", "tokenizer": str(self._tokenizer)})
+            options: Options = {"keep": "tokens", "held-out": 0, "tokenizer": str(self._tokenizer)}
+            self._dump(tokens, self._corpus.train, options)
             self._train(out, scale.teachers[name], tokens, scale.teacher_train)
         return out / "model"
 
-    def _dump(self, out: Path, options: Options) -> None:
+    def _dump(self, out: Path, corpus: Path, options: Options) -> None:
         words = _words(self._scale.layout | options)
-        self._command("dump-logits", "--corpus", self._corpus, "--out", out, *words)
+        self._command("dump-logits", "--corpus", corpus, "--out", out, *words)
 
     def _train(self, out: Path, model: Model, shards: Path, options: Options) -> None:
         """Train a model; a run that is finished is only opened."""

@@ -67,12 +67,13 @@ class Scale:
 
     vocab_size: int
     sequence_length: int
-    held_out: float
+    held_out: float  # fraction of the files of the text
+    evaluation_tokens: int  # of them
     sequences_per_shard: int
     packages: Sequence[str]
     teachers: Mapping[str, Model]
     teacher_train: Options
-    dataset_tokens: int  # of both splits
+    dataset_tokens: int
     dump: Options
     students: Mapping[str, Model]
     student_tokens: int
@@ -83,7 +84,6 @@ class Scale:
         """The options of dump-logits that all datasets share."""
         return {
             "sequence-length": self.sequence_length,
-            "held-out": self.held_out,
             "sequences-per-shard": self.sequences_per_shard,
         }
 
@@ -105,6 +105,7 @@ SCALES: Mapping[str, Scale] = {
         vocab_size=4096,
         sequence_length=256,
         held_out=0.04,
+        evaluation_tokens=66_000,
         sequences_per_shard=64,
         packages=PACKAGES,
         teachers={
@@ -116,7 +117,7 @@ SCALES: Mapping[str, Scale] = {
             "alpha": 0.0,
             "dtype": "bfloat16",
             "tokens": 5_000_000,
-            "batch-tokens": 8192,
+            "batch-tokens": 4096,
         },
         students={
             "0.5M": Model(hidden_size=80, layers=2, heads=5, learning_rate=3e-3),
@@ -126,13 +127,14 @@ SCALES: Mapping[str, Scale] = {
         dataset_tokens=1_600_000,
         dump={"engine": "vllm"},
         student_tokens=1_500_000,
-        train={"dtype": "float32", "batch-tokens": 4096},
+        train={"dtype": "float32", "batch-tokens": 2048},
     ),
     # Seconds: shows that every step works, nothing else.
     "smoke": Scale(
         vocab_size=300,
         sequence_length=32,
         held_out=0.2,
+        evaluation_tokens=600,
         sequences_per_shard=64,
         packages=("asyncio", "email", "logging", "multiprocessing", "unittest"),
         teachers={"4M": Model(hidden_size=64, layers=1, heads=2, learning_rate=3e-2)},

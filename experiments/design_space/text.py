@@ -1,9 +1,10 @@
 """The grid's text and its tokenizer: docstrings of packages that `make setup` installs.
 
-A document is a source file of one of PACKAGES or of Python's standard library: its docstrings of at
-least MIN_CHARACTERS, in order, without those that an earlier file has. Documents are shuffled by a
-hash of their text, so that the front of the corpus is a sample of it. The text depends on the
-versions of Python and of the packages, so every row of the results names its hash.
+A file is a source file of one of the packages or of Python's standard library: its docstrings of at
+least MIN_CHARACTERS, in order, without those that an earlier file has. A hash of a file's text
+decides whether it is held out. Documents are pieces of files, shuffled by a hash of their text: so
+any few sequences of the corpus come from many files, and the front of it is a sample of all. The
+text depends on the versions of Python and of the packages, so every row of the results names it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 STANDARD_LIBRARY = "stdlib"
 PACKAGES = (
@@ -29,30 +31,61 @@ PACKAGES = (
     "transformers",
 )
 NOT_EVERYWHERE = {"site-packages", "dist-packages", "test", "idlelib"}
-MIN_CHARACTERS = 200
+MIN_CHARACTERS, MAX_CHARACTERS = 200, 4000
+BETWEEN = "\n\n\n"
 EOS_TOKEN = "<|endoftext|>"
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def write_corpus(out: Path, packages: Sequence[str]) -> str:
-    """Write the documents as JSON lines unless they are there; returns the SHA-256 of the file."""
-    if not out.exists():
-        texts = sorted(documents(packages), key=lambda text: hashlib.sha256(text.encode()).digest())
-        temporary = out.with_suffix(".part")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-        temporary.replace(out)
-    return hashlib.sha256(out.read_bytes()).hexdigest()
+class Corpus(NamedTuple):
+    """Two files of JSON lines, and a hash of both."""
+
+    train: Path
+    held_out: Path
+    sha256: str
 
 
-def documents(packages: Sequence[str]) -> Iterator[str]:
+def write_corpus(folder: Path, packages: Sequence[str], held_out: float) -> Corpus:
+    """Write the documents of a fraction of the files and those of the others, unless there."""
+    files = Path(folder / "train.jsonl"), Path(folder / "held-out.jsonl")
+    if not folder.exists():
+        texts = list(file_texts(packages))
+        unfinished = folder.with_name(folder.name + ".part")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for file, wanted in zip(files, (False, True), strict=True):
+            chosen = [text for text in texts if (_chance(text) < held_out) == wanted]
+            documents = sorted((piece for text in chosen for piece in pieces(text)), key=_chance)
+            with (unfinished / file.name).open("w", encoding="utf-8") as stream:
+                stream.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+        unfinished.rename(folder)
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return Corpus(*files, digest)
+
+
+def file_texts(packages: Sequence[str]) -> Iterator[str]:
     """The docstrings of each source file that has any."""
     seen: set[str] = set()
     for path in source_files(packages):
         found = [text for text in docstrings(path) if text not in seen]
         seen.update(found)
         if found:
-            yield "\n\n\n".join(found)
+            yield BETWEEN.join(found)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A file's docstrings in pieces of about MAX_CHARACTERS, a longer docstring in one."""
+    piece = ""
+    for part in text.split(BETWEEN):
+        if piece and len(piece) + len(part) > MAX_CHARACTERS:
+            yield piece
+            piece = ""
+        piece = f"{piece}{BETWEEN}{part}" if piece else part
+    yield piece
+
+
+def _chance(text: str) -> float:
+    """A number in [0, 1) that belongs to a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2.0**64
 
 
 def source_files(packages: Sequence[str]) -> Iterator[Path]:
