@@ -182,7 +182,13 @@ class Student:
         self.loss_of = _loss_of(variant)
         self.optimizer = make_optimizer(self.model, options)
         self.autocast = autocast_for(shape.dtype, device)
-        prepare_blocks(options, self.model.train())
+        prepare_blocks(
+            options,
+            self.model.train(),
+            sequence_length=length,
+            packed=False,
+            autocast=self.autocast,
+        )
         peak = peak_tokens_per_s(self.model, length, shape.dtype, device)
         self.clock = StepClock(device, peak)
 

@@ -72,7 +72,7 @@ def click_option(option: OptionField) -> click.Option:
     if not option.required and option.default is not None and not is_mapping(option.kind):
         attributes["default"] = option.default
     if option.kind is bool:
-        name += f"/--no-{name.removeprefix('--')}" if option.default else ""
+        name += "" if option.default is False else f"/--no-{name.removeprefix('--')}"
         return click.Option([name, option.name], is_flag=True, **attributes)
     kind, multiple = _type_of(option)
     return click.Option([name, option.name], type=kind, multiple=multiple, **attributes)

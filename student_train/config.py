@@ -160,7 +160,11 @@ class TrainConfig:
         default="auto",
         choices=("auto", "cuda", "cpu"),
     )
-    compile: bool = option("Compile the student's blocks with torch.compile.", default=False)
+    compile: bool | None = option(
+        "Compile the student's blocks with torch.compile.",
+        default=None,
+        shown_default="on a GPU",
+    )
     gradient_checkpointing: bool = option(
         "Recompute the activations of the blocks instead of keeping them.", default=False
     )

@@ -222,7 +222,7 @@ def make_setting(config: TrainConfig, spec: DatasetSpec, world_size: int) -> Set
         world_size=world_size,
         bfloat16=config.dtype == "bfloat16",
         checkpointing=config.gradient_checkpointing,
-        compiled=bool(config.compile),
+        compiled=config.compile is not False,
         packed=packed_length(spec) is not None,
         tempered=config.student_temperature != 1,
     )

@@ -38,7 +38,7 @@ from student_train.evaluation.tasks import (
 from student_train.live_teacher import LiveTeacher
 from student_train.loop import Training
 from student_train.memory import check_memory
-from student_train.model.blocks import decoder_blocks, prepare_blocks, try_compiled
+from student_train.model.blocks import decoder_blocks, prepare_blocks
 from student_train.model.model import (
     check_sizes,
     default_learning_rate,
@@ -221,31 +221,28 @@ def _make_student(prepared: _Prepared, world: World) -> PreTrainedModel | Sharde
 
     model = world.together(make)
     packed = [other for other in read if packed_length(other.spec) is not None]
-    alone = not is_sharded(world)
-    if alone:
-        model.to(world.device)
     autocast = autocast_for(config.dtype, world.device)
-    if packed:
-        # A model that will be sharded may be too large for one device.
-        probe = model if alone else world.together(lambda: shallow_copy(model)).to(world.device)
-        world.together(
-            lambda: block_at_joints(
-                config.student, probe, packed[0].path, length=length, autocast=autocast
-            )
+    probe = model
+    if is_sharded(world):  # it may be too large for one device
+        probe = world.together(lambda: shallow_copy(model))
+    probe.to(world.device)
+
+    def prepare() -> None:
+        if packed:
+            block_at_joints(config.student, probe, packed[0].path, length=length, autocast=autocast)
+            model.set_attn_implementation(probe.config._attn_implementation)
+        prepare_blocks(
+            config,
+            model.train(),
+            sequence_length=length,
+            packed=bool(packed),
+            autocast=autocast,
+            probe=probe.train(),
         )
-        model.set_attn_implementation(probe.config._attn_implementation)
-    world.together(lambda: prepare_blocks(config, model))
+
+    world.together(prepare)
     precision = precision_for(config.dtype, world.device)
-    student = shard(model, decoder_blocks(model), world, precision).train()
-    try_compiled(
-        config,
-        student,
-        sequence_length=length,
-        packed=bool(packed),
-        device=world.device,
-        autocast=autocast_for(config.dtype, world.device, sharded=not alone),
-    )
-    return student
+    return shard(model, decoder_blocks(model), world, precision).train()
 
 
 def _export(

@@ -10,8 +10,8 @@
 
 A run rejects other settings and names every difference, because no single command would describe
 the student. Paths, `save_every` and `eval_tasks` may change: the student does not depend on them.
-`device`, `micro_batch_sequences` and `gradient_checkpointing` may change too, for a run that moves
-to another machine or had too little memory: they only change how sums are rounded.
+`device`, `compile`, `micro_batch_sequences` and `gradient_checkpointing` may change too, for a run
+that moves to another machine or had too little memory: they only change how sums are rounded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from student_train.model.presets import PRESETS
 
 _NOT_COMPARED = (
     *("shards", "eval_shards", "eval_tasks", "student", "teacher", "out", "save_every"),
-    *("micro_batch_sequences", "gradient_checkpointing", "device"),
+    *("micro_batch_sequences", "gradient_checkpointing", "device", "compile"),
 )
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 _RUN = "run.json"

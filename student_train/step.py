@@ -149,5 +149,11 @@ def _local(gradient: Tensor) -> Tensor:
 def batch_loss(model: PreTrainedModel, batch: Batch, *, objective: Objective) -> Loss:
     """The summed loss of a batch on the model's device."""
     hidden = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)
-    labels, targets = batch.labels.flatten(), batch.targets(objective)
-    return distillation_loss(hidden, head_weight(model), labels, targets, objective)
+    return distillation_loss(
+        hidden,
+        head_weight(model),
+        batch.labels.flatten(),
+        batch.targets(objective),
+        objective,
+        num_labels=batch.num_valid,
+    )

@@ -459,9 +459,34 @@ def test_blocks_that_cannot_be_compiled_are_refused_before_anything_is_written(
     with pytest.raises(InputError, match=r"Llama.* does not run with --compile: no compiler$"):
         run(config)
     monkeypatch.setattr("student_train.model.blocks.decoder_blocks", lambda model: [])
-    with pytest.raises(InputError, match="does not name its blocks"):
+    with pytest.raises(InputError, match="--compile: it does not name its blocks"):
         run(config)
     assert not config.out.exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns within
+def test_blocks_that_only_the_default_compiles_go_on_without_it(
+    shards: Path,
+    student: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler\nand a long story")
+
+    config = make_config(shards, student, tmp_path / "plain")
+    expected = run(config)
+    # The only thing that makes this model one on a GPU, where blocks are compiled by default.
+    monkeypatch.setattr(
+        "student_train.model.blocks.compiles_by_default", lambda device: device.type == "cpu"
+    )
+    compile_with(monkeypatch, broken)
+    torch.compiler.reset()
+    found = run(replace(config, out=tmp_path / "out"))
+    assert "LlamaForCausalLM runs without --compile: no compiler" in caplog.text
+    assert found["validation_cross_entropy"] == expected["validation_cross_entropy"]
+    run(replace(config, out=tmp_path / "other", compile=False))
 
 
 def test_a_finished_run_is_left_as_it_is(shards: Path, student: str, tmp_path: Path) -> None:

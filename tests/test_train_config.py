@@ -12,6 +12,7 @@ import pytest
 
 from shards.options import OptionError
 from student_train.config import TrainConfig
+from tests.command_runs import COMPLETE, parsed
 
 GIVEN: dict[str, Any] = {
     "shards": [Path("shards")],
@@ -67,6 +68,17 @@ def test_a_value_that_cannot_be_meant_is_refused_by_its_option(name: str, value:
     assert caught.value.as_flag() == f"--{name.replace('_', '-')}{message.removeprefix(name)}"
     assert "expected" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [([], None), (["--compile"], True), (["--no-compile"], False)]
+)
+def test_compiling_is_asked_for_turned_off_or_left_to_the_device(
+    words: list[str], expected: bool | None
+) -> None:
+    config = parsed("train-student", *COMPLETE["train-student"], *words)["TrainConfig"]
+    assert isinstance(config, TrainConfig)
+    assert config.compile is expected
 
 
 def test_all_settings_are_plain_json() -> None:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.gpu.check import Figures, expect, find_device, peak_bytes
 from benchmarks.selection_speed import seconds_of
 from student_train.config import TrainConfig
-from student_train.model.blocks import prepare_blocks, try_compiled
+from student_train.model.blocks import prepare_blocks
 from student_train.model.model import hidden_states
 from student_train.model.packed_attention import block_at_joints
 from student_train.step import autocast_for
@@ -197,12 +197,4 @@ def _compile(
         micro_batch_sequences=size[0],
         compile=True,
     )
-    prepare_blocks(config, model)
-    try_compiled(
-        config,
-        model,
-        sequence_length=size[1],
-        packed=True,
-        device=model.device,
-        autocast=autocast,
-    )
+    prepare_blocks(config, model, sequence_length=size[1], packed=True, autocast=autocast)

@@ -50,6 +50,7 @@ from student_train.evaluation.sums import (
 from student_train.model.model import head_weight, hidden_states
 from student_train.objective.kept_entries import KeptEntries
 from student_train.objective.loss import IGNORE_INDEX, split_evenly
+from student_train.objective.products import tensor_float32
 from student_train.processes.sharding import Sharded, in_forward, reshard
 from student_train.processes.world import World
 
@@ -73,10 +74,12 @@ def evaluate(
     """The figures above over a whole split, and `tokens`; leaves the model's mode as it was.
 
     bytes_of_tokens [V] int64 is that of `token_bytes.py`. `autocast` surrounds the model without
-    its head, whose logits are always float32. The processes of `world` evaluate a part of the row
-    groups each, and all return the figures of the whole. None if any was `asked_to_end` before
-    the end. InputError if no position of the split counts, RunError for a student that returns NaN
-    or infinity.
+    its head, whose logits are always float32; on a GPU its products are TF32 if the hidden states
+    are bfloat16. The processes of `world` evaluate a part of the row groups each, and all return
+    the figures of the whole. None if any was `asked_to_end` before the end.
+
+    InputError if no position of the split counts, RunError for a student that returns NaN or
+    infinity.
     """
     spec = split.spec
     totals = world.together(lambda: counted_totals(split))
@@ -221,8 +224,10 @@ def _add_batch(
     block_bytes = _CPU_BLOCK_BYTES if hidden.device.type == "cpu" else _GPU_BLOCK_BYTES
     blocks = split_evenly(rows, block_bytes // (4 * len(weight)))
     padded = entries.padded_blocks(blocks)
+    wide, narrow_states = weight.float(), hidden.dtype == torch.bfloat16
     for block, (ids, logprobs) in zip(blocks, padded, strict=True):
-        logits = hidden[block].float() @ weight.float().T
+        with tensor_float32(narrow_states):
+            logits = hidden[block].float() @ wide.T
         prediction = predict(logits)
         bins += calibration_bins(prediction, labels[block])
         sums += position_sums(

@@ -6,6 +6,7 @@ nothing faster. A checkpointed block is compiled inside its checkpoint.
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 
 import torch
@@ -14,67 +15,80 @@ from transformers import PreTrainedModel
 from shards.errors import InputError, first_line
 from student_train.config import TrainConfig
 from student_train.model.model import hidden_states
-from student_train.processes.sharding import Sharded, in_forward
+
+logger = logging.getLogger(__name__)
 
 
-def prepare_blocks(config: TrainConfig, model: PreTrainedModel) -> None:
+def prepare_blocks(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    *,
+    sequence_length: int,
+    packed: bool,
+    autocast: AbstractContextManager[object],
+    probe: PreTrainedModel | None = None,
+) -> None:
     """Apply `--gradient-checkpointing` and `--compile` to the blocks, before they are sharded.
 
-    InputError for a model that cannot.
+    Compiled ones are tried on a micro batch of full length, as it is trained on: those of `probe`,
+    a copy of the model on its device, or the model's own. InputError for a model or a machine that
+    cannot; blocks that nobody asked to compile stay as they are.
     """
-    name = _name(config, model)
+    probe = model if probe is None else probe
+    name = f"--student {config.student}: {type(model).__name__}"
     if config.gradient_checkpointing:
         try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for changed in {model, probe}:
+                changed.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise InputError(
                 f"{name} does not support --gradient-checkpointing: {error}"
             ) from error
-    if not config.compile:
+    if not (compiles_by_default(probe.device) if config.compile is None else config.compile):
         return
-    blocks = decoder_blocks(model)
-    if not blocks:
-        raise InputError(f"{name} does not name its blocks, which --compile needs")
-    for block in blocks:
-        block.compile()
-
-
-def try_compiled(
-    config: TrainConfig,
-    student: PreTrainedModel | Sharded,
-    *,
-    sequence_length: int,
-    packed: bool,
-    device: torch.device,
-    autocast: AbstractContextManager[object],
-) -> None:
-    """Run compiled blocks on a micro batch of full length, as it is trained on. Collective.
-
-    InputError for a model or a machine that cannot.
-    """
-    if not config.compile:
-        return
-    shape = (config.micro_batch_sequences, sequence_length)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-    # Two sequences a line: a model that meets a joint makes another mask.
-    positions = torch.arange(sequence_length, device=device) % -(-sequence_length // 2)
-    places = positions.expand(shape) if packed else None
     try:
-        with autocast:
-            states = in_forward(student, hidden_states, tokens, places)
-        states.float().sum().backward()  # type: ignore[no-untyped-call]
+        _compile(config, probe, sequence_length, packed, autocast)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # those of torch.compile are among them
-        model = student.model if isinstance(student, Sharded) else student
-        raise InputError(
-            f"{_name(config, model)} does not run with --compile: {first_line(error)}"
-        ) from error
-    student.zero_grad(set_to_none=True)
+    except (InputError, RuntimeError) as error:  # those of torch.compile are among them
+        if config.compile:
+            raise InputError(f"{name} does not run with --compile: {first_line(error)}") from error
+        logger.warning("warning: %s runs without --compile: %s", name, first_line(error))
+        for block in decoder_blocks(probe):
+            block._compiled_call_impl = None
+        return
+    finally:
+        probe.zero_grad(set_to_none=True)
+    if probe is not model:
+        for block in decoder_blocks(model):
+            block.compile()
 
 
-def _name(config: TrainConfig, model: PreTrainedModel) -> str:
-    return f"--student {config.student}: {type(model).__name__}"
+def _compile(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    sequence_length: int,
+    packed: bool,
+    autocast: AbstractContextManager[object],
+) -> None:
+    """Compile the blocks, and run them once forwards and backwards."""
+    blocks = decoder_blocks(model)
+    if not blocks:
+        raise InputError("it does not name its blocks")
+    for block in blocks:
+        block.compile()
+    shape = (config.micro_batch_sequences, sequence_length)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=model.device)
+    # Two sequences a line: a model that meets a joint makes another mask.
+    positions = torch.arange(sequence_length, device=model.device) % -(-sequence_length // 2)
+    with autocast:
+        states = hidden_states(model, tokens, positions.expand(shape) if packed else None)
+    states.float().sum().backward()  # type: ignore[no-untyped-call]
+
+
+def compiles_by_default(device: torch.device) -> bool:
+    """Whether blocks are compiled if nobody says anything: on a GPU."""
+    return device.type == "cuda"
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:

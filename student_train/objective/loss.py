@@ -37,6 +37,7 @@ from student_train.objective.distillation import (
     distil,
     distil_tempered,
 )
+from student_train.objective.products import add_product, product, softmax_in_place
 
 IGNORE_INDEX = -100
 
@@ -69,17 +70,19 @@ def distillation_loss(
     targets: Targets | None,
     objective: Objective,
     *,
+    num_labels: int | None = None,
     block_bytes: int | None = None,
 ) -> Loss:
     """Loss of hidden [T, D] under the head weight [V, D] for labels [T] int64, -100 ignored; nats.
 
     `targets` is None if and only if alpha is 0. Under autocast the matrix products run in its
-    dtype. The result can be differentiated once.
+    dtype. The result can be differentiated once. `num_labels` is the number of labels that are not
+    ignored; without it a GPU waits until it has counted them.
     """
     if (targets is None) != (objective.alpha == 0):
         raise ValueError("targets are given if and only if alpha is above 0")
     sums = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, targets, objective, block_bytes
+        hidden, weight, labels, targets, objective, num_labels, block_bytes
     )
     return Loss(*sums)
 
@@ -95,6 +98,7 @@ class _FusedLoss(torch.autograd.Function):
         labels: Tensor,
         targets: Targets | None,
         objective: Objective,
+        num_labels: int | None,
         block_bytes: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
@@ -103,7 +107,7 @@ class _FusedLoss(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             blocks = _Blocks(hidden, weight.to(dtype), objective)
-            rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+            rows = labelled_rows(labels, num_labels)
             row_bytes = weight.shape[0] * blocks.sum_dtype.itemsize
             if block_bytes is None:
                 block_bytes = _block_bytes(device, row_bytes)
@@ -123,7 +127,15 @@ class _FusedLoss(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("the loss was differentiated twice; its gradients are used up")
         hidden, weight = gradients
-        return hidden.mul_(scale), weight.mul_(scale), None, None, None, None
+        return hidden.mul_(scale), weight.mul_(scale), None, None, None, None, None
+
+
+def labelled_rows(labels: Tensor, number: int | None) -> Tensor:
+    """Indices [N] of the labels [T] that are not ignored; `number` is N, None if not known."""
+    labelled = labels != IGNORE_INDEX
+    if number is None:
+        return labelled.nonzero().squeeze(1)
+    return torch.nonzero_static(labelled, size=number).squeeze(1)
 
 
 def split_evenly(rows: Tensor, limit: int) -> tuple[Tensor, ...]:
@@ -195,7 +207,7 @@ class _Blocks:
         if kept is not None:
             kept_logits = logits.gather(1, kept.ids)
             tempered = self._tempered_softmax(logits)
-        probabilities, logsumexp = _softmax_in_place(logits)
+        probabilities, logsumexp = softmax_in_place(logits)
         self.lm += (logsumexp - label_logits).sum()
         coefficient = torch.ones_like(label_logits)
         if kept is not None:
@@ -227,8 +239,7 @@ class _Blocks:
             same = self._weight.dtype == self.sum_dtype
             self._narrow = self._wide if same else self._weight.new_empty(shape)
         narrow, wide = self._narrow[: len(hidden)], self._wide[: len(hidden)]
-        torch.mm(hidden, self._weight.T, out=narrow)
-        return wide if wide.dtype == narrow.dtype else wide.copy_(narrow)
+        return product(hidden, self._weight.T, narrow, wide)
 
     def _tempered_softmax(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
         """Softmax [R, V] and logsumexp [R, 1] at the student's temperature, None if that is 1."""
@@ -237,7 +248,7 @@ class _Blocks:
         if len(self._tempered) < len(logits):
             self._tempered = torch.empty_like(logits)
         tempered = self._tempered[: len(logits)]
-        return _softmax_in_place(
+        return softmax_in_place(
             torch.div(logits, self._objective.student_temperature, out=tempered)
         )
 
@@ -249,21 +260,8 @@ class _Blocks:
         That gradient is of_logits [R, V] times coefficient [R, 1].
         """
         scaled = (hidden * coefficient).to(hidden.dtype)
-        if of_logits.dtype == self._weight.dtype:
-            self.weight_gradient.addmm_(of_logits.T, scaled)
-        else:
+        if of_logits.dtype != self._weight.dtype:
             of_logits = self._narrow[: len(hidden)].copy_(of_logits)
-            self.weight_gradient.add_(of_logits.T @ scaled)
-        product = (of_logits @ self._weight) * coefficient
-        self.hidden_gradient.index_copy_(0, rows, product.to(self.hidden_gradient.dtype))
-
-
-def _softmax_in_place(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, V] -> its softmax in the same memory, and logsumexp [R, 1].
-
-    torch.logsumexp would take six times as long as the softmax, which is one fused pass. It is told
-    from the largest logit and the largest probability, 1 / sum(exp(z - max)), which cannot vanish.
-    """
-    largest = logits.amax(1, keepdim=True)
-    probabilities = torch.softmax(logits, 1, out=logits)
-    return probabilities, largest - probabilities.amax(1, keepdim=True).log()
+        add_product(self.weight_gradient, of_logits.T, scaled)
+        gradient = (of_logits @ self._weight) * coefficient
+        self.hidden_gradient.index_copy_(0, rows, gradient.to(self.hidden_gradient.dtype))
