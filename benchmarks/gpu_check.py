@@ -12,6 +12,7 @@ selection            every keep method at V = 151,936, compiled and not, against
                      logits and beside plain softmax and topk; against a float64 reference
 transformers-engine  its rows against dense float64 logits; tokens/s
 train-step           whole steps of a 330M student, labels only and distilled: tokens/s, MFU, memory
+                     beside its estimate
 train-step-compiled  the same with compiled blocks; its losses against those without
 resume               kill -9 of a run, then the same command: its metrics against a run left alone
 gpu-tests            the tests marked `gpu`

@@ -45,7 +45,7 @@ def resume(folder: Path, small: bool) -> Figures:
     words = [
         *("train-student", "--shards", str(dataset.path), "--student", "demo"),
         *("--tokens", str(scale.steps * batch_tokens), "--batch-tokens", str(batch_tokens)),
-        *("--save-every", str(scale.save_every), "--out"),
+        *("--save-every", str(scale.save_every), "--no-compile", "--out"),
     ]
     whole, killed = folder / "whole", folder / "killed"
     run(*words, str(whole))

@@ -12,7 +12,7 @@ import statistics
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from benchmarks.gpu.check import Figures, expect, peak_bytes
 from benchmarks.synthetic_shards import make_shards
 from benchmarks.train_step import Shape, Student
 from shards.dataset import Dataset
+from student_train import memory
 
 
 class Scale(NamedTuple):
@@ -74,7 +75,10 @@ def _make_dataset(folder: Path, scale: Scale) -> Dataset:
 
 
 def _train(dataset: Dataset, scale: Scale, variant: str) -> Figures:
-    """Medians of the steps after the first `WARM_UP`, all losses, and the peak of memory."""
+    """Medians of the steps after the first `WARM_UP`, all losses, the peak of memory, its estimate.
+
+    The peak is of tensors on a GPU; the estimate has what CUDA's libraries take besides.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -84,10 +88,24 @@ def _train(dataset: Dataset, scale: Scale, variant: str) -> Figures:
         steps = [student.step() for _ in range(WARM_UP + scale.steps)]
     losses = [step["loss"] for step in steps]
     expect(all(map(math.isfinite, losses)), f"losses {losses}")
-    figures: Figures = {"losses": losses, "peak_bytes": peak_bytes()}
+    figures: Figures = {
+        "losses": losses,
+        "peak_bytes": peak_bytes(),
+        "estimated_bytes": _estimated_bytes(student.model.config, scale),
+    }
     measured = steps[WARM_UP:]
     for name in ("seconds", "tokens_per_s", "data_wait", "flop_utilisation"):
         values = [step[name] for step in measured if name in step]
         if values:  # no peak FLOP of this device are known
             figures[name] = statistics.median(values)
     return figures
+
+
+def _estimated_bytes(model_config: Any, scale: Scale) -> int:
+    """What train-student says before it starts that this takes on a GPU."""
+    setting = memory.Setting(
+        sequences=scale.shape.batch_sequences,
+        length=scale.sequence_length,
+        compiled=scale.shape.compile,
+    )
+    return memory.estimate(memory.Shape.of(model_config), setting).total
