@@ -35,7 +35,7 @@ def run_grid(folder: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grid after its first two cells, the full distributions and the labels alone.
+    """A grid after its first two cells, the labels alone and sampled targets.
 
     A signal stopped it while it trained the teacher.
     """
@@ -54,17 +54,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_cells_make_two_rows_by_their_settings(folder: Path) -> None:
-    full, plain = results.read(folder / "results.csv")
-    for row, target in ((full, "full"), (plain, "LM")):
+    plain, sampled = results.read(folder / "results.csv")
+    for row, target in ((plain, "LM"), (sampled, "threshold 0.05")):
         assert row["cell"] == target
         assert row["settings"] == Cell(question=1, target=target).hash(SMOKE)
         assert (row["seed"], row["scale"], row["tokens"]) == ("0", "smoke", "2048")
-    assert float(full["entries_per_token"]) == SMOKE.vocab_size
     assert float(plain["entries_per_token"]) == 0
-    assert float(full["bytes_per_token"]) > 50 > float(plain["bytes_per_token"]) > 1
-    assert json.loads(full["train"])["alpha"] == 1
+    assert 1 < float(sampled["entries_per_token"]) < 1 / 0.05 + 1
+    assert 1 < float(plain["bytes_per_token"]) < float(sampled["bytes_per_token"])
     assert json.loads(plain["train"])["alpha"] == 0
+    assert json.loads(sampled["train"])["alpha"] == 1
     assert json.loads(plain["dump"])["keep"] == "tokens"
+    assert json.loads(sampled["dump"])["keep"] == "threshold"
+    assert plain["teacher_cross_entropy"] == sampled["teacher_cross_entropy"]  # one evaluation
 
 
 def test_rows_hold_what_the_trainer_measured(folder: Path) -> None:

@@ -14,7 +14,6 @@ FULL, LM = "full", "LM"
 
 # Targets by name, as options of dump-logits. LM is the labels alone: tokens without a teacher.
 TARGETS: Mapping[str, Options] = {
-    FULL: {"keep": "top-p-k", "top-p": 1.0},  # top-k: the vocabulary
     LM: {"keep": "tokens"},
     "threshold 0.05": {"keep": "threshold", "threshold": 0.05},
     "top-p-k 0.95-100": {"keep": "top-p-k", "top-p": 0.95, "top-k": 100},
@@ -27,6 +26,7 @@ TARGETS: Mapping[str, Options] = {
     "threshold 0.2": {"keep": "threshold", "threshold": 0.2},
     "top-p-k 0.9-50": {"keep": "top-p-k", "top-p": 0.9, "top-k": 50},
     "k = 1": {"keep": "top-p-k", "top-p": 1.0, "top-k": 1},
+    FULL: {"keep": "top-p-k", "top-p": 1.0},  # top-k: the vocabulary. By far the most expensive
 }
 
 
