@@ -47,6 +47,7 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
+from torch.distributed import is_initialized
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -65,11 +66,13 @@ from student_train.data.batches import (
 from student_train.data.lines import Source
 from student_train.data.read_ahead import ReadAhead
 from student_train.flops import peak_tokens_per_s
-from student_train.model.blocks import prepare_blocks
+from student_train.model.blocks import decoder_blocks, prepare_blocks
 from student_train.model.model import head_weight, hidden_states
 from student_train.model.presets import PRESETS
 from student_train.objective.distillation import Objective
 from student_train.objective.loss import IGNORE_INDEX, Loss
+from student_train.processes.sharding import is_sharded, precision_for, shard
+from student_train.processes.world import World, joined
 from student_train.speed import StepClock
 from student_train.step import autocast_for, batch_loss, make_optimizer, optimizer_step
 
@@ -175,27 +178,32 @@ class Student:
             dtype=shape.dtype,
             compile=shape.compile,
         )
+        world = World(device=device)
+        if is_sharded(world) and not is_initialized():
+            stack.enter_context(joined(device, {}))
         self.model = LlamaForCausalLM(LlamaConfig(**config)).to(device)
         self.batches: Iterator[Batch] = stack.enter_context(
             ReadAhead(for_device(batches, device), 2)
         )
         self.loss_of = _loss_of(variant)
-        self.optimizer = make_optimizer(self.model, options)
-        self.autocast = autocast_for(shape.dtype, device)
         prepare_blocks(
             options,
             self.model.train(),
             sequence_length=length,
             packed=False,
-            autocast=self.autocast,
+            autocast=autocast_for(shape.dtype, device),
         )
+        precision = precision_for(shape.dtype, device)
+        self.student = shard(self.model, decoder_blocks(self.model), world, precision)
+        self.optimizer = make_optimizer(self.student, options)
+        self.autocast = autocast_for(shape.dtype, device, sharded=is_sharded(world))
         peak = peak_tokens_per_s(self.model, length, shape.dtype, device)
         self.clock = StepClock(device, peak)
 
     def step(self) -> dict[str, float]:
         """Figures of one step, `loss`, `seconds` and `data_wait` among them."""
         result = optimizer_step(
-            self.model,
+            self.student,
             self.optimizer,
             self.clock.waiting(islice(self.batches, 1)),
             self.loss_of,

@@ -227,7 +227,7 @@ def _finish(
     for name in joined:  # a listing may be older than what another machine wrote
         if not (temporary / _WEIGHTS / name).is_file():
             raise RuntimeError(
-                f"{name}, the part of another process, is not there; all processes need one folder"
+                f"{name}, the part of another process, is missing; all processes need one folder"
             )
     (temporary / _HASHES).write_text(json.dumps(joined, indent=2) + "\n", encoding="utf-8")
     (temporary / _PROGRESS).write_text(_to_text(progress), encoding="utf-8")

@@ -177,8 +177,9 @@ def _train(prepared: _Prepared, world: World) -> dict[str, Json]:
     step_sequences, num_steps = plan_steps(config, dataset)
 
     def check() -> None:
-        model_config = student_config(config.student, dataset)
-        check_memory(config, model_config, dataset.spec, world.size, world.device)
+        if world.device.type == "cuda":
+            model_config = student_config(config.student, dataset)
+            check_memory(config, model_config, dataset.spec, world.size, world.device)
 
     world.together(check)
     teacher = None

@@ -23,6 +23,7 @@ from student_train.objective import products
 from student_train.objective.distillation import Objective
 from student_train.objective.loss import _Blocks, distillation_loss
 from student_train.objective.products import add_product, softmax_in_place, tensor_float32
+from student_train.processes.world import World
 from student_train.step import batch_loss
 from tests.kept_entries import make_targets
 from tests.tiny_dataset import VOCAB_SIZE, make_dataset
@@ -193,7 +194,7 @@ def test_an_evaluation_of_bfloat16_states_may_round_its_head_and_no_other(
                 model.to(dtype),
                 dataset.split("validation"),
                 batch_sequences=2,
-                device=torch.device("cpu"),
+                world=World(device=torch.device("cpu")),
                 autocast=nullcontext(),
             )
         of_head = {value for shape, value in found.precisions.items() if shape[1] == VOCAB_SIZE}
