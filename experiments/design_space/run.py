@@ -26,7 +26,15 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.design_space import results, text
 from experiments.design_space.grid import BASE_TEACHER, Cell, runs
-from experiments.design_space.scales import FULL, LM, SCALES, Model, Options, digest
+from experiments.design_space.scales import (
+    FULL,
+    LM,
+    SCALES,
+    WITHOUT_TEACHER,
+    Model,
+    Options,
+    digest,
+)
 
 RESULTS = Path(__file__).parent / "results.csv"
 FIGURES = {
@@ -113,8 +121,12 @@ class Grid:
         out = self._work / "runs" / f"{settings}-{self.text}-{seed}"
         options = cell.train_options(scale)
         run: Options = {"seed": seed, "eval-shards": str(evaluation)}
+        run |= {"teacher": str(self._teacher(cell.teacher))} if cell.target == FULL else {}
         self._train(out, scale.students[cell.student], shards, run | options)
         figures, size = _last_validation(out), _description(shards)
+        if cell.target == FULL:  # as stored in bfloat16, which nobody does
+            vocabulary = scale.vocab_size
+            size |= {"bytes_per_token": 2 * vocabulary, "entries_per_token": vocabulary}
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         return {
             "settings": settings,
@@ -137,12 +149,14 @@ class Grid:
         """The shards of a target, by a teacher."""
         scale = self._scale
         options = scale.dump_options(target, data)
-        made_of = None if target == LM else scale.teacher_settings(teacher)
+        tokens_alone = target in WITHOUT_TEACHER
+        made_of = None if tokens_alone else scale.teacher_settings(teacher)
         name = digest([self.text, scale.vocab_size, scale.layout, made_of, options])
-        out = self._work / "datasets" / f"{target.replace(' ', '-')}-{name}"
+        label = LM if tokens_alone else target
+        out = self._work / "datasets" / f"{label.replace(' ', '-')}-{name}"
         described = _description_file(out)
         if not described.exists():
-            if target == LM:
+            if tokens_alone:
                 options |= {"tokenizer": str(self._tokenizer)}
             else:
                 options |= {"teacher": str(self._teacher(teacher))}
@@ -158,8 +172,7 @@ class Grid:
         dump-logits needs a document outside the validation split, so a tenth is left unused.
         """
         scale = self._scale
-        tokens = scale.evaluation_tokens
-        options = scale.dump_options(FULL, 1) | {"max-tokens": tokens, "held-out": 0.9}
+        options = scale.evaluation_options
         name = digest([self.text, scale.vocab_size, scale.teacher_settings(BASE_TEACHER), options])
         out = self._work / "datasets" / f"evaluation-{name}"
         if not (done := _description_file(out)).exists():

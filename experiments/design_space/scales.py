@@ -12,10 +12,13 @@ from experiments.design_space.text import PACKAGES
 Options = dict[str, str | float]
 FULL, LM = "full", "LM"
 
-# Targets by name, as options of dump-logits. LM is the labels alone: tokens without a teacher.
+# Targets by name, as options of dump-logits. LM is the labels alone: tokens without a teacher. FULL
+# is the same tokens with the teacher beside the student, which gives its whole distribution.
+WITHOUT_TEACHER = (LM, FULL)
 TARGETS: Mapping[str, Options] = {
     LM: {"keep": "tokens"},
     "threshold 0.05": {"keep": "threshold", "threshold": 0.05},
+    FULL: {"keep": "tokens"},
     "top-p-k 0.95-100": {"keep": "top-p-k", "top-p": 0.95, "top-k": 100},
     "draws 50": {"keep": "draws", "draws": 50},
     "k = 12": {"keep": "top-p-k", "top-p": 1.0, "top-k": 12},
@@ -26,7 +29,6 @@ TARGETS: Mapping[str, Options] = {
     "threshold 0.2": {"keep": "threshold", "threshold": 0.2},
     "top-p-k 0.9-50": {"keep": "top-p-k", "top-p": 0.9, "top-k": 50},
     "k = 1": {"keep": "top-p-k", "top-p": 1.0, "top-k": 1},
-    FULL: {"keep": "top-p-k", "top-p": 1.0},  # top-k: the vocabulary. By far the most expensive
 }
 
 
@@ -96,8 +98,13 @@ class Scale:
     def dump_options(self, target: str, data: float) -> Options:
         """The options of dump-logits for a target, but for the layout and paths."""
         options = TARGETS[target] | {"max-tokens": int(data * self.dataset_tokens)}
-        options |= {"top-k": self.vocab_size} if target == FULL else {}
-        return options if target == LM else options | self.dump
+        return options if target in WITHOUT_TEACHER else options | self.dump
+
+    @property
+    def evaluation_options(self) -> Options:
+        """The options of dump-logits for full distributions on the files that are held out."""
+        everything: Options = {"keep": "top-p-k", "top-p": 1.0, "top-k": self.vocab_size}
+        return everything | {"max-tokens": self.evaluation_tokens, "held-out": 0.9} | self.dump
 
 
 SCALES: Mapping[str, Scale] = {
