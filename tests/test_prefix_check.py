@@ -127,6 +127,28 @@ def test_an_engine_that_is_wrong_in_the_middle_of_a_prompt_writes_no_shard(
     assert not list(out.rglob("*.parquet"))
 
 
+class HasHardlyLearned(TransformersEngine):
+    """The tokens before a position hardly matter, as early in training."""
+
+    def logits(self, tokens: Int32Array) -> Iterator[torch.Tensor]:
+        whole = torch.cat(list(super().logits(tokens)))
+        yield 0.02 * whole
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_teacher_of_little_training_passes(
+    dtype: str,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(transformers_engine, "start", HasHardlyLearned)
+    caplog.set_level(logging.INFO)
+    run(_config(tiny_teacher, tmp_path / "out", keep=KEEPS[0], dtype=dtype))
+    assert SAYS_SO in caplog.text
+
+
 @pytest.mark.parametrize(
     ("keep", "dtype"), [*((keep, "bfloat16") for keep in KEEPS), (KEEPS[0], "float32")]
 )
