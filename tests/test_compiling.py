@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from teacher_dump.keep.compiling import CompiledLater, Function
+from teacher_dump.keep.compiling import CompiledLater, Function, uncompiled
 
 
 def double(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -43,6 +43,19 @@ def test_it_is_compiled_after_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> 
         assert compiler.calls == expected
         assert torch.equal(doubled, values * 2)
         assert torch.equal(sums, values.sum(-1))
+
+
+def test_nothing_is_compiled_in_a_block_that_wants_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiler = Compiler()
+    monkeypatch.setattr(torch, "compile", compiler)
+    later = CompiledLater(double, double, after_bytes=0)
+    for expected in (0, 1):
+        with uncompiled():
+            assert torch.equal(later(torch.ones(3, 2))[0], torch.full((3, 2), 2.0))
+        assert compiler.calls == expected
+        later(torch.ones(3, 2))
 
 
 def test_what_cannot_be_compiled_goes_on_and_says_so_once(

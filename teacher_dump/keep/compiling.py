@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -19,6 +21,17 @@ Function = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 WORTH_COMPILING = 1 << 30
 
 _logger = logging.getLogger(__name__)
+_may_compile = ContextVar("may_compile", default=True)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compile nothing in this block: results then do not depend on how much was done before."""
+    token = _may_compile.set(False)
+    try:
+        yield
+    finally:
+        _may_compile.reset(token)
 
 
 class CompiledLater:
@@ -35,6 +48,8 @@ class CompiledLater:
 
     def __call__(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the function makes of values [T, any]."""
+        if not _may_compile.get():
+            return self._plain(values)
         if self._bytes_left > 0 or torch._dynamo.config.disable:
             self._bytes_left -= values.nbytes
             return self._plain(values)
