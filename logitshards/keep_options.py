@@ -30,7 +30,7 @@ def keep_options(option: OptionField) -> dict[str, OptionField]:
     options: dict[str, OptionField] = {}
     methods: dict[str, list[str]] = {}
     for name, kind in KEEP_METHODS.items():
-        for own in options_of(kind).values():
+        for own in _options_of(kind, option).values():
             if options.setdefault(own.name, own) != own:
                 raise TypeError(f"keep methods {methods[own.name][0]} and {name} differ in {own}")
             methods.setdefault(own.name, []).append(name)
@@ -47,7 +47,7 @@ def build_keep(option: OptionField, given: Mapping[str, Any]) -> Keep:
     """
     kind = KEEP_METHODS[given.get(option.name) or option.default.method]
     values = {}
-    own = options_of(kind)
+    own = _options_of(kind, option)
     for name in keep_options(option):
         if name == option.name or name not in given:
             continue
@@ -60,6 +60,12 @@ def build_keep(option: OptionField, given: Mapping[str, Any]) -> Keep:
         if part.required and name not in values:
             raise OptionError(name, f": missing; --keep {kind.method} needs it")
     return kind(**values)
+
+
+def _options_of(kind: type[Keep], option: OptionField) -> dict[str, OptionField]:
+    """The options of a method that the command of `option` has."""
+    own = options_of(kind)
+    return {name: own[name] for name in own if name not in option.about.without}
 
 
 def _reason(name: str, kind: type[Keep]) -> str:

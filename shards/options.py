@@ -22,13 +22,15 @@ class Option:
     """What the command line shows for a field, besides its name, type and default.
 
     `choices` are all values that it takes. `metavar` stands for a value in the help text.
-    `shown_default` says what a default of None or of an empty list means.
+    `shown_default` says what a default of None or of an empty list means. `without` names options
+    of the parts of its value that the command does not have.
     """
 
     help: str
     choices: Sequence[str] = ()
     metavar: str | None = None
     shown_default: str | None = None
+    without: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,12 @@ def option(
     choices: Sequence[str] = (),
     metavar: str | None = None,
     shown_default: str | None = None,
+    without: Sequence[str] = (),
 ) -> Any:
     """A dataclass field that is an option; without a default it is required."""
-    about = Option(help=help, choices=choices, metavar=metavar, shown_default=shown_default)
+    about = Option(
+        help=help, choices=choices, metavar=metavar, shown_default=shown_default, without=without
+    )
     if default_factory is not None:
         return field(default_factory=default_factory, metadata={_KEY: about})
     return field(default=default, metadata={_KEY: about})
