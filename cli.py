@@ -16,6 +16,7 @@ from logitshards.commands import Group, command, version_option
 from logitshards.option_types import path_type
 from logitshards.show_options import InspectOptions, PlanOptions, ReportOptions
 from student_train.config import TrainConfig
+from student_train.own_logits.options import SaveLogits
 from teacher_dump.config import DumpConfig
 from teacher_dump.processes.ranks import ClusterOptions
 
@@ -59,8 +60,8 @@ def report(options: ReportOptions, runs: tuple[Path, ...]) -> None:
     click.echo(f"{options.out}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
 
 
-@command("train-student", TrainConfig, others=[report])
-def train_student(config: TrainConfig) -> None:
+@command("train-student", TrainConfig, SaveLogits, others=[report])
+def train_student(config: TrainConfig, saving: SaveLogits) -> None:
     """Train a student on the teacher's distributions in one or several datasets.
 
     Run the same command again to continue from the last checkpoint.
@@ -71,7 +72,7 @@ def train_student(config: TrainConfig) -> None:
     from student_train.evaluation.definitions import DEFINITIONS
     from student_train.run import run
 
-    for name, value in (run(config) or {}).items():
+    for name, value in (run(config, saving) or {}).items():
         parts = value if isinstance(value, list) else [value]
         texts = (f"{part:.6g}" if isinstance(part, float) else f"{part}" for part in parts)
         definition = DEFINITIONS.get(name.removeprefix("validation_"))

@@ -20,7 +20,7 @@ from shards.manifest import Manifest, SplitSize, load_manifest
 from shards.reader import RowGroup, ShardReader
 from shards.rows import Row
 from shards.sidecar import Sidecar, sidecar_path
-from shards.spec import DatasetSpec, differences
+from shards.spec import DatasetSpec, TrainingRun, differences
 from shards.tokenizer.files import check_tokenizer
 from shards.writer import shard_name
 
@@ -48,8 +48,8 @@ class Dataset:
             if missing:
                 raise ShardError(
                     f"{path}: {len(missing)} of {manifest.spec.layout.num_shards(size.sequences)}"
-                    f" shards of split {name} are missing; the same dump-logits command completes"
-                    " it"
+                    f" shards of split {name} are missing; the same {_command(manifest.spec)}"
+                    " command completes it"
                 )
         check_tokenizer(path, manifest.tokenizer_files)
         return cls(path, manifest)
@@ -70,6 +70,11 @@ class Dataset:
             names = ", ".join(self.split_names)
             raise ShardError(f"{self.path}: no split {name}; there is {names}")
         return Split(self.path / name, self.manifest.splits[name], self.spec)
+
+
+def _command(spec: DatasetSpec) -> str:
+    """The command that writes such a dataset."""
+    return "train-student" if isinstance(spec.teacher, TrainingRun) else "dump-logits"
 
 
 class Split(Closing):

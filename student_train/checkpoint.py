@@ -1,8 +1,9 @@
 """Checkpoints: everything that the next step depends on, in a folder that is complete or absent.
 
     checkpoints/step-00000100/weights/        float32 weights and AdamW's moments
+                              rows.arrow      with --save-logits: rows that are in no shard yet
                               progress.json   step, tokens, positions, last evaluation
-                              sha256.json     hashes of the files in weights/
+                              sha256.json     hashes of all files but the last two
 
 Each process writes its part of the weights (`torch.distributed.checkpoint`), and any number of
 processes continues from it. Reading compares every hash: the format itself would load a changed
@@ -23,7 +24,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,9 +88,16 @@ class Progress:
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, world: World
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: Progress,
+    world: World,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the checkpoint of a step and remove all but the newest. Collective.
+
+    `write_more` writes other files into its folder, in the first process.
 
     RunError if the disk fails, for any process.
     """
@@ -102,6 +110,8 @@ def save(
             _write_weights(temporary / _WEIGHTS, _state(model, optimizer), world)
             own = world.together(lambda: _own_hashes(temporary / _WEIGHTS, world))
             hashes = world.from_all(own)
+            if write_more is not None:
+                world.together(lambda: write_more(temporary) if world.is_first else None)
             world.together(lambda: _finish(temporary, final, hashes, progress, world))
         finally:
             if world.is_first:
@@ -205,12 +215,12 @@ def _own_errors(world: World) -> Iterator[None]:
 
 
 def _own_hashes(folder: Path, world: World) -> dict[str, str]:
-    """SHA-256 by name of the files that this process wrote."""
+    """SHA-256 of the files that this process wrote in weights/, by their paths in a checkpoint."""
     prefix = f"__{world.rank}_"
     names = [path.name for path in folder.iterdir() if path.name.startswith(prefix)]
     if world.is_first:
         names.append(".metadata")
-    return {name: path_sha256(folder / name) for name in names}
+    return {f"{_WEIGHTS}/{name}": path_sha256(folder / name) for name in names}
 
 
 def _finish(
@@ -225,10 +235,11 @@ def _finish(
         return
     joined = {name: digest for part in hashes for name, digest in part.items()}
     for name in joined:  # a listing may be older than what another machine wrote
-        if not (temporary / _WEIGHTS / name).is_file():
+        if not (temporary / name).is_file():
             raise RuntimeError(
                 f"{name}, the part of another process, is missing; all processes need one folder"
             )
+    joined |= {path.name: path_sha256(path) for path in temporary.iterdir() if path.is_file()}
     (temporary / _HASHES).write_text(json.dumps(joined, indent=2) + "\n", encoding="utf-8")
     (temporary / _PROGRESS).write_text(_to_text(progress), encoding="utf-8")
     name_folder(temporary, final)
@@ -240,7 +251,7 @@ def _check_hashes(path: Path, world: World) -> None:
     """ValueError for a file that is not what was written; each process reads some of them."""
     hashes = json.loads((path / _HASHES).read_text(encoding="utf-8"))
     for name in sorted(hashes)[world.rank :: world.size]:
-        if path_sha256(path / _WEIGHTS / name) != hashes[name]:
+        if path_sha256(path / name) != hashes[name]:
             raise ValueError(f"{name} was changed after it was written")
 
 

@@ -26,7 +26,7 @@ from student_train.model.student_tokenizer import check_tokenizer
 from student_train.objective.distillation import Objective
 from student_train.objective.kept_entries import KeptEntries
 from student_train.objective.loss import Loss
-from student_train.step import batch_loss
+from student_train.step import Seen, batch_loss
 
 
 class LiveTeacher:
@@ -51,9 +51,11 @@ class LiveTeacher:
         self._model.requires_grad_(False)
         self._vocab_size = datasets[0].spec.tokenizer.vocab_size
 
-    def loss_of(self, objective: Objective) -> Callable[[PreTrainedModel, Batch], Loss]:
-        """The summed loss of a student on a batch against this teacher."""
-        loss = partial(batch_loss, objective=objective)
+    def loss_of(
+        self, objective: Objective, seen: Seen | None = None
+    ) -> Callable[[PreTrainedModel, Batch], Loss]:
+        """The summed loss of a student against this teacher; `seen` is that of `batch_loss`."""
+        loss = partial(batch_loss, objective=objective, seen=seen)
         if not objective.alpha:
             return loss
         return lambda student, batch: loss(student, self.with_targets(batch))

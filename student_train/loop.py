@@ -37,6 +37,7 @@ from student_train.flops import peak_tokens_per_s
 from student_train.live_teacher import LiveTeacher
 from student_train.metrics import Metrics
 from student_train.overview import log_start, summarise
+from student_train.own_logits.saving import OwnLogits
 from student_train.processes.sharding import Sharded
 from student_train.processes.world import World
 from student_train.run_folder import RunFolder
@@ -81,6 +82,7 @@ class Training:
         folder: RunFolder,
         world: World,
         teacher: LiveTeacher | None = None,
+        own_logits: OwnLogits | None = None,
     ) -> None:
         self._config = config
         self._splits = splits
@@ -89,7 +91,9 @@ class Training:
         self._evaluation_dataset = evaluation_dataset
         self._folder = folder
         self._world = world
-        self._loss_of = partial(partial, batch_loss) if teacher is None else teacher.loss_of
+        self._own_logits = own_logits
+        loss_of = partial(partial, batch_loss) if teacher is None else teacher.loss_of
+        self._loss_of = loss_of if own_logits is None else partial(loss_of, seen=own_logits.seen)
         self._autocast = autocast_for(
             config.dtype, world.device, sharded=isinstance(student, Sharded)
         )
@@ -111,9 +115,12 @@ class Training:
         world, folder = self._world, self._folder.checkpoints
         newest = world.together(lambda: checkpoint.find_newest(folder) if world.is_first else None)
         newest = world.from_first(newest)
-        if newest is None:
-            return None
-        return checkpoint.load(newest, self._model, self._optimizer, world)
+        progress = None
+        if newest is not None:
+            progress = checkpoint.load(newest, self._model, self._optimizer, world)
+        if self._own_logits is not None:
+            self._own_logits.start(newest)
+        return progress
 
     def train(self, step_sequences: int, num_steps: int) -> None:
         """All steps that are left, with their evaluations and checkpoints."""
@@ -142,6 +149,7 @@ class Training:
                     step=done,
                     every=config.save_every,
                     world=self._world,
+                    own_logits=self._own_logits,
                 ),
                 clock=StepClock(self._world.device, peak),
                 display=TrainProgress(done, num_steps, peak),
@@ -190,9 +198,14 @@ class Training:
         self, process: _Process, step: int, alpha: float, rate: float, batches: Iterator[Batch]
     ) -> None:
         """The next step and its figures. RunError if the loss is not finite."""
+        own = self._own_logits
+        if own is not None:
+            own.begin_step(step)
         with process.saver.kept(lambda: self._progress):
             result = self._step(step, alpha, rate, process.clock.waiting(step_batches(batches)))
         self._count(step, result)
+        if own is not None:
+            own.end_step()
         speed = process.clock.step_done(result.num_tokens)
         figures = {
             "tokens": self._progress.tokens,
@@ -277,7 +290,7 @@ class Training:
             self._progress.positions,
             lines_done=self._progress.step * step_sequences,
             micro_batch_lines=self._config.micro_batch_sequences,
-            columns=columns_to_read(self._config),
+            columns=columns_to_read(self._config, segments=self._own_logits is not None),
             rank=self._world.rank,
             world_size=self._world.size,
         )

@@ -48,6 +48,9 @@ from student_train.model.model import (
     student_config,
 )
 from student_train.model.packed_attention import block_at_joints
+from student_train.own_logits.options import SaveLogits
+from student_train.own_logits.plan import SavePlan, describe, plan_saving
+from student_train.own_logits.saving import OwnLogits
 from student_train.processes.sharding import (
     Sharded,
     is_sharded,
@@ -56,16 +59,17 @@ from student_train.processes.sharding import (
     whole_weights,
 )
 from student_train.processes.world import World, joined
-from student_train.run_folder import RunFolder, describe_run, publish_folder
+from student_train.run_folder import RunFolder, describe_run, publish_folder, run_sha256
 from student_train.setup import find_evaluation_dataset, open_datasets, plan_steps
 from student_train.step import autocast_for
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: TrainConfig) -> dict[str, Json] | None:
+def run(config: TrainConfig, saving: SaveLogits | None = None) -> dict[str, Json] | None:
     """Train a student, or continue; returns the summary, for a finished run at once.
 
+    `saving` says what to save of the student's own distributions; None: nothing.
     One of the processes that torchrun started for this run. Only the first returns a summary.
 
     InputError, ShardError or IdentityMismatchError for what does not fit together, before anything
@@ -76,7 +80,7 @@ def run(config: TrainConfig) -> dict[str, Json] | None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         with joined(device) as world:
-            prepared = world.together(lambda: _prepare(config, world))
+            prepared = world.together(lambda: _prepare(config, saving or SaveLogits(), world))
             summary = world.from_first(prepared.folder.summary() if world.is_first else None)
             if summary is None:
                 summary = _train(prepared, world)
@@ -88,6 +92,9 @@ class _Prepared:
     """A run whose options and datasets fit together. `manager` knows the tasks that are missing."""
 
     config: TrainConfig
+    saving: SavePlan | None
+    step_sequences: int
+    num_steps: int
     datasets: Sequence[Dataset]
     evaluation_dataset: Dataset | None
     folder: RunFolder
@@ -96,7 +103,7 @@ class _Prepared:
     manager: Any
 
 
-def _prepare(config: TrainConfig, world: World) -> _Prepared:
+def _prepare(config: TrainConfig, options: SaveLogits, world: World) -> _Prepared:
     disable_progress_bar()
     datasets = open_datasets(config)
     evaluation_dataset = find_evaluation_dataset(config, datasets[0])
@@ -105,7 +112,17 @@ def _prepare(config: TrainConfig, world: World) -> _Prepared:
     for dataset in datasets:
         check_counted(dataset.split(TRAIN))
     folder = RunFolder(config.out)
-    description = describe_run(config, datasets, evaluation_dataset)
+    own_logits = None if options.save_logits is None else describe(options)
+    description = describe_run(config, datasets, evaluation_dataset, own_logits)
+    step_sequences, num_steps = plan_steps(config, datasets[0])
+    saving = plan_saving(
+        options,
+        config,
+        datasets,
+        run_sha256=run_sha256(description),
+        num_steps=num_steps,
+        step_sequences=step_sequences,
+    )
     tasks = list(dict.fromkeys(config.eval_tasks))
     manager = None
     if world.is_first:
@@ -118,6 +135,9 @@ def _prepare(config: TrainConfig, world: World) -> _Prepared:
             logger.info("%s: already finished, nothing to do", config.out)
     return _Prepared(
         config=config,
+        saving=saving,
+        step_sequences=step_sequences,
+        num_steps=num_steps,
         datasets=datasets,
         evaluation_dataset=evaluation_dataset,
         folder=folder,
@@ -174,7 +194,6 @@ def _train(prepared: _Prepared, world: World) -> dict[str, Json]:
     config, datasets, folder = prepared.config, prepared.datasets, prepared.folder
     dataset = datasets[0]
     splits = [other.split(TRAIN) for other in datasets]
-    step_sequences, num_steps = plan_steps(config, dataset)
 
     def check() -> None:
         if world.device.type == "cuda":
@@ -189,10 +208,13 @@ def _train(prepared: _Prepared, world: World) -> dict[str, Json]:
     student = _make_student(prepared, world)
     with ExitStack() as stack:
         world.together(lambda: _start(prepared, stack, world))
+        own = None if prepared.saving is None else OwnLogits(prepared.saving, world)
         training = Training(
-            config, splits, prepared.evaluation_dataset, student, folder, world, teacher
+            config, splits, prepared.evaluation_dataset, student, folder, world, teacher, own
         )
-        training.train(step_sequences, num_steps)
+        training.train(prepared.step_sequences, prepared.num_steps)
+        if own is not None:
+            own.finish()
         _export(student, dataset, folder, world)
         if not world.is_first:
             return {}
@@ -205,6 +227,8 @@ def _start(prepared: _Prepared, stack: ExitStack, world: World) -> None:
     """Lock and start the run's folder, by the first process."""
     if world.is_first:
         stack.enter_context(folder_lock(prepared.folder.path, "train-student"))
+        if prepared.saving is not None:
+            stack.enter_context(folder_lock(prepared.saving.path, "train-student"))
         prepared.folder.start(prepared.description)
 
 

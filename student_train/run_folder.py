@@ -28,7 +28,7 @@ from shards.dataset import Dataset
 from shards.errors import InputError
 from shards.files import durable
 from shards.files.checksums import path_sha256
-from shards.files.json_text import Json, json_differences
+from shards.files.json_text import Json, canonical_json, json_differences
 from student_train.config import TrainConfig
 from student_train.model.presets import PRESETS
 
@@ -109,11 +109,15 @@ class RunFolder:
 
 
 def describe_run(
-    config: TrainConfig, datasets: Sequence[Dataset], evaluation_dataset: Dataset | None
+    config: TrainConfig,
+    datasets: Sequence[Dataset],
+    evaluation_dataset: Dataset | None,
+    own_logits: Mapping[str, Json] | None = None,
 ) -> dict[str, Json]:
     """Everything that a run's result depends on, and the paths that were given.
 
-    The first dataset is `dataset`, the others are `dataset_2` and so on.
+    The first dataset is `dataset`, the others are `dataset_2` and so on. `own_logits` describes
+    what the run saves of its own distributions.
     """
     others = enumerate(datasets[1:], start=2)
     return {
@@ -125,7 +129,13 @@ def describe_run(
         "evaluation_dataset": None
         if evaluation_dataset is None
         else _describe_dataset(evaluation_dataset),
+        **({} if own_logits is None else {"own_logits": dict(own_logits)}),
     }
+
+
+def run_sha256(description: Mapping[str, Json]) -> str:
+    """A hash of what two runs must have in common to be the same one."""
+    return hashlib.sha256(canonical_json(_compared(description)).encode()).hexdigest()
 
 
 def publish_folder(final: Path, fill: Callable[[Path], None]) -> None:
@@ -202,7 +212,9 @@ def _compared(description: Mapping[str, Any]) -> dict[str, Any]:
     config = {
         key: value for key, value in description["config"].items() if key not in _NOT_COMPARED
     }
-    return {**description, "config": config}
+    own = description.get("own_logits")
+    own = {} if own is None else {"own_logits": {**own, "path": None}}
+    return {**description, "config": config, **own}
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """When to save a run: every few steps or by the clock, and when something ends it.
 
+With `--save-logits` also when a few full shards wait, so that memory stays bounded. They are
+published once the checkpoint that holds them has its name (`own_logits/waiting.py`).
+
 A checkpoint decides where a run continues, never what it computes. By the clock, the time between
 two checkpoints grows with the time of writing one, so that writing costs at most 2 %.
 """
@@ -18,6 +21,7 @@ from shards.errors import FailedElsewhereError, ShardError
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.metrics import Metrics
+from student_train.own_logits.saving import OwnLogits
 from student_train.processes.world import World, is_agreed
 from student_train.run_folder import RunFolder
 
@@ -39,6 +43,7 @@ class Saver:
         step: int,
         every: int | None,
         world: World,
+        own_logits: OwnLogits | None = None,
     ) -> None:
         self._folder = folder.checkpoints
         self._metrics = metrics
@@ -47,14 +52,19 @@ class Saver:
         self._saved_step = step
         self._every = every
         self._world = world
+        self._own_logits = own_logits
         self._due_at = time.monotonic() + _SAVE_EVERY_S
 
     def due(self, step: int) -> bool:
         """Whether a step that has just been made is to be saved. Collective."""
-        if self._every is not None:
-            return step % self._every == 0
-        overdue = self._world.is_first and time.monotonic() >= self._due_at
-        return bool(self._world.largest(overdue))
+        if self._every is not None and step % self._every == 0:
+            return True
+        own = self._own_logits
+        if self._every is not None and own is None:
+            return False
+        overdue = self._every is None and time.monotonic() >= self._due_at
+        full = own is not None and own.full
+        return bool(self._world.largest(self._world.is_first and (overdue or full)))
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint of a step, unless it is there. Collective.
@@ -65,8 +75,12 @@ class Saver:
             return
         started = time.monotonic()
         self._metrics.flush()
-        checkpoint.save(self._folder, self._model, self._optimizer, progress, self._world)
+        own = self._own_logits
+        more = None if own is None else own.write
+        checkpoint.save(self._folder, self._model, self._optimizer, progress, self._world, more)
         self._saved_step = progress.step
+        if own is not None:
+            own.publish()
         now = time.monotonic()
         self._due_at = now + max(_SAVE_EVERY_S, _OF_WRITING * (now - started))
 

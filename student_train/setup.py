@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from shards.dataset import Dataset, Split
 from shards.errors import IdentityMismatchError, InputError
 from shards.keep import Keep
-from shards.schema import ENTROPIES
+from shards.schema import ENTROPIES, SEGMENTS
 from shards.spec import VALIDATION
 from student_train.config import TrainConfig
 from student_train.data.batches import TAIL_COLUMNS, TARGET_COLUMNS, TOKEN_COLUMNS
@@ -72,8 +72,10 @@ def reads_entropies(config: TrainConfig, dataset: Dataset) -> bool:
     )
 
 
-def columns_to_read(config: TrainConfig) -> tuple[str, ...]:
-    """The columns of a dataset that the objective needs."""
+def columns_to_read(config: TrainConfig, *, segments: bool = False) -> tuple[str, ...]:
+    """The columns of a dataset that the objective needs, and `segments` if they are wanted."""
+    if segments:
+        return (*columns_to_read(config), SEGMENTS)
     if config.reads_tail:
         return TAIL_COLUMNS
     if not config.reads_entries:

@@ -29,6 +29,8 @@ from student_train.objective.loss import Loss, distillation_loss
 from student_train.processes.sharding import Sharded, in_forward
 from student_train.processes.world import World
 
+Seen = Callable[[Tensor, Tensor, Batch], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -146,12 +148,21 @@ def _local(gradient: Tensor) -> Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def batch_loss(model: PreTrainedModel, batch: Batch, *, objective: Objective) -> Loss:
-    """The summed loss of a batch on the model's device."""
+def batch_loss(
+    model: PreTrainedModel, batch: Batch, *, objective: Objective, seen: Seen | None = None
+) -> Loss:
+    """The summed loss of a batch on the model's device.
+
+    `seen` is called before it with the hidden states [B L, D], the head's weight [V, D] and the
+    batch, without gradients.
+    """
     hidden = hidden_states(model, batch.input_ids, batch.position_ids).flatten(0, 1)
+    weight = head_weight(model)
+    if seen is not None:
+        seen(hidden.detach(), weight.detach(), batch)
     return distillation_loss(
         hidden,
-        head_weight(model),
+        weight,
         batch.labels.flatten(),
         batch.targets(objective),
         objective,

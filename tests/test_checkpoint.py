@@ -56,6 +56,10 @@ def save(
     checkpoint.save(folder, model, optimizer, progress, ALONE)
 
 
+def write_more(folder: Path) -> None:
+    (folder / "more").write_bytes(bytes(range(100)))
+
+
 def load_newest(
     folder: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW
 ) -> Progress | None:
@@ -126,14 +130,16 @@ def test_what_was_killed_while_it_was_written_is_ignored_and_removed(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-FILES = ["weights/__0_0.distcp", "weights/.metadata", "progress.json", "sha256.json"]
+FILES = ["weights/__0_0.distcp", "weights/.metadata", "progress.json", "sha256.json", "more"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "a byte"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str, damage: str) -> None:
     model, optimizer = trained()
-    save(tmp_path, model, optimizer, make_progress(1))
+    progress = make_progress(1)
+    checkpoint.save(tmp_path, model, optimizer, progress, ALONE, write_more)
+    assert load_newest(tmp_path, model, optimizer) == progress
     file = tmp_path / "step-00000001" / name
     content = bytearray(file.read_bytes())
     if damage == "cut":

@@ -40,6 +40,7 @@ from student_train.data.placing import (
     positions_of,
 )
 from student_train.data.plan import Pick, dealt_lines, how_to_even_out, plan_steps
+from student_train.data.whole_lines import WholeLine, whole_lines
 from student_train.objective.distillation import Objective, Targets
 from student_train.objective.kept_entries import KeptEntries
 from student_train.objective.loss import IGNORE_INDEX
@@ -62,7 +63,8 @@ class Batch:
     is None, and so is a column that the dataset does not have. position_ids [B, L] int64 begin
     again with every packed sequence; None: each line is one. num_sequences are those of all lines,
     by the dataset that they are of. The last batch of an optimizer step, and no other, has
-    positions: where each dataset is after the step, of all ranks.
+    positions: where each dataset is after the step, of all ranks. `lines` are the sequences of the
+    B lines as their datasets have them, if the segments were read.
     """
 
     input_ids: Tensor
@@ -74,6 +76,7 @@ class Batch:
     tail_logmass: Tensor | None = None
     entropies: Tensor | None = None
     positions: tuple[Position, ...] | None = None
+    lines: tuple[WholeLine, ...] = ()
 
     def targets(self, objective: Objective) -> Targets | None:
         """The targets of all B L positions; None if there are none, or the objective needs none."""
@@ -252,7 +255,8 @@ def _mixed_batch(sources: Sequence[OwnLines], picks: Sequence[Pick], packed: int
     num_sequences = [0] * len(sources)
     for pick, line in zip(picks, lines, strict=True):
         num_sequences[pick.dataset] += len(line)
-    return make_batch(lines, packed=packed, num_sequences=tuple(num_sequences))
+    batch = make_batch(lines, packed=packed, num_sequences=tuple(num_sequences))
+    return replace(batch, lines=whole_lines([pick.number for pick in picks], lines))
 
 
 def _empty_batch(sources: Sequence[Source], columns: Sequence[str], packed: int | None) -> Batch:

@@ -95,10 +95,11 @@ def dealt_lines(
 
 
 class Pick(NamedTuple):
-    """The dataset that a line is of, and the line."""
+    """The dataset that a line is of, the line, and its number among all lines of its step."""
 
     dataset: int
     line: DealtLine
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +132,11 @@ def plan_steps(
         own: list[Pick] = []
         counts = [0] * world_size
         last: dict[int, DealtLine] = {}
-        for dataset in islice(choices, step_lines):
+        for number, dataset in enumerate(islice(choices, step_lines)):
             line = last[dataset] = next(lines[dataset])
             counts[line.rank] += 1
             if line.rank == rank:
-                own.append(Pick(dataset, line))
+                own.append(Pick(dataset, line, number))
         for dataset, line in last.items():
             positions[dataset] = line.position
         num_batches = -(-max(counts) // micro_batch_lines)

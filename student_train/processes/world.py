@@ -95,6 +95,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def to_first(self, value: _T) -> list[_T]:
+        """On the first process what every one gives here, by rank; else []. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
+
     def together(self, function: Callable[[], _T]) -> _T:
         """The result of a function that every process calls; if one fails, all fail. Collective.
 
