@@ -5,7 +5,8 @@ Each kill is `kill -9` of a run that has written a line of metrics: of its proce
 random time after that line, or while a checkpoint is being written: at least a fifth of the kills
 do. Some processes are killed earlier, while they start; these kills do not count. When a run has
 finished, the benchmark compares its weights and metrics byte for byte with those of the
-uninterrupted run, and starts the next run. float32 on a CPU, one thread.
+uninterrupted run, and starts the next run. With `--save-logits` a run also saves the student's own
+distributions, and the benchmark compares all files of these datasets. float32 on a CPU, one thread.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ import click
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from shards.files.durable import is_temporary
+
 COMPARED = ("model/model.safetensors", "metrics.jsonl")
 STARTING, WRITING, REMOVING, ELSEWHERE = (
     "starting",
@@ -39,7 +43,7 @@ SHARE_STARTING, SHARE_WRITING = 0.1, 0.2
 WRITING_S = 0.01  # of a checkpoint, from when its folder is seen
 
 
-def _command(folder: Path, out: Path, processes: int) -> list[str]:
+def _command(folder: Path, out: Path, processes: int, save_logits: bool) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     return [
         *(sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "cli.py")),
@@ -47,7 +51,32 @@ def _command(folder: Path, out: Path, processes: int) -> list[str]:
         *("--student", str(folder / "student.json"), "--out", str(out), "--dtype", "float32"),
         *("--tokens", "40960", "--batch-tokens", "256", "--micro-batch-sequences", "5"),
         *("--learning-rate", "0.01", "--save-every", "4", "--eval-every", "10"),
+        *(("--save-logits", str(_saved(out))) if save_logits else ()),
+        *(("--sequences-per-shard", "50", "--top-k", "8") if save_logits else ()),
     ]
+
+
+def _saved(out: Path) -> Path:
+    """The dataset that a run saves."""
+    return out.with_name(f"{out.name}-saved")
+
+
+def _differences(out: Path, whole: Path) -> list[str]:
+    """The files in which a run or its dataset is another than that of a run left alone."""
+    names = [Path(name) for name in COMPARED]
+    pairs = [(out / name, whole / name) for name in names]
+    saved = {
+        file.relative_to(folder)
+        for folder in (_saved(out), _saved(whole))
+        for file in folder.rglob("*")
+        if file.is_file() and not is_temporary(file.name)
+    }
+    pairs += [(_saved(out) / name, _saved(whole) / name) for name in sorted(saved)]
+    return [str(one) for one, other in pairs if _content(one) != _content(other)]
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
 
 
 def _make_inputs(folder: Path) -> None:
@@ -71,12 +100,12 @@ def _make_inputs(folder: Path) -> None:
 class Process:
     """One process of a run, or torchrun with several, that is to be killed or to end."""
 
-    def __init__(self, folder: Path, out: Path, processes: int) -> None:
+    def __init__(self, folder: Path, out: Path, processes: int, save_logits: bool) -> None:
         self._out = out
         self._processes = processes
         self._began = len(self._event_files())
         self._process = subprocess.Popen(
-            _command(folder, out, processes),
+            _command(folder, out, processes, save_logits),
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -152,13 +181,16 @@ def _checkpoint_phase(out: Path) -> str:
 class Killing:
     """Runs that are killed, how often at what, and when that is enough."""
 
-    def __init__(self, folder: Path, kills: int, seed: int, processes: int) -> None:
+    def __init__(
+        self, folder: Path, kills: int, seed: int, processes: int, save_logits: bool
+    ) -> None:
         self.phases: Counter[str] = Counter()
         self._folder = folder
         self._kills = kills
         self._processes = processes
+        self._save_logits = save_logits
         self._chance = random.Random(seed)
-        process = Process(folder, folder / "whole", processes)
+        process = Process(folder, folder / "whole", processes, save_logits)
         began = time.monotonic()
         process.trains()
         self._start_s = time.monotonic() - began
@@ -179,7 +211,7 @@ class Killing:
     def run(self, out: Path) -> None:
         """One run, killed again and again until it comes to its end, or there is enough of it."""
         while True:
-            process = Process(self._folder, out, self._processes)
+            process = Process(self._folder, out, self._processes, self._save_logits)
             phase = process.end(None) if self.enough else self._kill(process)
             if phase is None:
                 return
@@ -203,26 +235,27 @@ class Killing:
 @click.option("--kills", default=50, show_default=True, help="In training, not while it starts.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--processes", default=1, show_default=True, help="Of one run, by torchrun.")
+@click.option("--save-logits", is_flag=True, help="Save the student's own distributions, too.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the counts.")
-def main(kills: int, seed: int, processes: int, json_file: Path | None) -> None:
+def main(kills: int, seed: int, processes: int, save_logits: bool, json_file: Path | None) -> None:
     """Kill a run, continue it, compare; exit code 1 if anything differs."""
     runs = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _make_inputs(folder)
-        killing = Killing(folder, kills, seed, processes)
+        killing = Killing(folder, kills, seed, processes, save_logits)
         click.echo(f"left alone: {killing.train_s:.1f} s of training", err=True)
         while not killing.enough:
             out = folder / f"run-{runs}"
             killing.run(out)
-            for file in COMPARED:
-                if (out / file).read_bytes() != (folder / "whole" / file).read_bytes():
-                    raise click.ClickException(f"run {runs}: {file} differs")
+            for file in _differences(out, folder / "whole"):
+                raise click.ClickException(f"run {runs}: {file} differs")
             runs += 1
             click.echo(f"run {runs}: the same; {killing.in_training} kills so far", err=True)
     click.echo(
         f"{killing.in_training} kills in training and {killing.phases[STARTING]} before it, in"
         f" {runs} runs, all byte-identical in {', '.join(COMPARED)}"
+        f"{' and the datasets that they saved' if save_logits else ''}"
     )
     for phase, count in killing.phases.most_common():
         click.echo(f"{count:>4} {phase}")
