@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from shards.dataset import Dataset
@@ -202,7 +203,7 @@ def test_a_student_is_exported_with_the_dataset_s_tokens(teacher, corpus, tmp_pa
     assert GenerationConfig.from_pretrained(model).eos_token_id == EOS
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
-    student = _student(model, Dataset.open(tmp_path / "out").spec, "float32", "cpu")
+    student = _student(model, Dataset.open(tmp_path / "out").spec, "float32", torch.device("cpu"))
     assert student.tok_encode("w2 w3") == [BOS, 2, 3]
     assert student.prefix_token_id == BOS
 

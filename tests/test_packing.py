@@ -168,7 +168,7 @@ def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(
             single = Batch(
                 input_ids=batch.input_ids[part],
                 labels=batch.labels[part],
-                num_valid=0,
+                num_valid=int((batch.labels[part] >= 0).sum()),
                 num_sequences=(1,),
                 entries=make_entries(ids[part].flatten(0, 1), logprobs[part].flatten(0, 1)),
             )
