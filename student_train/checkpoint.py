@@ -249,7 +249,10 @@ def _finish(
 
 def _check_hashes(path: Path, world: World) -> None:
     """ValueError for a file that is not what was written; each process reads some of them."""
-    hashes = json.loads((path / _HASHES).read_text(encoding="utf-8"))
+    hashes = dict(json.loads((path / _HASHES).read_text(encoding="utf-8")))
+    files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    if files - {_HASHES, _PROGRESS} != hashes.keys():
+        raise ValueError(f"{_HASHES} does not name the files of the checkpoint")
     for name in sorted(hashes)[world.rank :: world.size]:
         if path_sha256(path / name) != hashes[name]:
             raise ValueError(f"{name} was changed after it was written")

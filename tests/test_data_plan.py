@@ -107,7 +107,7 @@ def place(dataset: int, line: DealtLine) -> Place:
 
 def places(step: Step) -> list[Place]:
     """What a rank takes in a step."""
-    return [place(*pick) for batch in step.micro_batches for pick in batch]
+    return [place(pick.dataset, pick.line) for batch in step.micro_batches for pick in batch]
 
 
 @settings(deadline=None, max_examples=40)

@@ -79,6 +79,7 @@ def test_rows_hold_what_the_trainer_measured(folder: Path) -> None:
         assert float(row["kl"]) == pytest.approx(last["kl_kept"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_same_command_skips_rows_and_makes_a_missing_one_from_its_run(folder: Path) -> None:
     file = folder / "results.csv"
     before = file.read_text()

@@ -15,7 +15,13 @@ from tests.tiny_teacher import write_corpus
 ODD = [b"", b"[]", b"null", b"3", b'"x"', b"{", b"{}", b'{"a": NaN}', b"\xff\xfe{}", b"[" * 3000,
        b'{"format_version": "1"}',
        b'{"model": 1, "config": [], "tokens": {}, "splits": 3}']  # fmt: skip
-IDS = [repr(content[:12]) for content in ODD]
+# Every third is in the fast tests, all are in the slow ones.
+CONTENTS = [
+    pytest.param(
+        content, id=repr(content[:12]), marks=[] if number % 3 == 0 else [pytest.mark.slow]
+    )
+    for number, content in enumerate(ODD)
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "made"
 
 
-@pytest.mark.parametrize("content", ODD, ids=IDS)
+@pytest.mark.parametrize("content", CONTENTS)
 def test_files_of_a_teacher(folder: Path, content: bytes) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
                  "special_tokens_map.json", "model.safetensors.index.json"):  # fmt: skip
@@ -76,7 +82,7 @@ def test_files_of_a_teacher(folder: Path, content: bytes) -> None:
             file.write_bytes(before)
 
 
-@pytest.mark.parametrize("content", ODD, ids=IDS)
+@pytest.mark.parametrize("content", CONTENTS)
 def test_files_of_a_dump_and_of_a_dataset(folder: Path, content: bytes) -> None:
     for name in ("manifest.json", "tokens/store.json", "train/shard-000000.json",
                  "tokenizer/tokenizer.json"):  # fmt: skip
@@ -94,7 +100,7 @@ def test_files_of_a_dump_and_of_a_dataset(folder: Path, content: bytes) -> None:
     check_one_line("dump-logits", dump(folder))
 
 
-@pytest.mark.parametrize("content", ODD, ids=IDS)
+@pytest.mark.parametrize("content", CONTENTS)
 def test_files_of_a_run_and_of_a_student(folder: Path, content: bytes) -> None:
     checkpoint = max((folder / "run" / "checkpoints").iterdir())
     for file, remove in (
@@ -104,6 +110,7 @@ def test_files_of_a_run_and_of_a_student(folder: Path, content: bytes) -> None:
         (folder / "run" / "metrics.jsonl", folder / "run" / "summary.json"),
         (folder / "run" / "speed.jsonl", folder / "run" / "summary.json"),
         (checkpoint / "progress.json", folder / "run" / "summary.json"),
+        (checkpoint / "sha256.json", folder / "run" / "summary.json"),
         (folder / "student.json", folder / "run" / "summary.json"),
     ):
         contents = {path: path.read_bytes() for path in (file, remove) if path and path.exists()}
@@ -123,7 +130,7 @@ def test_files_of_a_run_and_of_a_student(folder: Path, content: bytes) -> None:
             path.write_bytes(before)
 
 
-@pytest.mark.parametrize("content", ODD, ids=IDS)
+@pytest.mark.parametrize("content", CONTENTS)
 def test_files_of_a_corpus(folder: Path, content: bytes) -> None:
     (folder / "corpus").mkdir()
     words = dump(folder)
