@@ -63,7 +63,8 @@ def test_selection_on_the_host_is_that_of_the_device(
         assert np.abs(exact[t][ids] - logprobs).max() <= STEP / 2 + 1e-4
         left = np.exp(np.delete(exact[t], ids)).sum()
         assert np.exp(float(host.tail_logmass[t])) == pytest.approx(left, abs=TAIL_NOISE)
-        assert (host.tail_logmass[t] > -np.inf) == (len(ids) < vocab and left > 1e-40)
+        if not 0 < left < 1e-37:  # float32 has hardly a digit there
+            assert (host.tail_logmass[t] > -np.inf) == (len(ids) < vocab and left > 0)
 
 
 def _by_position(selected: Selected) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
