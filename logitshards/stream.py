@@ -18,7 +18,7 @@ from shards.spec import TRAIN
 from student_train.data.batches import TOKEN_COLUMNS, Batch
 from student_train.data.order import START, Position
 from student_train.data.read_ahead import ReadAhead
-from student_train.data.stream import Stream
+from student_train.data.stream import Stream, shares_of
 
 _TEACHER_COLUMNS = (*ENTRY_COLUMNS, TAIL_LOGMASS, ENTROPIES)
 _AHEAD = 4
@@ -61,12 +61,13 @@ def batches(
     for name, size in {**sizes, "micro_batch_sequences": micro_batch_sequences}.items():
         if size is not None and size < 1:
             raise ValueError(f"{name} {size}: expected at least 1")
+    _check_weights(weights, len(opened))
     read = _columns_to_read(opened, columns)
     _check_mix(opened, read)
     splits = [dataset.split(split) for dataset in opened]
     stream = Stream(
         splits=splits,
-        shares=_shares(weights, [part.num_positions for part in splits]),
+        shares=shares_of(weights, splits),
         seed=seed,
         window_row_groups=window_row_groups,
         step_lines=batch_sequences,
@@ -194,13 +195,11 @@ def _check_mix(datasets: Sequence[stored.Dataset], columns: Sequence[str]) -> No
                 )
 
 
-def _shares(weights: Sequence[float], sizes: Sequence[int]) -> list[float]:
-    if weights and len(weights) != len(sizes):
-        raise ValueError(f"{len(weights)} weights for {len(sizes)} datasets")
+def _check_weights(weights: Sequence[float], num_datasets: int) -> None:
+    if weights and len(weights) != num_datasets:
+        raise ValueError(f"{len(weights)} weights for {num_datasets} datasets")
     if not all(weight > 0 for weight in weights):
         raise ValueError(f"weights {list(weights)}: expected values above 0")
-    values = weights or sizes
-    return [value / sum(values) for value in values]
 
 
 def _settings(datasets: Sequence[stored.Dataset], stream: Stream, split: str) -> dict[str, Json]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from pathlib import Path
@@ -10,8 +9,6 @@ from pathlib import Path
 import torch
 
 from shards.errors import InputError, first_line
-
-logger = logging.getLogger(__name__)
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 # What NVIDIA's driver makes for each GPU of the machine.

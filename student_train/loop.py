@@ -8,7 +8,6 @@ same number of threads, and its metrics are the same lines.
 
 from __future__ import annotations
 
-import logging
 import math
 import signal
 import time
@@ -30,7 +29,7 @@ from student_train.data.batches import Batch, for_device, step_batches
 from student_train.data.mixture import order_seed
 from student_train.data.order import START
 from student_train.data.read_ahead import ReadAhead
-from student_train.data.stream import Stream
+from student_train.data.stream import Stream, shares_of
 from student_train.evaluation.evaluate import evaluate
 from student_train.evaluation.token_bytes import token_bytes
 from student_train.flops import peak_tokens_per_s
@@ -38,12 +37,12 @@ from student_train.live_teacher import LiveTeacher
 from student_train.metrics import Metrics
 from student_train.overview import log_start, summarise
 from student_train.own_logits.saving import OwnLogits
-from student_train.processes.sharding import Sharded
+from student_train.processes.sharding import Sharded, model_of
 from student_train.processes.world import World
 from student_train.run_folder import RunFolder
 from student_train.run_progress import TrainProgress
 from student_train.saving import Saver
-from student_train.setup import columns_to_read, make_objective, plan_schedules, shares
+from student_train.setup import columns_to_read, make_objective, plan_schedules
 from student_train.speed import StepClock
 from student_train.step import (
     StepResult,
@@ -53,8 +52,6 @@ from student_train.step import (
     optimizer_step,
 )
 from student_train.stop import StopRequest
-
-logger = logging.getLogger(__name__)
 
 _READ_AHEAD_BATCHES = 4
 
@@ -86,7 +83,7 @@ class Training:
     ) -> None:
         self._config = config
         self._splits = splits
-        self._shares = shares(config, splits)
+        self._shares = shares_of(config.weights, splits)
         self._length = splits[0].spec.sequence_length
         self._evaluation_dataset = evaluation_dataset
         self._folder = folder
@@ -99,7 +96,7 @@ class Training:
         )
         self._objective = make_objective(config, splits[0])
         self._student = student.train()
-        self._model = student.model if isinstance(student, Sharded) else student
+        self._model = model_of(student)
         self._optimizer = make_optimizer(student, config)
         self._progress = self._load() or Progress(
             step=0, tokens=0, sequences=[0] * len(splits), positions=[START] * len(splits)

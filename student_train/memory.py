@@ -29,11 +29,13 @@ from typing import Any, Self
 import torch
 from transformers import AutoModelForCausalLM
 
+from shards.dataset import Dataset
 from shards.errors import InputError
 from shards.spec import DatasetSpec
 from student_train.config import TrainConfig
 from student_train.data.lines import packed_length
 from student_train.model.blocks import decoder_blocks
+from student_train.model.model import student_config
 from student_train.objective.loss import GPU_BLOCK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -193,24 +195,22 @@ def _loss(shape: Shape, setting: Setting) -> int:
 
 
 def check_memory(
-    config: TrainConfig,
-    model_config: Any,
-    spec: DatasetSpec,
-    world_size: int,
-    device: torch.device,
+    config: TrainConfig, dataset: Dataset, world_size: int, device: torch.device
 ) -> None:
     """Log what training takes on a GPU; nothing on a CPU.
 
-    InputError if it does not fit, with the options that make it fit; a warning if it hardly does.
+    InputError if it does not fit, with the options that make it fit, or if there is no such
+    student; a warning if it hardly fits.
     """
     if device.type != "cuda":
         return
+    model_config = student_config(config.student, dataset)
     try:
         shape = Shape.of(model_config)
     except (ValueError, KeyError, TypeError, RuntimeError):  # making the student names it
         return
     free, _ = torch.cuda.mem_get_info(device)
-    check_fit(shape, make_setting(config, spec, world_size), config.student, free)
+    check_fit(shape, make_setting(config, dataset.spec, world_size), config.student, free)
 
 
 def make_setting(config: TrainConfig, spec: DatasetSpec, world_size: int) -> Setting:

@@ -12,10 +12,10 @@ from shards.files.json_text import Json
 from shards.spec import VALIDATION
 from student_train.checkpoint import Progress
 from student_train.config import TrainConfig
+from student_train.data.stream import shares_of
 from student_train.figure_lines import read_lines
 from student_train.model.model import num_parameters
 from student_train.run_folder import RunFolder
-from student_train.setup import shares
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def log_start(
     )
     if len(splits) > 1:
         positions = num_steps * step_sequences * splits[0].spec.sequence_length
-        for split, share in zip(splits, shares(config, splits), strict=True):
+        for split, share in zip(splits, shares_of(config.weights, splits), strict=True):
             epochs = share * positions / split.num_positions
             logger.info("%s: %.1f %% of the lines, %.2f epochs", split.path, 100 * share, epochs)
     if progress.step:

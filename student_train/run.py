@@ -45,7 +45,6 @@ from student_train.model.model import (
     export,
     make_student,
     shallow_copy,
-    student_config,
 )
 from student_train.model.packed_attention import block_at_joints
 from student_train.own_logits.options import SaveLogits
@@ -54,6 +53,7 @@ from student_train.own_logits.saving import OwnLogits
 from student_train.processes.sharding import (
     Sharded,
     is_sharded,
+    model_of,
     precision_for,
     shard,
     whole_weights,
@@ -194,13 +194,7 @@ def _train(prepared: _Prepared, world: World) -> dict[str, Json]:
     config, datasets, folder = prepared.config, prepared.datasets, prepared.folder
     dataset = datasets[0]
     splits = [other.split(TRAIN) for other in datasets]
-
-    def check() -> None:
-        if world.device.type == "cuda":
-            model_config = student_config(config.student, dataset)
-            check_memory(config, model_config, dataset.spec, world.size, world.device)
-
-    world.together(check)
+    world.together(lambda: check_memory(config, dataset, world.size, world.device))
     teacher = None
     if config.teacher is not None:
         folder_of_teacher = Path(config.teacher)
@@ -267,16 +261,14 @@ def _make_student(prepared: _Prepared, world: World) -> PreTrainedModel | Sharde
 
     world.together(prepare)
     precision = precision_for(config.dtype, world.device)
-    return shard(model, decoder_blocks(model), world, precision).train()
+    return shard(model, decoder_blocks(model), world, precision)
 
 
 def _export(
     student: PreTrainedModel | Sharded, dataset: Dataset, folder: RunFolder, world: World
 ) -> None:
     """Write the student as a Hugging Face folder, by the first process."""
-    if not isinstance(student, Sharded):
-        publish_folder(folder.model, lambda path: export(student, dataset, path))
-        return
-    weights = whole_weights(student.model, world)
+    model = model_of(student)
+    weights = whole_weights(model, world) if isinstance(student, Sharded) else None
     if world.is_first:
-        publish_folder(folder.model, lambda path: export(student.model, dataset, path, weights))
+        publish_folder(folder.model, lambda path: export(model, dataset, path, weights))

@@ -57,14 +57,9 @@ class Saver:
 
     def due(self, step: int) -> bool:
         """Whether a step that has just been made is to be saved. Collective."""
-        if self._every is not None and step % self._every == 0:
-            return True
-        own = self._own_logits
-        if self._every is not None and own is None:
-            return False
-        overdue = self._every is None and time.monotonic() >= self._due_at
-        full = own is not None and own.full
-        return bool(self._world.largest(self._world.is_first and (overdue or full)))
+        due = time.monotonic() >= self._due_at if self._every is None else step % self._every == 0
+        full = self._own_logits is not None and self._own_logits.full
+        return bool(self._world.largest(self._world.is_first and (due or full)))
 
     def save(self, progress: Progress) -> None:
         """Write the checkpoint of a step, unless it is there. Collective.

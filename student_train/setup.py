@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 from shards.dataset import Dataset, Split
 from shards.errors import IdentityMismatchError, InputError
@@ -83,13 +82,6 @@ def columns_to_read(config: TrainConfig, *, segments: bool = False) -> tuple[str
     if config.adaptive_temperature == "adakd-h":
         return (*TARGET_COLUMNS, ENTROPIES)
     return TARGET_COLUMNS
-
-
-def shares(config: TrainConfig, splits: Sequence[Split]) -> list[float]:
-    """The part of a batch's lines that each dataset gives, together 1."""
-    weights = config.weights or [split.num_positions for split in splits]
-    scaled = [weight / max(weights) for weight in weights]
-    return [weight / sum(scaled) for weight in scaled]
 
 
 def plan_steps(config: TrainConfig, dataset: Dataset) -> tuple[int, int]:

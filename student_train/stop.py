@@ -14,8 +14,8 @@ from types import FrameType
 from typing import Self
 
 from shards.process.stop_signals import STOP_SIGNALS
+from student_train.processes.world import under_torchrun
 
-_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _SAME_SIGNAL_S = 5.0
 SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 
@@ -48,7 +48,7 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        if _TORCHRUN not in os.environ:
+        if not under_torchrun():
             self._restore(self.received)
             return
         first = self._at.setdefault(number, time.monotonic())

@@ -260,7 +260,7 @@ def test_on_a_cpu_nothing_is_estimated(tmp_path: Path, caplog: pytest.LogCapture
     dataset = Dataset.open(make_dataset(tmp_path / "dataset"))
     config = make_config(dataset.path, "demo", tmp_path / "out")
     with caplog.at_level(logging.INFO):
-        check_memory(config, LlamaConfig(**SHAPE), dataset.spec, 1, torch.device("cpu"))
+        check_memory(config, dataset, 1, torch.device("cpu"))
     assert not caplog.messages
 
 

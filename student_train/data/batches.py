@@ -17,7 +17,7 @@ were not requested are not read from disk.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -143,7 +143,8 @@ def training_batches(
         _log_sharing(sources, world_size)
     lengths = [packed_length(source.split.spec) for source in sources]
     packed = next((length for length in lengths if length is not None), None)
-    empty = _empty_batch(sources, columns, packed)
+    read = set(columns).intersection(*(source.split.spec.columns for source in sources))
+    empty = empty_batch(read, packed=packed, num_sources=len(sources))
     with ExitStack() as stack:
         lines = [
             stack.enter_context(OwnLines(source, columns, rank=rank, world_size=world_size))
@@ -259,22 +260,21 @@ def _mixed_batch(sources: Sequence[OwnLines], picks: Sequence[Pick], packed: int
     return replace(batch, lines=whole_lines([pick.number for pick in picks], lines))
 
 
-def _empty_batch(sources: Sequence[Source], columns: Sequence[str], packed: int | None) -> Batch:
-    """One line in which nothing counts, with the columns of the others.
+def empty_batch(columns: Container[str], *, packed: int | None, num_sources: int = 1) -> Batch:
+    """One line in which nothing counts, with these columns: its loss and gradients are 0.
 
     A packed one is as long as all others, so that nothing is compiled for it.
     """
     shape = (1, _EMPTY_POSITIONS if packed is None else packed)
-    read = set(columns).intersection(*(source.split.spec.columns for source in sources))
     return Batch(
         input_ids=torch.zeros(shape, dtype=torch.int64),
         labels=torch.full(shape, IGNORE_INDEX),
         num_valid=0,
-        num_sequences=(0,) * len(sources),
+        num_sequences=(0,) * num_sources,
         position_ids=None if packed is None else torch.arange(packed)[None],
-        entries=KeptEntries.gather((), shape[1]) if IDS in read else None,
-        tail_logmass=torch.full(shape, -torch.inf) if TAIL_LOGMASS in read else None,
-        entropies=torch.zeros(shape) if ENTROPIES in read else None,
+        entries=KeptEntries.gather((), shape[1]) if IDS in columns else None,
+        tail_logmass=torch.full(shape, -torch.inf) if TAIL_LOGMASS in columns else None,
+        entropies=torch.zeros(shape) if ENTROPIES in columns else None,
     )
 
 

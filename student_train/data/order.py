@@ -15,7 +15,8 @@ its Generator: a run can be resumed with another numpy.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,9 @@ class Order:
     layout: Layout
     seed: int
     window_row_groups: int
+    _permuted: dict[int, npt.NDArray[np.unsignedinteger[Any]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.window_row_groups < 1:
@@ -93,13 +97,23 @@ class Order:
             yield from self._epoch(epoch, first)
             epoch, first = epoch + 1, 0
 
+    def _groups(self, epoch: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """The permutation of an epoch. Several readers of one order share it."""
+        groups = self._permuted.get(epoch)
+        if groups is None:
+            num_groups = self.layout.num_row_groups(self.num_sequences)
+            permutation = _permutation(num_groups, _ROW_GROUPS, self.seed, epoch)
+            groups = self._permuted[epoch] = permutation.astype(np.min_scalar_type(num_groups))
+            for old in sorted(self._permuted)[:-2]:  # one reader may be in the next epoch already
+                del self._permuted[old]
+        return groups
+
     def _epoch(self, epoch: int, first: int) -> Iterator[Window]:
         num_groups = self.layout.num_row_groups(self.num_sequences)
         num_windows = -(-num_groups // self.window_row_groups)
         if not 0 <= first < num_windows:
             raise ValueError(f"window {first} of {num_windows} in an epoch")
-        groups = _permutation(num_groups, _ROW_GROUPS, self.seed, epoch)
-        groups = groups.astype(np.min_scalar_type(num_groups))
+        groups = self._groups(epoch)
         for number in range(first, num_windows):
             members = groups[number * self.window_row_groups :][: self.window_row_groups]
             yield Window(

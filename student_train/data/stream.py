@@ -12,6 +12,13 @@ from student_train.data.mixture import choices, order_seed
 from student_train.data.order import Position
 
 
+def shares_of(weights: Sequence[float], splits: Sequence[Split]) -> list[float]:
+    """The part of a batch's lines that each split gives, together 1; no weights: by their sizes."""
+    values = weights or [split.num_positions for split in splits]
+    scaled = [value / max(values) for value in values]
+    return [value / sum(scaled) for value in scaled]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """Which lines come in which order: `step_lines` of all ranks a step, from splits by shares."""

@@ -38,7 +38,14 @@ from shards.dataset import Split
 from shards.errors import InputError, RunError
 from shards.row_group import Totals
 from shards.spec import DatasetSpec
-from student_train.data.batches import TAIL_COLUMNS, Batch, for_device, sequential_batches
+from student_train.data.batches import (
+    TAIL_COLUMNS,
+    Batch,
+    empty_batch,
+    for_device,
+    sequential_batches,
+)
+from student_train.data.lines import packed_length
 from student_train.data.read_ahead import ReadAhead
 from student_train.evaluation.sums import (
     NUM_BINS,
@@ -92,6 +99,7 @@ def evaluate(
             hidden = hidden_states(model, batch.input_ids, batch.position_ids)
         _add_batch(sums, bins, hidden, head_weight(model), batch, spec)
 
+    empty = empty_batch((), packed=packed_length(spec))
     was_training = student.training
     student.eval()
     batches = sequential_batches(
@@ -106,7 +114,7 @@ def evaluate(
             torch.no_grad(),
             ReadAhead(for_device(batches, world.device), _READ_AHEAD_BATCHES) as ahead,
         ):
-            for batch in _until_all_end(ahead, world, asked_to_end, length=spec.sequence_length):
+            for batch in _until_all_end(ahead, empty, world, asked_to_end):
                 if bytes_of_tokens is not None:
                     counted = batch.labels[batch.labels != IGNORE_INDEX]
                     num_bytes += int(bytes_of_tokens[counted].sum())
@@ -124,13 +132,9 @@ def evaluate(
 
 
 def _until_all_end(
-    batches: Iterator[Batch],
-    world: World,
-    asked_to_end: Callable[[], bool],
-    *,
-    length: int,
+    batches: Iterator[Batch], empty: Batch, world: World, asked_to_end: Callable[[], bool]
 ) -> Iterator[Batch]:
-    """The batches of this process, then empty ones while another process has some. Collective.
+    """The batches of this process, then `empty` while another process has some. Collective.
 
     A sharded model runs on all processes at once. Ends for all when one was `asked_to_end`.
     """
@@ -139,18 +143,7 @@ def _until_all_end(
         state = world.largest(2 if asked_to_end() else int(batch is not None))
         if state != 1:
             return
-        yield _empty_batch(length) if batch is None else batch
-
-
-def _empty_batch(length: int) -> Batch:
-    """One line without a label."""
-    return Batch(
-        input_ids=torch.zeros((1, length), dtype=torch.int64),
-        labels=torch.full((1, length), IGNORE_INDEX),
-        position_ids=torch.arange(length)[None],
-        num_valid=0,
-        num_sequences=(0,),
-    )
+        yield empty if batch is None else batch
 
 
 def counted_totals(split: Split) -> Totals:

@@ -70,9 +70,10 @@ def make_student(
     another tokenizer.
     """
     path = Path(student)
-    if student not in PRESETS and path.is_dir():
+    is_folder = student not in PRESETS and path.is_dir()
+    if is_folder:
         check_tokenizer(path, dataset)
-    if student not in PRESETS and path.is_dir() and with_weights:
+    if is_folder and with_weights:
         model = load_model(path)
     else:
         model = _fresh(student, student_config(student, dataset), seed, with_weights)
@@ -93,11 +94,10 @@ def shallow_copy(model: PreTrainedModel) -> PreTrainedModel:
     """
     config = copy.deepcopy(model.config)
     kinds = list(getattr(config, "layer_types", None) or ())
-    num_blocks = max(2, *(kinds.index(kind) + 1 for kind in set(kinds))) if kinds else 2
-    if num_blocks < config.num_hidden_layers:
-        config.num_hidden_layers = num_blocks
-        if kinds:
-            config.layer_types = kinds[:num_blocks]
+    num_blocks = max([2, *(kinds.index(kind) + 1 for kind in kinds)])
+    config.num_hidden_layers = min(num_blocks, config.num_hidden_layers)
+    if kinds:
+        config.layer_types = kinds[: config.num_hidden_layers]
     with torch.random.fork_rng(devices=[]):
         copied: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)
     copied.set_attn_implementation(model.config._attn_implementation)

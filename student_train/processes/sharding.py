@@ -44,6 +44,11 @@ class Sharded(nn.Module):
         return function(self.model, *arguments)
 
 
+def model_of(student: PreTrainedModel | Sharded) -> PreTrainedModel:
+    """The model itself, whose weights may be sharded."""
+    return student.model if isinstance(student, Sharded) else student
+
+
 def in_forward(
     student: PreTrainedModel | Sharded, function: Callable[..., _T], *arguments: Any
 ) -> _T:

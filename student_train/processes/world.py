@@ -40,7 +40,6 @@ _E = TypeVar("_E", bound=BaseException)
 # How long a process waits for the others: longer than exporting a large student takes.
 _TIMEOUT = timedelta(hours=1)
 _GRACE_S = 3.0
-_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _AGREED = "agreed_by_all_processes"
 
 
@@ -117,18 +116,9 @@ class World:
             outcomes.append(function())
         except Exception as caught:
             error = caught
-        self.end_if_failed(error)
-        return outcomes[0]
-
-    def end_if_failed(self, error: Exception | None) -> None:
-        """Raise if any process comes here with an error, as `together` does. Collective."""
-        if self.size == 1:
-            if error is not None:
-                raise error
-            return
         failed = self.sum_counts([error is not None and r == self.rank for r in range(self.size)])
         if not any(failed):
-            return
+            return outcomes[0]
         first = next(rank for rank, count in enumerate(failed) if count)
         if error is not None and first == self.rank:
             raise _agreed(error)
@@ -190,6 +180,11 @@ def joined(device: torch.device, environ: Mapping[str, str] = os.environ) -> Ite
         root.setLevel(level)
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun started this process, and passes signals on to it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def is_agreed(error: BaseException | None) -> bool:
     """Whether all processes fail with this error or for its sake, at the same place."""
     while error is not None:
@@ -211,14 +206,13 @@ def _leave(error: BaseException, world: World) -> None:
     kills the others when the first one ends. Taking NCCL down waits for the other processes, so one
     that fails alone must not do that.
     """
-    if is_agreed(error) or world.size == 1:
-        if isinstance(error, FailedElsewhereError) and _TORCHRUN in os.environ:
-            time.sleep(_GRACE_S)
-        dist.destroy_process_group()
-    elif world.device.type == "cuda":
+    agreed = is_agreed(error) or world.size == 1
+    if not agreed and world.device.type == "cuda":
         atexit.register(os._exit, 1)
-    else:
-        dist.destroy_process_group()
+        return
+    if agreed and isinstance(error, FailedElsewhereError) and under_torchrun():
+        time.sleep(_GRACE_S)
+    dist.destroy_process_group()
 
 
 def _check_devices(world: World) -> None:
