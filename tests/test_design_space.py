@@ -23,7 +23,7 @@ def command(folder: Path, *words: str) -> list[str]:
     """The command line of a tiny grid."""
     script = ROOT / "experiments" / "design_space" / "run.py"
     options = ["--work", str(folder / "work"), "--results", str(folder / "results.csv")]
-    return [sys.executable, str(script), *options, "--scale", "smoke", "--questions", "1", *words]
+    return [sys.executable, str(script), *options, "--scale", "smoke", *words]
 
 
 def run_grid(folder: Path, *words: str) -> str:
@@ -40,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     A signal stopped it while it trained the teacher.
     """
     folder = tmp_path_factory.mktemp("grid")
-    with subprocess.Popen(command(folder), stdout=subprocess.PIPE, text=True) as stopped:
+    with subprocess.Popen(
+        command(folder, "--jobs", "2"), stdout=subprocess.PIPE, text=True
+    ) as stopped:
         assert stopped.stdout is not None
         for line in stopped.stdout:
             if line.startswith("$ train-student"):
@@ -90,6 +92,22 @@ def test_the_same_command_skips_rows_and_makes_a_missing_one_from_its_run(folder
     assert [line for line in printed.splitlines() if line.startswith("$ dump-logits")] == []
 
 
+@pytest.mark.slow
+def test_online_logits_are_those_that_the_teacher_saved_in_its_training(folder: Path) -> None:
+    run_grid(folder, "--questions", "7", "--runs", "4", "--jobs", "2")
+    rows = [row for row in results.read(folder / "results.csv") if row["question"] == "7"]
+    assert {(row["logits"], json.loads(row["train"])["alpha"]) for row in rows} == {
+        (logits, alpha) for logits in ("early", "late") for alpha in (1, 0.1)
+    }
+    saved = {}
+    for file in (folder / "work" / "datasets").glob("online-*/manifest.json"):
+        manifest = json.loads(file.read_text())
+        first = manifest["spec"]["teacher"]["first_step"]
+        saved[file.parent.name.split("-")[1]] = (first, manifest["splits"]["train"]["positions"])
+    teacher_steps, saved_steps = 16_384 // 512, 4096 // 512
+    assert saved == {"early": (1, 4096), "late": (teacher_steps - saved_steps + 1, 4096)}
+
+
 def test_a_torn_line_is_no_row_and_gives_way_to_the_next(tmp_path: Path) -> None:
     file = tmp_path / "results.csv"
     row = dict.fromkeys(results.COLUMNS, "x")
@@ -112,6 +130,14 @@ def test_a_question_is_done_seed_by_seed_and_cells_differ_in_settings() -> None:
     hashes = [cell.hash(laptop) for cell in grid.cells()]
     assert len(set(hashes)) == len({cell.name for cell in grid.cells()})
     assert len(hashes) * len(grid.SEEDS) > 150
+
+
+def test_every_question_gets_its_first_seeds_before_any_gets_more() -> None:
+    order = [(cell.question, seed) for cell, seed in grid.runs()]
+    first = [seed < grid.QUESTIONS[question] for question, seed in order]
+    assert first == sorted(first, reverse=True)
+    assert len({(cell.name, seed) for cell, seed in grid.runs()}) == len(order)
+    assert len(order) == len({cell.name for cell in grid.cells()}) * len(grid.SEEDS)
 
 
 def test_a_command_ends_when_the_time_is_over() -> None:
@@ -143,20 +169,20 @@ def test_gains_and_shares_pair_runs_by_seed() -> None:
     share = rows.share(Cell(question=1, target="draws 50"))
     assert gain is not None
     assert share is not None
-    assert gain == pytest.approx((1.0, 0.5**0.5))
-    assert share == pytest.approx(((0.5 + 0.75) / 2, 0.25 / 2**0.5))
+    assert tuple(gain) == pytest.approx((1.0, 0.5**0.5))
+    assert tuple(share) == pytest.approx(((0.5 + 0.75) / 2, 0.25 / 2**0.5))
     assert gain.text(".2f") == "1.00 ± 0.71"
 
 
-def test_a_figure_without_a_spread_is_not_shown() -> None:
+def test_a_figure_of_one_seed_has_no_spread() -> None:
     rows = made_up({"LM": [4.0, 5.0], "full": [3.0, 3.0], "draws 50": [3.5]})
     text = draw.section(rows, 1)
     assert "| full | 1.5 | 1.5 | 3.000 ± 0.000 |" in text
     assert "| LM | - | - | 4.500 ± 0.707 |" in text
-    assert "| draws 50" not in text
-    assert "Not run with two seeds yet: threshold 0.05; " in text
-    assert "draws 50;" in text
-    assert draw.plot(rows, 1) is None  # LM and full are the ends of the scale
+    assert "| draws 50 | 1.5 | 1.5 | 3.500 | 1.500 | 1.500 | 1.5000 | 0.500 | 50% | 1 |" in text
+    assert "Not run yet: threshold 0.05; " in text
+    assert "](images" not in text  # LM and full are the ends of the scale, so there is one point
+    assert draw.plot(rows, 1) is None
 
 
 def test_the_plot_of_targets_has_shares_over_bytes() -> None:

@@ -1,8 +1,9 @@
 """Draws docs/results.md from the rows of the results: `draw.py`.
 
 It replaces what stands between `<!-- question N -->` and `<!-- end -->`, and writes the plots. It
-shows a figure as mean and standard deviation over seeds, and no figure of fewer than two. Gains are
-differences of runs with the same seed, which share initial weights and the order of sequences.
+shows a figure as mean and standard deviation over seeds, and that of one seed without a deviation.
+Gains are differences of runs with the same seed, which share initial weights and the order of
+sequences.
 """
 
 from __future__ import annotations
@@ -36,22 +37,24 @@ _SECTION = re.compile(r"(<!-- question (\d) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds; one seed has no deviation."""
 
     mean: float
-    deviation: float
+    deviation: float | None
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread | None:
-        """None for fewer than two values."""
+        """None without values."""
         values = list(values)
-        if len(values) < 2:
+        if not values:
             return None
-        return cls(statistics.mean(values), statistics.stdev(values))
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.mean(values), deviation)
 
     def text(self, form: str) -> str:
         """As in a table."""
-        return f"{self.mean:{form}} ± {self.deviation:{form}}"
+        deviation = "" if self.deviation is None else f" ± {self.deviation:{form}}"
+        return f"{self.mean:{form}}{deviation}"
 
 
 class Rows:
@@ -99,26 +102,29 @@ def section(rows: Rows, question: int) -> str:
     cells = [cell for cell in grid.shown(question) if rows.figure(cell, "cross_entropy")]
     missing = [cell.name for cell in grid.shown(question) if cell not in cells]
     parts = []
-    if len(cells) > 1:
-        parts += [f"![Question {question}](images/results-{question}.svg)", table(rows, cells)]
+    if len(_points(rows, question)) > 1:
+        parts.append(f"![Question {question}](images/results-{question}.svg)")
+    if cells:
+        parts.append(table(rows, cells, shares=question == 1))
     if missing:
-        parts.append(f"Not run with two seeds yet: {'; '.join(missing)}.")
+        parts.append(f"Not run yet: {'; '.join(missing)}.")
     return "".join(f"\n{part}\n" for part in parts) + "\n"
 
 
-def table(rows: Rows, cells: Sequence[Cell]) -> str:
+def table(rows: Rows, cells: Sequence[Cell], shares: bool) -> str:
     """Markdown with a line for each cell."""
     heads = ["", "entries/token", "bytes/token", *(title for title, _ in FIGURES.values())]
-    lines = [[*heads, "gain, nats", "seeds"]]
+    heads += ["gain, nats", *(["share"] if shares else []), "seeds"]
+    lines = [heads, ["---"] * len(heads)]
     for cell in cells:
-        sizes = ["-", "-"]
+        sizes, gains = ["-", "-"], ["-"] * (1 + shares)
         if cell.target != LM:
             row = next(iter(rows.of(cell).values()))
             sizes = [f"{float(row[key]):.1f}" for key in ("entries_per_token", "bytes_per_token")]
+            gains = [_text(rows.gain(cell), ".3f")]
+            gains += [_text(rows.share(cell), ".0%")] if shares else []
         figures = [_text(rows.figure(cell, key), form) for key, (_, form) in FIGURES.items()]
-        gain = "-" if cell.target == LM else _text(rows.gain(cell), ".3f")
-        lines.append([cell.name, *sizes, *figures, gain, str(len(rows.of(cell)))])
-    lines.insert(1, ["---"] * len(lines[0]))
+        lines.append([cell.name, *sizes, *figures, *gains, str(len(rows.of(cell)))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -127,28 +133,29 @@ def _text(spread: Spread | None, form: str) -> str:
 
 
 def plot(rows: Rows, question: int) -> Any:
-    """The chart of a question, or None if fewer than two cells have a spread."""
-    cells = [cell for cell in grid.shown(question) if cell.target != LM]
-    if question == 1:
-        cells = [cell for cell in cells if cell.target != FULL]
-        points = [_point(cell, rows.share(cell), rows) for cell in cells if rows.share(cell)]
-    else:
-        points = [_point(cell, rows.gain(cell), rows) for cell in cells if rows.gain(cell)]
+    """The chart of a question, or None for fewer than two cells."""
+    points = _points(rows, question)
     if len(points) < 2:
         return None
     return _size_chart(points) if question == 1 else _gain_chart(points)
 
 
-def _point(cell: Cell, value: Spread | None, rows: Rows) -> dict[str, Any]:
-    assert value is not None
-    row = next(iter(rows.of(cell).values()))
+def _points(rows: Rows, question: int) -> list[dict[str, Any]]:
+    value = rows.share if question == 1 else rows.gain
+    ends = (LM, FULL) if question == 1 else (LM,)
+    cells = [cell for cell in grid.shown(question) if cell.target not in ends]
+    return [_point(cell, found, rows) for cell in cells if (found := value(cell)) is not None]
+
+
+def _point(cell: Cell, value: Spread, rows: Rows) -> dict[str, Any]:
+    row, deviation = next(iter(rows.of(cell).values())), value.deviation or 0.0
     return {
         "cell": cell.name,
         "method": json.loads(row["dump"])["keep"],
         "bytes": float(row["bytes_per_token"]),
         "value": value.mean,
-        "low": value.mean - value.deviation,
-        "high": value.mean + value.deviation,
+        "low": value.mean - deviation,
+        "high": value.mean + deviation,
     }
 
 

@@ -10,12 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from experiments.design_space.scales import LM, TARGETS, Options, Scale, digest
+from experiments.design_space.scales import (
+    EARLY,
+    LATE,
+    LM,
+    OFFLINE,
+    TARGETS,
+    Options,
+    Scale,
+    digest,
+)
 
-QUESTIONS = (1, 2, 3, 4, 5, 6)
+# The order of the questions, each with the seeds that it gets before the others get more.
+QUESTIONS = {1: 3, 7: 2, 2: 2, 3: 2, 6: 1, 4: 1, 5: 1}
 SEEDS = (0, 1, 2)
 
-BASE_TEACHER, BASE_STUDENT = "4M", "1M"
+BASE_TEACHER, BASE_STUDENT = "3.7M", "0.9M"
 SAMPLED, TRUNCATED = "threshold 0.05", "top-p-k 0.95-100"  # what the other questions vary
 
 
@@ -29,6 +39,7 @@ class Cell:
 
     question: int
     target: str
+    logits: str = OFFLINE
     options: Options = field(default_factory=dict)
     student: str = BASE_STUDENT
     teacher: str = BASE_TEACHER
@@ -45,17 +56,21 @@ class Cell:
         changed += [f"teacher {self.teacher}"] if self.teacher != BASE_TEACHER else []
         changed += [f"{self.data:g} of the data"] if self.data != 1 else []
         changed += [f"{self.tokens:g} of the tokens"] if self.tokens != 1 else []
-        return ", ".join([self.target, *changed])
+        online = [] if self.logits == OFFLINE else [f"online, {self.logits}"]
+        return ", ".join([self.target, *online, *changed])
 
     def settings(self, scale: Scale) -> dict[str, object]:
         """Everything that decides the result, but for text, seed and code."""
         return {
             "vocab_size": scale.vocab_size,
-            "teacher": None if self.target == LM else scale.teacher_settings(self.teacher),
+            "teacher": None if self.target == LM else self._teacher_settings(scale),
             "dump": scale.layout | scale.dump_options(self.target, self.data),
             "student": asdict(scale.students[self.student]),
             "train": self.train_options(scale),
         }
+
+    def _teacher_settings(self, scale: Scale) -> dict[str, object]:
+        return scale.teacher_settings(self.teacher, self.logits)
 
     def train_options(self, scale: Scale) -> Options:
         """The options of train-student, but for student, seed and paths."""
@@ -106,10 +121,10 @@ def _temperatures() -> Iterator[Cell]:
 
 
 def _sizes() -> Iterator[Cell]:
-    for student in ("0.5M", "2M"):
+    for student in ("0.3M", "1.9M"):
         for target in (LM, SAMPLED):
             yield Cell(question=5, target=target, student=student)
-    for teacher in ("2M", "9M"):
+    for teacher in ("1.6M", "8.2M"):
         yield Cell(question=5, target=SAMPLED, teacher=teacher)
 
 
@@ -119,26 +134,40 @@ def _corpora() -> Iterator[Cell]:
             yield Cell(question=6, target=target, data=data, tokens=tokens)
 
 
+def _online() -> Iterator[Cell]:
+    alphas: tuple[Options, ...] = ({}, {"alpha": 0.1})
+    for logits in (LATE, EARLY):
+        for options in alphas:
+            yield Cell(question=7, target=SAMPLED, logits=logits, options=options)
+
+
 def cells() -> list[Cell]:
     """All cells, question by question, the most informative of each first."""
-    parts = (_targets, _losses, _alphas, _temperatures, _sizes, _corpora)
+    parts = (_targets, _losses, _alphas, _temperatures, _sizes, _corpora, _online)
     return [cell for part in parts for cell in part()]
 
 
 def runs(questions: Sequence[int] = ()) -> Iterator[tuple[Cell, int]]:
     """Cells with seeds in the order to run them: a question is done seed by seed.
 
+    All questions get their first seeds, then the rest. A cell that two questions have comes once.
     No questions: all.
     """
-    for question in questions or QUESTIONS:
-        for seed in SEEDS:
-            yield from ((cell, seed) for cell in cells() if cell.question == question)
+    seen = set()
+    for first in (True, False):
+        for question in questions or QUESTIONS:
+            for seed in SEEDS:
+                if (seed < QUESTIONS[question]) == first:
+                    for cell in cells():
+                        if cell.question == question and (cell.name, seed) not in seen:
+                            seen.add((cell.name, seed))
+                            yield cell, seed
 
 
 def labels_alone(cell: Cell) -> Cell:
     """The cell that a gain is measured against: the same run without a teacher."""
     rate = {key: value for key, value in cell.options.items() if key == "lr-schedule"}
-    return replace(cell, target=LM, options=rate, teacher=BASE_TEACHER)
+    return replace(cell, target=LM, logits=OFFLINE, options=rate, teacher=BASE_TEACHER)
 
 
 def shown(question: int) -> list[Cell]:
@@ -157,6 +186,8 @@ def shown(question: int) -> list[Cell]:
             Cell(question=2, target=TRUNCATED, options={"alpha": 0.9}),
             *own,
         ]
+    if question == 7:
+        return [plain, sampled, Cell(question=3, target=SAMPLED, options={"alpha": 0.1}), *own]
     if question == 1:
         return own
     return [plain, sampled, *([truncated] if question == 3 else []), *own]

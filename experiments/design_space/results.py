@@ -12,7 +12,7 @@ COLUMNS = (
     *("settings", "text", "question", "cell", "seed"),
     *("cross_entropy", "kl", "top1_agreement", "calibration_error", "teacher_cross_entropy"),
     *("bytes_per_token", "entries_per_token", "parameters", "tokens", "seconds"),
-    *("dump", "train", "scale", "commit", "machine"),
+    *("logits", "dump", "train", "scale", "commit", "machine"),
 )
 Row = Mapping[str, str]
 

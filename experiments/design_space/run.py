@@ -15,8 +15,10 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,11 +27,14 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.design_space import results, text
-from experiments.design_space.grid import BASE_TEACHER, Cell, runs
+from experiments.design_space.grid import BASE_TEACHER, SAMPLED, Cell, runs
 from experiments.design_space.scales import (
     FULL,
+    LATE,
     LM,
+    OFFLINE,
     SCALES,
+    TARGETS,
     WITHOUT_TEACHER,
     Model,
     Options,
@@ -52,54 +57,72 @@ class Failed(SystemExit):
 
 
 class Commands:
-    """Runs the project's commands, one at a time, until the time is over or a signal comes."""
+    """Runs the project's commands until the time is over or a signal comes."""
 
     def __init__(self, minutes: float | None) -> None:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._stopped, self._lock = False, threading.Lock()
         for number in _SIGNALS:
             signal.signal(number, _stop)
 
-    def run(self, *words: object, output: Path | None = None) -> None:
+    def run(self, *words: object, threads: int | None = None, output: Path | None = None) -> None:
         """Run a command, its output into a file if one is named. Failed, or SystemExit if stopped.
 
-        A command that is stopped saves its work first.
+        A command that is stopped saves its work first. `threads`: of torch; None for all.
         """
         texts = [str(word) for word in words]
-        print("$", *texts, flush=True)
+        environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "cli.py", *texts]
         with nullcontext() if output is None else output.open("wb") as stream:
-            child = subprocess.Popen(command, cwd=ROOT, stdout=stream)
+            with self._lock:
+                if self._stopped:
+                    raise SystemExit(1)
+                print("$", *texts, flush=True)
+                child = subprocess.Popen(
+                    command, cwd=ROOT, stdout=stream, env=os.environ | environment
+                )
+                self._children.add(child)
             left = None if self._end is None else max(0.0, self._end - time.monotonic())
             try:
                 code = child.wait(left)
             except subprocess.TimeoutExpired:
-                _end(child)
+                self.stop()
                 raise SystemExit("the time is over; the same command continues") from None
-            except BaseException:
-                _end(child)
-                raise
+            finally:
+                self._children.discard(child)
+        if self._stopped:
+            raise SystemExit(1)
         if code:
             raise Failed(f"{texts[0]} ended with code {code}")
 
+    def stop(self) -> None:
+        """End all commands, and let them save their work.
+
+        Only a signal that cannot be caught ends this earlier.
+        """
+        with self._lock:
+            self._stopped = True
+            children = tuple(self._children)
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+
 
 def _stop(number: int, _: object) -> NoReturn:
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Let a command save its work. Only a signal that cannot be caught ends this earlier."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    child.terminate()
-    child.wait()
 
 
 class Grid:
     """The steps of a grid in its work folder. Each is done once; names end in a settings hash."""
 
-    def __init__(self, work: Path, scale: str, commands: Commands) -> None:
+    def __init__(self, work: Path, scale: str, commands: Commands, jobs: int) -> None:
         self._work, self._scale_name, self._scale = work, scale, SCALES[scale]
-        self._command = commands.run
+        self._command, self._preparing = commands.run, threading.Lock()
+        self._threads = max(1, (os.cpu_count() or 1) // jobs)  # of a student's run
         work.mkdir(parents=True, exist_ok=True)
         packages = self._scale.packages
         name = digest([list(packages), self._scale.held_out])
@@ -111,8 +134,8 @@ class Grid:
 
     def prepare(self, cell: Cell) -> tuple[Path, Path]:
         """The datasets that a cell trains and is evaluated on. Failed if a command fails."""
-        shards = self._dataset(cell.target, cell.teacher, cell.data)
-        return shards, self._evaluation()
+        with self._preparing:
+            return self._dataset(cell), self._evaluation()
 
     def run(self, cell: Cell, seed: int, shards: Path, evaluation: Path) -> dict[str, object]:
         """Train and evaluate a cell; returns its row. Failed if the run does."""
@@ -122,7 +145,7 @@ class Grid:
         options = cell.train_options(scale)
         run: Options = {"seed": seed, "eval-shards": str(evaluation)}
         run |= {"teacher": str(self._teacher(cell.teacher))} if cell.target == FULL else {}
-        self._train(out, scale.students[cell.student], shards, run | options)
+        self._train(out, scale.students[cell.student], shards, run | options, threads=self._threads)
         figures, size = _last_validation(out), _description(shards)
         if cell.target == FULL:  # as stored in bfloat16, which nobody does
             vocabulary = scale.vocab_size
@@ -138,6 +161,7 @@ class Grid:
             **{key: f"{size[key]:.6g}" for key in ("bytes_per_token", "entries_per_token")},
             **{key: summary[key] for key in ("parameters", "tokens")},
             "seconds": f"{summary['seconds']:.1f}",
+            "logits": cell.logits,
             "dump": json.dumps(scale.dump_options(cell.target, cell.data)),
             "train": json.dumps(options),
             "scale": self._scale_name,
@@ -145,26 +169,38 @@ class Grid:
             "machine": _machine(),
         }
 
-    def _dataset(self, target: str, teacher: str, data: float) -> Path:
-        """The shards of a target, by a teacher."""
-        scale = self._scale
-        options = scale.dump_options(target, data)
-        tokens_alone = target in WITHOUT_TEACHER
-        made_of = None if tokens_alone else scale.teacher_settings(teacher)
+    def _dataset(self, cell: Cell) -> Path:
+        """The shards of a cell's target, by its teacher."""
+        if cell.logits != OFFLINE:
+            self._pretrain(cell.teacher, cell.logits)
+            return self._described(self._own_logits(cell.logits))
+        scale, options = self._scale, self._scale.dump_options(cell.target, cell.data)
+        tokens_alone = cell.target in WITHOUT_TEACHER
+        made_of = None if tokens_alone else scale.teacher_settings(cell.teacher)
         name = digest([self.text, scale.vocab_size, scale.layout, made_of, options])
-        label = LM if tokens_alone else target
+        label = LM if tokens_alone else cell.target
         out = self._work / "datasets" / f"{label.replace(' ', '-')}-{name}"
-        described = _description_file(out)
-        if not described.exists():
+        if not _description_file(out).exists():
             if tokens_alone:
                 options |= {"tokenizer": str(self._tokenizer)}
             else:
-                options |= {"teacher": str(self._teacher(teacher))}
+                options |= {"teacher": str(self._teacher(cell.teacher))}
             self._dump(out, self._corpus.train, options | {"held-out": 0})
+        return self._described(out)
+
+    def _described(self, dataset: Path) -> Path:
+        """The dataset, with what inspect-shards says of it in a file beside it."""
+        described = _description_file(dataset)
+        if not described.exists():
             unfinished = described.with_suffix(".part")
-            self._command("inspect-shards", out, "--json", output=unfinished)
+            self._command("inspect-shards", dataset, "--json", output=unfinished)
             unfinished.replace(described)
-        return out
+        return dataset
+
+    def _own_logits(self, logits: str) -> Path:
+        """Where the base teacher saves its logits in its training."""
+        made_of = [self.text, self._scale.teacher_settings(BASE_TEACHER, logits), TARGETS[SAMPLED]]
+        return self._work / "datasets" / f"online-{logits}-{digest(made_of)}"
 
     def _evaluation(self) -> Path:
         """Full distributions on held-out documents, for all cells.
@@ -183,22 +219,33 @@ class Grid:
 
     def _teacher(self, name: str) -> Path:
         """The folder of a teacher that the trainer pre-trained on the whole text."""
+        return self._pretrain(name, LATE if name == BASE_TEACHER else OFFLINE)
+
+    def _pretrain(self, name: str, logits: str) -> Path:
+        """The folder of a teacher, which saves the logits that `logits` names in its training."""
         scale = self._scale
-        settings = digest([self.text, scale.teacher_settings(name)])
-        out = self._work / f"teacher-{name}-{settings}"
+        settings = scale.teacher_settings(name, logits)
+        out = self._work / f"teacher-{name}-{digest([self.text, settings])}"
         if not (out / "model").exists():
             made_of = [self.text, scale.vocab_size, scale.layout]
             tokens = self._work / "datasets" / f"tokens-{digest(made_of)}"
             options: Options = {"keep": "tokens", "held-out": 0, "tokenizer": str(self._tokenizer)}
             self._dump(tokens, self._corpus.train, options)
-            self._train(out, scale.teachers[name], tokens, scale.teacher_train)
+            options = scale.teacher_options(logits)
+            if logits != OFFLINE:
+                shards = {"sequences-per-shard": scale.sequences_per_shard}
+                own: Options = {"save-logits": str(self._own_logits(logits))}
+                options |= own | shards | TARGETS[SAMPLED]
+            self._train(out, scale.teachers[name], tokens, options)
         return out / "model"
 
     def _dump(self, out: Path, corpus: Path, options: Options) -> None:
         words = _words(self._scale.layout | options)
         self._command("dump-logits", "--corpus", corpus, "--out", out, *words)
 
-    def _train(self, out: Path, model: Model, shards: Path, options: Options) -> None:
+    def _train(
+        self, out: Path, model: Model, shards: Path, options: Options, threads: int | None = None
+    ) -> None:
         """Train a model; a run that is finished is only opened."""
         scale = self._scale
         config = model.config_json(scale.vocab_size, 2 * scale.sequence_length)
@@ -206,7 +253,8 @@ class Grid:
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(config), encoding="utf-8")
         words = _words(options | {"learning-rate": model.learning_rate})
-        self._command("train-student", "--shards", shards, "--student", file, "--out", out, *words)
+        words = ["--shards", str(shards), "--student", str(file), "--out", str(out), *words]
+        self._command("train-student", *words, threads=threads)
 
 
 def _words(options: Options) -> list[str]:
@@ -252,29 +300,43 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file to append to")
     parser.add_argument("--questions", type=int, nargs="*", default=[], help="default: all")
     parser.add_argument("--runs", type=int, help="end after this many")
+    parser.add_argument("--jobs", type=int, default=1, help="students to train at once")
     parser.add_argument("--minutes", type=float, help="end after this time")
     options = parser.parse_args()
     commands = Commands(options.minutes)
     options.work.mkdir(parents=True, exist_ok=True)
     (options.work / "pid").write_text(f"{os.getpid()}\n", encoding="utf-8")
-    grid = Grid(options.work.resolve(), options.scale, commands)
+    grid = Grid(options.work.resolve(), options.scale, commands, options.jobs)
     done = {_key(row) for row in results.read(options.results)}
-    failed, left = [], options.runs
-    for cell, seed in runs(options.questions):
-        key = (cell.hash(SCALES[options.scale]), grid.text, str(seed))
-        if key in done or left == 0:
-            continue
+    scale = SCALES[options.scale]
+    missing = [
+        (cell, seed)
+        for cell, seed in runs(options.questions)
+        if (cell.hash(scale), grid.text, str(seed)) not in done
+    ][: options.runs]
+    appending = threading.Lock()
+
+    def run(cell: Cell, seed: int) -> str | None:
+        """Run a cell and append its row; returns its name if it failed. Failed without its data."""
+        name = f"{cell.name}, seed {seed}"
         shards, evaluation = grid.prepare(cell)
         try:
             row = grid.run(cell, seed, shards, evaluation)
         except Failed as error:  # such as a run that diverged; the others are worth their time
-            print(f"{cell.name}, seed {seed}: {error}", flush=True)
-            failed.append(f"{cell.name}, seed {seed}")
-            continue
-        results.append(options.results, row)
-        done.add(key)
-        left = None if left is None else left - 1
-        print(f"{cell.name}, seed {seed}: cross-entropy {row['cross_entropy']}", flush=True)
+            print(f"{name}: {error}", flush=True)
+            return name
+        with appending:
+            results.append(options.results, row)
+        print(f"{name}: cross-entropy {row['cross_entropy']}", flush=True)
+        return None
+
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        jobs = [pool.submit(run, cell, seed) for cell, seed in missing]
+        failed = [name for job in jobs if (name := job.result()) is not None]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        commands.stop()
     if failed:
         raise Failed(f"{len(failed)} runs failed: {'; '.join(failed)}")
 

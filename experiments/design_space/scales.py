@@ -14,7 +14,11 @@ FULL, LM = "full", "LM"
 
 # Targets by name, as options of dump-logits. LM is the labels alone: tokens without a teacher. FULL
 # is the same tokens with the teacher beside the student, which gives its whole distribution.
+WARMUP_FRACTION = 0.02  # the default of train-student
 WITHOUT_TEACHER = (LM, FULL)
+# Whose logits: the finished teacher's, or those that it saved in its own training, from the first
+# step on or in the last steps.
+OFFLINE, EARLY, LATE = "offline", "early", "late"
 TARGETS: Mapping[str, Options] = {
     LM: {"keep": "tokens"},
     "threshold 0.05": {"keep": "threshold", "threshold": 0.05},
@@ -53,6 +57,7 @@ class Model:
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.heads,
             "max_position_embeddings": positions,
+            "initializer_range": 0.06,  # the usual 0.02 is for models ten times as wide
             "tie_word_embeddings": True,
             "bos_token_id": None,
             "eos_token_id": 0,
@@ -89,11 +94,28 @@ class Scale:
             "sequences-per-shard": self.sequences_per_shard,
         }
 
-    def teacher_settings(self, name: str) -> dict[str, object]:
+    def teacher_options(self, logits: str = OFFLINE) -> Options:
+        """The options of train-student for a teacher, or for one that saves its own logits.
+
+        A late one is the teacher itself, and saves the last of its steps. An early one stops where
+        it has saved enough, and its learning rate is that of the teacher up to there.
+        """
+        if logits == OFFLINE:
+            return dict(self.teacher_train)
+        tokens, batch = (int(self.teacher_train[key]) for key in ("tokens", "batch-tokens"))
+        steps = -(-self.dataset_tokens // batch)
+        if logits == LATE:
+            return self.teacher_train | {"save-logits-from": -(-tokens // batch) - steps + 1}
+        warmup = WARMUP_FRACTION * tokens / self.dataset_tokens
+        stop: Options = {"tokens": self.dataset_tokens, "lr-schedule": "constant"}
+        return self.teacher_train | stop | {"warmup-fraction": warmup}
+
+    def teacher_settings(self, name: str, logits: str = OFFLINE) -> dict[str, object]:
         """Everything that decides a teacher, but for the text and the code."""
         model = self.teachers[name].config_json(self.vocab_size, 2 * self.sequence_length)
+        options = self.teacher_options(logits)
         rate = self.teachers[name].learning_rate
-        return {**self.layout, **self.teacher_train, **model, "learning-rate": rate}
+        return {**self.layout, **options, **model, "learning-rate": rate}
 
     def dump_options(self, target: str, data: float) -> Options:
         """The options of dump-logits for a target, but for the layout and paths."""
@@ -109,32 +131,32 @@ class Scale:
 
 SCALES: Mapping[str, Scale] = {
     "laptop": Scale(
-        vocab_size=4096,
+        vocab_size=2048,
         sequence_length=256,
         held_out=0.04,
         evaluation_tokens=66_000,
         sequences_per_shard=64,
         packages=PACKAGES,
         teachers={
-            "2M": Model(hidden_size=160, layers=4, heads=5, learning_rate=3e-3),
-            "4M": Model(hidden_size=256, layers=4, heads=4, learning_rate=2e-3),
-            "9M": Model(hidden_size=320, layers=6, heads=5, learning_rate=2e-3),
+            "1.6M": Model(hidden_size=160, layers=4, heads=5, learning_rate=1.5e-3),
+            "3.7M": Model(hidden_size=256, layers=4, heads=4, learning_rate=1.5e-3),
+            "8.2M": Model(hidden_size=320, layers=6, heads=5, learning_rate=1.5e-3),
         },
         teacher_train={
             "alpha": 0.0,
             "dtype": "bfloat16",
-            "tokens": 5_000_000,
-            "batch-tokens": 4096,
+            "tokens": 4_000_000,
+            "batch-tokens": 2048,
         },
         students={
-            "0.5M": Model(hidden_size=80, layers=2, heads=5, learning_rate=3e-3),
-            "1M": Model(hidden_size=128, layers=3, heads=4, learning_rate=3e-3),
-            "2M": Model(hidden_size=160, layers=5, heads=5, learning_rate=3e-3),
+            "0.3M": Model(hidden_size=80, layers=2, heads=5, learning_rate=2e-3),
+            "0.9M": Model(hidden_size=128, layers=3, heads=4, learning_rate=2e-3),
+            "1.9M": Model(hidden_size=160, layers=5, heads=5, learning_rate=1.5e-3),
         },
-        dataset_tokens=1_600_000,
+        dataset_tokens=640_000,
         dump={"engine": "vllm"},
-        student_tokens=1_500_000,
-        train={"dtype": "float32", "batch-tokens": 2048},
+        student_tokens=600_000,
+        train={"dtype": "float32", "batch-tokens": 1024},
     ),
     # Seconds: shows that every step works, nothing else.
     "smoke": Scale(
@@ -144,14 +166,20 @@ SCALES: Mapping[str, Scale] = {
         evaluation_tokens=600,
         sequences_per_shard=64,
         packages=("asyncio", "email", "logging", "multiprocessing", "unittest"),
-        teachers={"4M": Model(hidden_size=64, layers=1, heads=2, learning_rate=3e-2)},
+        teachers={
+            name: Model(hidden_size=size, layers=1, heads=2, learning_rate=3e-2)
+            for name, size in {"1.6M": 32, "3.7M": 64, "8.2M": 96}.items()
+        },
         teacher_train={
             "alpha": 0.0,
             "dtype": "float32",
             "tokens": 16_384,
             "batch-tokens": 512,
         },
-        students={"1M": Model(hidden_size=16, layers=1, heads=2, learning_rate=1e-2)},
+        students={
+            name: Model(hidden_size=size, layers=1, heads=2, learning_rate=1e-2)
+            for name, size in {"0.3M": 8, "0.9M": 16, "1.9M": 24}.items()
+        },
         dataset_tokens=4096,
         dump={"engine": "transformers", "dtype": "float32"},
         student_tokens=2048,
