@@ -102,8 +102,11 @@ def section(rows: Rows, question: int) -> str:
     cells = [cell for cell in grid.shown(question) if rows.figure(cell, "cross_entropy")]
     missing = [cell.name for cell in grid.shown(question) if cell not in cells]
     parts = []
-    if len(_points(rows, question)) > 1:
+    points = _points(rows, question)
+    if len(points) > 1:
         parts.append(f"![Question {question}](images/results-{question}.svg)")
+    if question == 1 and (harm := [point["cell"] for point in points if point["value"] < 0]):
+        parts.append(f"Below zero, so not in the plot: {'; '.join(harm)}.")
     if cells:
         parts.append(table(rows, cells, shares=question == 1))
     if missing:
@@ -163,21 +166,29 @@ def _size_chart(points: Sequence[Mapping[str, Any]]) -> Any:
     """The share of the full distributions' gain over bytes per token."""
     import altair as alt
 
-    base = alt.Chart(alt.InlineData(values=list(points))).encode(
-        alt.X("bytes:Q", title="bytes per token").scale(type="log"),
+    shown = [point for point in points if point["value"] >= 0]
+    base = alt.Chart(alt.InlineData(values=shown)).encode(
+        alt.X("bytes:Q", title="bytes per token").scale(type="log", nice=False, padding=80),
         alt.Y("value:Q", title="share of the gain of full distributions").axis(format="%"),
         alt.Color("method:N", title="--keep"),
     )
-    lines = (
-        alt.Chart(alt.InlineData(values=[{"value": 0}, {"value": 1}]))
+    line = (
+        alt.Chart(alt.InlineData(values=[{"value": 1}]))
         .mark_rule(color="gray", strokeDash=[3, 3])
         .encode(alt.Y("value:Q"))
     )
+    draws, others = alt.datum.method == "draws", alt.datum.method != "draws"
     return alt.layer(
-        lines,
+        line,
         base.mark_rule().encode(alt.Y("low:Q"), alt.Y2("high")),
         base.mark_circle(size=60, opacity=1),
-        base.mark_text(align="left", dx=7, dy=-5, fontSize=10).encode(alt.Text("cell:N")),
+        # Samples of the two kinds lie close to each other.
+        base.transform_filter(others)
+        .mark_text(align="right", dx=-7, dy=-5, fontSize=10)
+        .encode(alt.Text("cell:N")),
+        base.transform_filter(draws)
+        .mark_text(align="left", dx=7, dy=7, fontSize=10)
+        .encode(alt.Text("cell:N")),
     ).properties(width=620, height=380)
 
 
