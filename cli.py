@@ -91,8 +91,8 @@ def inspect_shards(options: InspectOptions, path: Path) -> None:
     if options.row is not None:
         from logitshards.decoding import token_decoder
 
-        row = inspect.find_row(path, options.split, options.row)
-        click.echo(inspect.format_row(row, token_decoder(path)))
+        row, keep = inspect.find_row(path, options.split, options.row)
+        click.echo(inspect.format_row(row, keep, token_decoder(path)))
         return
     if options.verify:
         problems = inspect.verify(path)

@@ -71,7 +71,9 @@ class Killer:
         self.histories = 0
         teacher, corpus = make_inputs(folder, engine)
         keep = ["--keep", "tokens", "--tokenizer"] if engine == "tokens" else ["--teacher"]
-        engine_options = [] if engine == "tokens" else ["--engine", engine, "--top-k", "8"]
+        engine_options = (
+            [] if engine == "tokens" else ["--engine", engine, "--keep", "top-p-k", "--top-k", "8"]
+        )
         self._words = [
             *keep, str(teacher), "--corpus", str(corpus), "--sequence-length", "64",
             "--sequences-per-shard", "4", "--held-out", "0.1", *engine_options,

@@ -59,7 +59,11 @@ def _command(folder: Path, out: Path, processes: int, save_logits: bool) -> list
         ),
         *("--learning-rate", "0.01", "--save-every", "4", "--eval-every", "10"),
         *(("--save-logits", str(_saved(out))) if save_logits else ()),
-        *(("--sequences-per-shard", "50", "--top-k", "8") if save_logits else ()),
+        *(
+            ("--sequences-per-shard", "50", "--keep", "top-p-k", "--top-k", "8")
+            if save_logits
+            else ()
+        ),
     ]
 
 

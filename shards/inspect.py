@@ -18,6 +18,7 @@ import numpy as np
 from shards.dataset import Dataset, Split
 from shards.errors import ShardError
 from shards.folder.completeness import missing_shards
+from shards.keep import Keep
 from shards.manifest import Manifest, load_manifest
 from shards.names import TRAIN
 from shards.options import OptionError
@@ -81,10 +82,11 @@ def verify(path: Path) -> list[str]:
     return problems
 
 
-def find_row(path: Path, split: str | None, number: int) -> Row:
+def find_row(path: Path, split: str | None, number: int) -> tuple[Row, Keep]:
     """A sequence by its number in a split (None: train) of a dataset, or in a shard file.
 
-    OptionError for a number out of range; ShardError if `path` is neither.
+    With it comes what the shards keep. OptionError for a number out of range; ShardError if `path`
+    is neither.
     """
     if path.is_file():
         with ShardReader(path) as reader:
@@ -92,7 +94,7 @@ def find_row(path: Path, split: str | None, number: int) -> Row:
             if not first <= number < first + reader.num_rows:
                 last = first + reader.num_rows - 1
                 raise OptionError("row", f" {number}: {path} has sequences {first} to {last}")
-            return reader.row(number - first)
+            return reader.row(number - first), reader.spec.keep
     dataset = Dataset.open(path)
     name = split or TRAIN
     if name not in dataset.split_names:
@@ -101,7 +103,7 @@ def find_row(path: Path, split: str | None, number: int) -> Row:
         if not 0 <= number < rows.num_sequences:
             last = rows.num_sequences - 1
             raise OptionError("row", f" {number}: {path} {name} has sequences 0 to {last}")
-        return rows.row(number)
+        return rows.row(number), rows.spec.keep
 
 
 def _problem(check: Callable[[_Checked], None], what: _Checked) -> list[str]:

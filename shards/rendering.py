@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.keep import Keep
 from shards.row_group import require
 from shards.rows import Row
 
@@ -29,11 +30,14 @@ def render(description: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def format_row(row: Row, decode: Callable[[int], str], *, num_predictions: int = 5) -> str:
+def format_row(
+    row: Row, keep: Keep, decode: Callable[[int], str], *, num_predictions: int = 5
+) -> str:
     """One line per position: the token, the label with its probability, the leading predictions.
 
     `decode` gives the text of one token id. Probabilities are in percent, as the teacher had them
-    after reading the token on the left of the line and all before it.
+    after reading the token on the left of the line and all before it. A `~` stands before the
+    weight of an entry that was drawn by chance.
     """
     lines = [f"sequence {row.sequence}: {len(row.tokens) - 1} positions", ""]
     if row.counts is None:
@@ -43,11 +47,15 @@ def format_row(row: Row, decode: Callable[[int], str], *, num_predictions: int =
     ids, logprobs = require("ids", row.ids), require("logprobs", row.logprobs)
     label_logprobs = require("label_logprobs", row.label_logprobs)
     bounds = np.concatenate([[0], np.cumsum(row.counts)])
-    lines.append(f"{'token':<18}{'label':<18}{'label %':>8}   leading predictions, %")
+    exact_above = math.inf if keep.exact_above is None else keep.exact_above
+    note = "; ~ drawn by chance" if keep.is_sampled else ""
+    lines.append(f"{'token':<18}{'label':<18}{'label %':>8}   leading predictions, %{note}")
     for t, (start, stop) in enumerate(itertools.pairwise(bounds)):
         stop = min(stop, start + num_predictions)
         predictions = [
-            f"{_text(decode, ids[e])} {100 * math.exp(logprobs[e]):.1f}" for e in range(start, stop)
+            f"{_text(decode, ids[e])} {'' if logprobs[e] > exact_above else '~'}"
+            f"{100 * math.exp(logprobs[e]):.1f}"
+            for e in range(start, stop)
         ]
         lines.append(
             f"{_text(decode, row.tokens[t]):<18}{_text(decode, row.tokens[t + 1]):<18}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.keep import Keep, Tokens, TopPK
+from shards.keep import Keep, Threshold, Tokens
 from shards.layout import Layout
 from shards.names import BOS_MODES
 from shards.options import OptionError, check, check_choices, option
@@ -59,7 +59,7 @@ class DumpConfig:
     keep: Keep = option(
         "What to keep of the teacher's distribution at each position (docs/keep-methods.md). "
         "tokens keeps nothing and needs no teacher.",
-        default=TopPK(),
+        default=Threshold(),
     )
     held_out: float = option(
         "Fraction of documents for the validation split.", default=0.01, metavar="FRACTION"

@@ -1,6 +1,7 @@
 """The figures of a description are those of the rows, and a check finds what is damaged."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from shards.dataset import Dataset
 from shards.errors import ShardError, ShardFormatError
 from shards.inspect import describe, format_row, render, verify
+from shards.keep import Draws, Threshold, Tokens, TopPK
 from tests.strategies import example_row, make_spec, write_dataset
 from tests.tiny_dataset import make_dataset
 
@@ -188,7 +190,7 @@ def test_a_row_of_tokens_alone_is_shown_token_by_token(tmp_path):
     path = make_dataset(tmp_path / "dataset", tokens_only=True)
     with Dataset.open(path).split("train") as split:
         row = split.row(3)
-    lines = format_row(row, lambda i: f"<{i}>").splitlines()
+    lines = format_row(row, Tokens(), lambda i: f"<{i}>").splitlines()
     assert lines[:3] == ["sequence 3: 16 positions", "", "token             label"]
     assert len(lines) == 3 + 16
     for t, line in enumerate(lines[3:]):
@@ -197,7 +199,7 @@ def test_a_row_of_tokens_alone_is_shown_token_by_token(tmp_path):
 
 def test_a_row_is_shown_position_by_position():
     row = example_row(3, num_tokens=5, most_entries=4)
-    lines = format_row(row, lambda i: f"<{i}>", num_predictions=2).splitlines()
+    lines = format_row(row, TopPK(), lambda i: f"<{i}>", num_predictions=2).splitlines()
     assert lines[0] == "sequence 3: 4 positions"
     positions = lines[3:]
     assert len(positions) == 4
@@ -211,8 +213,23 @@ def test_a_row_is_shown_position_by_position():
             assert (f"'<{token}>' " in line) == (i < 2)
 
 
+def test_entries_that_were_drawn_by_chance_are_marked():
+    row = example_row(0, num_tokens=2, most_entries=0)
+    likely = [np.log(0.5), np.log(0.05), np.log(0.05)]
+    row = replace(row, counts=[3], ids=[7, 8, 9], logprobs=np.array(likely, np.float32))
+    shown = {
+        keep.method: format_row(row, keep, str).splitlines()[2:]
+        for keep in (TopPK(), Threshold(threshold=0.05), Draws())
+    }
+    assert shown["top-p-k"][0].endswith("leading predictions, %")
+    assert shown["top-p-k"][1].endswith("'7' 50.0  '8' 5.0  '9' 5.0")
+    assert shown["threshold"][0].endswith("leading predictions, %; ~ drawn by chance")
+    assert shown["threshold"][1].endswith("'7' 50.0  '8' ~5.0  '9' ~5.0")
+    assert shown["draws"][1].endswith("'7' ~50.0  '8' ~5.0  '9' ~5.0")
+
+
 def test_a_token_with_a_line_end_stays_on_its_line_and_a_long_one_is_cut():
     row = example_row(0, num_tokens=3, most_entries=0)
-    lines = format_row(row, lambda i: "\n" * 40).splitlines()
+    lines = format_row(row, TopPK(), lambda i: "\n" * 40).splitlines()
     assert len(lines) == 5
     assert "..." in lines[3]

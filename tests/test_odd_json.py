@@ -40,7 +40,7 @@ def made(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dump(folder: Path) -> list[str]:
     return ["--teacher", str(folder / "teacher"), "--corpus", str(folder / "text.jsonl"),
             "--out", str(folder / "out"), "--engine", "transformers", "--sequence-length", "32",
-            "--top-k", "5", "--sequences-per-shard", "4"]  # fmt: skip
+            "--keep", "top-p-k", "--top-k", "5", "--sequences-per-shard", "4"]  # fmt: skip
 
 
 def train(folder: Path) -> list[str]:

@@ -146,8 +146,8 @@ def test_a_package_that_is_not_installed_has_an_unknown_version(
 @pytest.mark.parametrize(
     ("words", "keep"),
     [
-        ([], TopPK()),
-        (["--top-k", "7"], TopPK(top_k=7)),
+        ([], Threshold()),
+        (["--keep", "top-p-k", "--top-k", "7"], TopPK(top_k=7)),
         (
             ["--keep", "draws", "--draws", "9", "--temperature", "2"],
             Draws(draws=9, temperature=2.0),

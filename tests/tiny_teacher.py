@@ -145,7 +145,7 @@ def largest_error(row: Row, exact: npt.NDArray[Any], tail_noise: float = 0.0) ->
     return worst
 
 
-TOP_P_K = ("--top-k", "20")
+TOP_P_K = ("--keep", "top-p-k", "--top-k", "20")
 
 
 def dump_command(

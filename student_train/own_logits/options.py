@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.keep import Keep, Tokens, TopPK
+from shards.keep import Keep, Threshold, Tokens
 from shards.options import OptionError, check, option
 
 
@@ -25,7 +25,7 @@ class SaveLogits:
     # The option --temperature is that of the loss, so samples are at temperature 1.
     keep: Keep = option(
         "With --save-logits: what to keep of a distribution (docs/keep-methods.md).",
-        default=TopPK(),
+        default=Threshold(),
         without=("temperature",),
     )
     sequences_per_shard: int | None = option(
@@ -42,7 +42,7 @@ class SaveLogits:
         if self.save_logits is None:
             for name, given in (
                 ("save_logits_from", self.save_logits_from != 1),
-                ("keep", self.keep != TopPK()),
+                ("keep", self.keep != Threshold()),
                 ("sequences_per_shard", size is not None),
             ):
                 if given:
