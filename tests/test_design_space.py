@@ -195,6 +195,26 @@ def test_the_plot_of_targets_has_shares_over_bytes() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("target", "pages"),
+    [
+        ("threshold 0.05", ["README.md", "docs/keep-methods.md", "docs/results.md"]),
+        ("top-p-k 0.95-100", ["README.md", "docs/keep-methods.md", "docs/results.md"]),
+        ("k = 12", ["README.md", "docs/keep-methods.md", "docs/results.md"]),
+        *[(f"threshold {t}", ["docs/results.md"]) for t in (0.2, 0.1, 0.02)],
+        *[(f"top-p-k {p}-50", ["docs/results.md"]) for p in (0.95, 0.9)],
+    ],
+)
+def test_the_shares_that_pages_quote_are_those_of_the_rows(target: str, pages: list[str]) -> None:
+    rows = draw.Rows(results.read(draw.RESULTS), SCALES["laptop"])
+    share = rows.share(Cell(question=1, target=target))
+    assert share is not None
+    assert share.deviation is not None
+    for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert f"{100 * share.mean:.0f} ± {100 * share.deviation:.0f} %" in text
+
+
 def test_the_page_of_results_is_drawn_from_the_rows() -> None:
     page = draw.PAGE.read_text(encoding="utf-8")
     rows = draw.Rows(results.read(draw.RESULTS), SCALES["laptop"])
