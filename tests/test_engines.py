@@ -26,6 +26,7 @@ from tests.tiny_teacher import (
     STEP,
     TAIL_NOISE,
     TOKENIZER_LENGTH,
+    TOP_P_K,
     all_rows,
     borders_of,
     dense_logprobs,
@@ -40,7 +41,7 @@ FLOAT32 = ("--dtype", "float32")
 # All positions that the teacher has: vllm-logprobs asks for one more.
 LENGTH = ("--sequence-length", "64")
 KEEPS = {
-    "top-p-k": ("--top-k", "20"),
+    "top-p-k": TOP_P_K,
     "threshold": ("--keep", "threshold", "--threshold", "0.01"),
     "draws": ("--keep", "draws"),
 }

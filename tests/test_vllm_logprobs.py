@@ -23,6 +23,7 @@ from teacher_dump.keep.rows import TokenSequence
 from tests.tiny_teacher import (
     STEP,
     TOKENIZER_LENGTH,
+    TOP_P_K,
     all_rows,
     dump_command,
     run_dump,
@@ -59,9 +60,13 @@ def test_a_plan_and_masked_tokens_work(tiny_teacher: Path, tmp_path: Path) -> No
     [
         (["--keep", "draws"], "--keep draws needs the whole distribution; use --engine vllm"),
         (["--keep", "threshold"], "--keep threshold needs the whole distribution"),
-        (["--engine-arg", "max_logprobs=5"], "--engine-arg max_logprobs: set by the pass itself"),
-        (["--engine-arg", "logprobs_mode=raw_logits"], "set by the pass itself"),
-        (["--sequence-length", "65"], "takes at most 64 tokens"),
+        ([], "--keep threshold needs the whole distribution; use --engine vllm or"),
+        (
+            [*TOP_P_K, "--engine-arg", "max_logprobs=5"],
+            "--engine-arg max_logprobs: set by the pass itself",
+        ),
+        ([*TOP_P_K, "--engine-arg", "logprobs_mode=raw_logits"], "set by the pass itself"),
+        ([*TOP_P_K, "--sequence-length", "65"], "takes at most 64 tokens"),
     ],
 )
 def test_what_the_engine_does_not_do_is_refused_before_anything_is_made(
