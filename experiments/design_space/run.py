@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -112,8 +112,12 @@ class Commands:
 
 def _stop(number: int, _: object) -> NoReturn:
     for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, _nothing)
     raise SystemExit(128 + number)
+
+
+def _nothing(number: int, _: object) -> None:
+    """Not SIG_IGN, which a command that starts now would inherit."""
 
 
 class Grid:
@@ -307,12 +311,12 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     (options.work / "pid").write_text(f"{os.getpid()}\n", encoding="utf-8")
     grid = Grid(options.work.resolve(), options.scale, commands, options.jobs)
-    done = {_key(row) for row in results.read(options.results)}
+    there = {_key(row) for row in results.read(options.results)}
     scale = SCALES[options.scale]
     missing = [
         (cell, seed)
         for cell, seed in runs(options.questions)
-        if (cell.hash(scale), grid.text, str(seed)) not in done
+        if (cell.hash(scale), grid.text, str(seed)) not in there
     ][: options.runs]
     appending = threading.Lock()
 
@@ -332,8 +336,11 @@ def main() -> None:
 
     pool = ThreadPoolExecutor(options.jobs)
     try:
-        jobs = [pool.submit(run, cell, seed) for cell, seed in missing]
-        failed = [name for job in jobs if (name := job.result()) is not None]
+        failed, waiting = [], {pool.submit(run, cell, seed) for cell, seed in missing}
+        while waiting:
+            # Another thread may get a signal; this one sees it at the end of its wait.
+            done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            failed += [name for job in done if (name := job.result()) is not None]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         commands.stop()
