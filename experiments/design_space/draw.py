@@ -177,18 +177,19 @@ def _size_chart(points: Sequence[Mapping[str, Any]]) -> Any:
         .mark_rule(color="gray", strokeDash=[3, 3])
         .encode(alt.Y("value:Q"))
     )
-    draws, others = alt.datum.method == "draws", alt.datum.method != "draws"
+
+    def names(which: Any, **place: Any) -> Any:
+        return (
+            base.transform_filter(which).mark_text(fontSize=10, **place).encode(alt.Text("cell:N"))
+        )
+
     return alt.layer(
         line,
         base.mark_rule().encode(alt.Y("low:Q"), alt.Y2("high")),
         base.mark_circle(size=60, opacity=1),
         # Samples of the two kinds lie close to each other.
-        base.transform_filter(others)
-        .mark_text(align="right", dx=-7, dy=-5, fontSize=10)
-        .encode(alt.Text("cell:N")),
-        base.transform_filter(draws)
-        .mark_text(align="left", dx=7, dy=7, fontSize=10)
-        .encode(alt.Text("cell:N")),
+        names(alt.datum.method != "draws", align="right", dx=-7, dy=-5),
+        names(alt.datum.method == "draws", align="left", dx=7, dy=7),
     ).properties(width=620, height=380)
 
 

@@ -147,21 +147,24 @@ def cells() -> list[Cell]:
     return [cell for part in parts for cell in part()]
 
 
-def runs(questions: Sequence[int] = ()) -> Iterator[tuple[Cell, int]]:
+def runs(questions: Sequence[int] = ()) -> list[tuple[Cell, int]]:
     """Cells with seeds in the order to run them: a question is done seed by seed.
 
     All questions get their first seeds, then the rest. A cell that two questions have comes once.
     No questions: all.
     """
-    seen = set()
-    for first in (True, False):
-        for question in questions or QUESTIONS:
-            for seed in SEEDS:
-                if (seed < QUESTIONS[question]) == first:
-                    for cell in cells():
-                        if cell.question == question and (cell.name, seed) not in seen:
-                            seen.add((cell.name, seed))
-                            yield cell, seed
+    pairs = [
+        (cell, seed)
+        for question in questions or QUESTIONS
+        for seed in SEEDS
+        for cell in cells()
+        if cell.question == question
+    ]
+    pairs.sort(key=lambda pair: pair[1] >= QUESTIONS[pair[0].question])
+    unique: dict[tuple[str, int], tuple[Cell, int]] = {}
+    for cell, seed in pairs:
+        unique.setdefault((cell.name, seed), (cell, seed))
+    return list(unique.values())
 
 
 def labels_alone(cell: Cell) -> Cell:

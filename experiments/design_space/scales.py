@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.design_space.text import PACKAGES
+from student_train.config import TrainConfig
 
 Options = dict[str, str | float]
 FULL, LM = "full", "LM"
 
 # Targets by name, as options of dump-logits. LM is the labels alone: tokens without a teacher. FULL
 # is the same tokens with the teacher beside the student, which gives its whole distribution.
-WARMUP_FRACTION = 0.02  # the default of train-student
 WITHOUT_TEACHER = (LM, FULL)
 # Whose logits: the finished teacher's, or those that it saved in its own training, from the first
 # step on or in the last steps.
@@ -106,7 +106,7 @@ class Scale:
         steps = -(-self.dataset_tokens // batch)
         if logits == LATE:
             return self.teacher_train | {"save-logits-from": -(-tokens // batch) - steps + 1}
-        warmup = WARMUP_FRACTION * tokens / self.dataset_tokens
+        warmup = TrainConfig.warmup_fraction * tokens / self.dataset_tokens
         stop: Options = {"tokens": self.dataset_tokens, "lr-schedule": "constant"}
         return self.teacher_train | stop | {"warmup-fraction": warmup}
 
