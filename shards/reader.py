@@ -155,8 +155,8 @@ class ShardReader(Closing):
 
     def _corrupt(self, text: str) -> ShardCorruptError:
         return ShardCorruptError(
-            f"{self.path}: damaged: {text}; delete it together with its .json, and the dump-logits"
-            " command that made it writes it again"
+            f"{self.path}: damaged: {text}; delete it together with its .json, and the same"
+            " dump-logits command writes it again (if train-student saved it, put a copy back)"
         )
 
     @contextmanager

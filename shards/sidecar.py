@@ -68,12 +68,12 @@ class Sidecar:
             content = unseal(path)
         except FileNotFoundError as error:
             raise ShardError(
-                f"{path}: missing, so the shard beside it is not finished; the dump-logits command"
-                " that made it completes it"
+                f"{path}: missing, so the shard beside it is not finished; the command that made"
+                " it completes it"
             ) from error
         except ShardCorruptError as error:
             raise ShardCorruptError(
-                f"{error}; delete it, and the dump-logits command of the shard writes it again"
+                f"{error}; delete it, and the command that made the shard writes it again"
             ) from error
         except OSError as error:
             raise ShardCorruptError(f"{path}: cannot be read: {error.strerror}") from error

@@ -343,7 +343,7 @@ def check_left_alone(folder, *, message, footer=FOOTER, sequences=8):
     text = str(caught.value)
     assert text.startswith(f"{folder / NAMES[1]}: has no sidecar, and none can be made from it: ")
     assert message in text
-    assert "delete it, and the same dump-logits command writes it again" in text
+    assert "delete it, and the same command writes it again" in text
     assert "\n" not in text
     assert listing(folder) == before
 

@@ -39,7 +39,7 @@ def check_noticed(dataset, file, text):
         Dataset.open(dataset)
     message = str(caught.value)
     assert message.startswith(f"{file}: {text}")
-    assert "delete the folder tokenizer, and the same dump-logits command writes it" in message
+    assert "delete the folder tokenizer, and the same command writes it" in message
     assert "\n" not in message
     assert verify(dataset) == [message]
 

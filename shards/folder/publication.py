@@ -106,7 +106,7 @@ def check_not_alone(path: Path) -> None:
     if sidecar_path(path).exists() and not path.exists():
         raise ShardError(
             f"{sidecar_path(path)}: describes a shard that is missing; delete this file, and the"
-            " same dump-logits command writes the shard again"
+            " same command writes the shard again"
         )
 
 
@@ -128,7 +128,7 @@ def adopt(path: Path, footer: Footer, sequences: int) -> Sidecar:
     if sidecar.sequences != sequences:
         raise ShardCorruptError(
             f"{path}: holds {sidecar.sequences} sequences, expected {sequences}; delete it and its"
-            " .json, and the same dump-logits command writes it again"
+            " .json, and the same command writes it again"
         )
     return sidecar
 
@@ -161,7 +161,7 @@ def _checked_totals(path: Path, footer: Footer, sequences: int) -> Totals:
             raise ShardError(f"{path}: cannot be read: {error}") from error
         raise ShardCorruptError(
             f"{path}: has no sidecar, and none can be made from it: {one_line(error)}; delete it,"
-            " and the same dump-logits command writes it again"
+            " and the same command writes it again"
         ) from error
     return totals
 

@@ -88,5 +88,5 @@ def check_content(dataset: Path, sha256: str) -> None:
 def _damaged(path: Path, text: str) -> ShardCorruptError:
     return ShardCorruptError(
         f"{path}: {text}; put a copy of it back, or delete the folder {TOKENIZER}, and the same"
-        " dump-logits command writes it again"
+        " command writes it again"
     )
