@@ -142,7 +142,7 @@ def test_every_question_gets_its_first_seeds_before_any_gets_more() -> None:
 
 def test_a_command_ends_when_the_time_is_over() -> None:
     result = subprocess.run(
-        [sys.executable, "-c", "from experiments.design_space.run import Commands\n"
+        [sys.executable, "-c", "from experiments.design_space.commands import Commands\n"
          "Commands(0).run('inspect-shards', '--help')"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
