@@ -119,7 +119,9 @@ class Row:
 
     @cached_property
     def ids(self) -> Ragged[np.int32]:
-        """`ids[t]` are the vocabulary ids of the entries at position t, most likely first."""
+        """`ids[t]` are the vocabulary ids of the entries at position t.
+
+        The entry with the largest value comes first."""
         return self._entries(schema.IDS, self.stored.ids)
 
     @cached_property

@@ -56,13 +56,15 @@ class TrainConfig:
         "Labelled positions to train on; larger values repeat the dataset.", metavar="TOKENS"
     )
     loss: str = option(
-        "How to compare the student with the teacher (docs/training.md).",
+        "How to compare the student with the teacher (docs/training.md). mse needs shards of "
+        "--keep top-p-k.",
         default="kld",
         choices=("kld", "nll", "mse"),
     )
     tail: str = option(
-        "What to do with the mass that was not kept. renormalize: ignore it. bucket: make it one "
-        "more class.",
+        "What to do with the mass that --keep top-p-k leaves out. renormalize: ignore it. bucket: "
+        "make it one more class. Sampled shards take only renormalize, which leaves them as "
+        "they are.",
         default="renormalize",
         choices=("renormalize", "bucket"),
     )
@@ -75,7 +77,10 @@ class TrainConfig:
         default="constant",
         choices=ALPHA_SCHEDULES,
     )
-    temperature: float = option("Temperature of the teacher's targets.", default=1.0)
+    temperature: float = option(
+        "Temperature of the teacher's targets. Sampled shards take only that of their dump.",
+        default=1.0,
+    )
     student_temperature: float = option(
         "Temperature of the student's softmax in the distillation loss, which is then multiplied "
         "by the square of this value.",
@@ -83,7 +88,7 @@ class TrainConfig:
     )
     adaptive_temperature: str | None = option(
         "Strategy that sets the teacher's temperature, or the weight of distillation, for each "
-        "position (docs/training.md).",
+        "position (docs/training.md). Needs shards of --keep top-p-k.",
         default=None,
         choices=("normkd", "wttm", "adakd-sd", "adakd-h"),
         shown_default="the same everywhere",

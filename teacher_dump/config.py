@@ -12,7 +12,7 @@ from shards.names import BOS_MODES
 from shards.options import OptionError, check, check_choices, option
 from teacher_dump.engines.interface import ENGINES, num_ranks
 
-TARGET_SHARD_TOKENS = 2 << 20  # about 256 MiB at 120 bytes per token
+TARGET_SHARD_TOKENS = 2 << 20  # 50 MiB at 25 bytes per token, 270 MiB at 134
 TARGET_ROW_GROUP_TOKENS = 128 << 10
 # The trainer packs separate documents into full sequences, one row group at a time. With this many
 # sequences' worth of tokens in a row group, packing leaves about 2 % of a line empty.
