@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from experiments.design_space import draw, grid, results
+from experiments.design_space import draw, grid, results, text
 from experiments.design_space.grid import Cell
 from experiments.design_space.scales import SCALES, TARGETS
 
@@ -108,6 +109,21 @@ def test_online_logits_are_those_that_the_teacher_saved_in_its_training(folder: 
     assert saved == {"early": (1, 4096), "late": (teacher_steps - saved_steps + 1, 4096)}
 
 
+def test_the_front_of_a_text_is_a_sample_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [f"small {number}" for number in range(300)]
+    part = "large " * (text.MAX_CHARACTERS // 6)
+    large = [text.BETWEEN.join(f"{part}{number} {i}" for i in range(5)) for number in range(300)]
+    monkeypatch.setattr(text, "file_texts", lambda packages: small + large)
+    corpus = text.write_corpus(tmp_path / "text", (), 0.5)
+    for file in (corpus.train, corpus.held_out):
+        kinds = [json.loads(line)["text"].split()[0] for line in file.read_text().splitlines()]
+        places = [place / len(kinds) for place, kind in enumerate(kinds) if kind == "small"]
+        assert 100 < len(places) < 200
+        assert abs(statistics.mean(places) - 0.5) < 0.1  # four standard deviations
+
+
 def test_a_torn_line_is_no_row_and_gives_way_to_the_next(tmp_path: Path) -> None:
     file = tmp_path / "results.csv"
     row = dict.fromkeys(results.COLUMNS, "x")
@@ -132,10 +148,10 @@ def test_a_question_is_done_seed_by_seed_and_cells_differ_in_settings() -> None:
     assert len(hashes) * len(grid.SEEDS) > 150
 
 
-def test_every_question_gets_its_first_seeds_before_any_gets_more() -> None:
+def test_every_question_gets_its_seeds_in_the_order_that_is_declared() -> None:
     order = [(cell.question, seed) for cell, seed in grid.runs()]
-    first = [seed < grid.QUESTIONS[question] for question, seed in order]
-    assert first == sorted(first, reverse=True)
+    ends = [len(order) - order[::-1].index((question, n - 1)) for question, n in grid.ORDER]
+    assert ends == sorted(ends)
     assert len({(cell.name, seed) for cell, seed in grid.runs()}) == len(order)
     assert len(order) == len({cell.name for cell in grid.cells()}) * len(grid.SEEDS)
 

@@ -21,9 +21,10 @@ from experiments.design_space.scales import (
     digest,
 )
 
-# The order of the questions, each with the seeds that it gets before the others get more.
-QUESTIONS = {1: 3, 7: 2, 2: 2, 3: 2, 6: 1, 4: 1, 5: 1}
+QUESTIONS = (1, 2, 3, 4, 5, 6, 7)
 SEEDS = (0, 1, 2)
+# Which question gets how many seeds before the next one runs; in the end all get all.
+ORDER = ((1, 3), (7, 2), (2, 2), (3, 1), (6, 1), (4, 1), (3, 2), (5, 1))
 
 BASE_TEACHER, BASE_STUDENT = "3.7M", "0.9M"
 SAMPLED, TRUNCATED = "threshold 0.05", "top-p-k 0.95-100"  # what the other questions vary
@@ -67,6 +68,10 @@ class Cell:
             "dump": scale.layout | scale.dump_options(self.target, self.data),
             "student": asdict(scale.students[self.student]),
             "train": self.train_options(scale),
+            "evaluation": {
+                "teacher": scale.teacher_settings(BASE_TEACHER),
+                "dump": scale.layout | scale.evaluation_options,
+            },
         }
 
     def _teacher_settings(self, scale: Scale) -> dict[str, object]:
@@ -92,8 +97,7 @@ def _losses() -> Iterator[Cell]:
     for target in (TRUNCATED, "k = 12", "top-p-k 0.95-50"):
         yield Cell(question=2, target=target, options={"tail": "bucket"})
     yield Cell(question=2, target=TRUNCATED, options={"alpha": 0.9})
-    for loss in ("mse", "nll"):
-        yield Cell(question=2, target=TRUNCATED, options={"loss": loss, "alpha": 0.9})
+    yield Cell(question=2, target=TRUNCATED, options={"loss": "mse", "alpha": 0.9})
 
 
 def _alphas() -> Iterator[Cell]:
@@ -150,21 +154,15 @@ def cells() -> list[Cell]:
 def runs(questions: Sequence[int] = ()) -> list[tuple[Cell, int]]:
     """Cells with seeds in the order to run them: a question is done seed by seed.
 
-    All questions get their first seeds, then the rest. A cell that two questions have comes once.
-    No questions: all.
+    A cell that two questions have comes once. No questions: all.
     """
-    pairs = [
-        (cell, seed)
-        for question in questions or QUESTIONS
-        for seed in SEEDS
-        for cell in cells()
-        if cell.question == question
-    ]
-    pairs.sort(key=lambda pair: pair[1] >= QUESTIONS[pair[0].question])
-    unique: dict[tuple[str, int], tuple[Cell, int]] = {}
-    for cell, seed in pairs:
-        unique.setdefault((cell.name, seed), (cell, seed))
-    return list(unique.values())
+    pairs: dict[tuple[str, int], tuple[Cell, int]] = {}
+    for question, number in (*ORDER, *((question, len(SEEDS)) for question in QUESTIONS)):
+        for seed in SEEDS[:number]:
+            for cell in cells():
+                if cell.question == question in (questions or QUESTIONS):
+                    pairs.setdefault((cell.name, seed), (cell, seed))
+    return list(pairs.values())
 
 
 def labels_alone(cell: Cell) -> Cell:

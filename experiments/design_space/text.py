@@ -2,9 +2,10 @@
 
 A file is a source file of one of the packages or of Python's standard library: its docstrings of at
 least MIN_CHARACTERS, in order, without those that an earlier file has. A hash of a file's text
-decides whether it is held out. Documents are pieces of files, shuffled by a hash of their text: so
-any few sequences of the corpus come from many files, and the front of it is a sample of all. The
-text depends on the versions of Python and of the packages, so every row of the results names it.
+decides whether it is held out. Documents are pieces of files, shuffled by another hash of their
+text: so any few sequences of the corpus come from many files, and the front of it is a sample of
+all. The text depends on the versions of Python and of the packages, so every row of the results
+names it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +55,9 @@ def write_corpus(folder: Path, packages: Sequence[str], held_out: float) -> Corp
         unfinished = folder.with_name(folder.name + ".part")
         unfinished.mkdir(parents=True, exist_ok=True)
         for file, wanted in zip(files, (False, True), strict=True):
-            chosen = [text for text in texts if (_chance(text) < held_out) == wanted]
-            documents = sorted((piece for text in chosen for piece in pieces(text)), key=_chance)
+            chosen = [text for text in texts if (_chance("held out", text) < held_out) == wanted]
+            documents = [piece for text in chosen for piece in pieces(text)]
+            documents.sort(key=partial(_chance, "order"))
             with (unfinished / file.name).open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps({"text": text}) + "\n" for text in documents)
         unfinished.rename(folder)
@@ -83,9 +86,10 @@ def pieces(text: str) -> Iterator[str]:
     yield piece
 
 
-def _chance(text: str) -> float:
-    """A number in [0, 1) that belongs to a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2.0**64
+def _chance(purpose: str, text: str) -> float:
+    """A number in [0, 1) that belongs to a text; those of two purposes are independent."""
+    digest = hashlib.sha256(f"{purpose}\n{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
 def source_files(packages: Sequence[str]) -> Iterator[Path]:
