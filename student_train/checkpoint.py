@@ -2,7 +2,7 @@
 
     checkpoints/step-00000100/weights/        float32 weights and AdamW's moments
                               rows.arrow      with --save-logits: rows that are in no shard yet
-                              progress.json   step, tokens, positions, last evaluation
+                              progress.json   step, tokens, positions, last evaluation; its hash
                               sha256.json     hashes of all files but the last two
 
 Each process writes its part of the weights (`torch.distributed.checkpoint`), and any number of
@@ -20,6 +20,7 @@ moment leaves one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -59,6 +60,7 @@ _PREFIX = "step-"
 _WEIGHTS = "weights"
 _HASHES = "sha256.json"
 _PROGRESS = "progress.json"
+_OWN_HASH = "sha256"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _DAMAGED = (
     FileNotFoundError,
@@ -259,7 +261,9 @@ def _check_hashes(path: Path, world: World) -> None:
 
 
 def _read_progress(path: Path) -> Progress:
-    content = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+    content = dict(json.loads((path / _PROGRESS).read_text(encoding="utf-8")))
+    if content.pop(_OWN_HASH) != _text_sha256(content) or _name(content["step"]) != path.name:
+        raise ValueError(f"{_PROGRESS} was changed after it was written")
     content["positions"] = [Position(**position) for position in content["positions"]]
     return Progress(**content)
 
@@ -269,7 +273,12 @@ def _name(step: int) -> str:
 
 
 def _to_text(progress: Progress) -> str:
-    return json.dumps(asdict(progress)) + "\n"
+    content = asdict(progress)
+    return json.dumps({**content, _OWN_HASH: _text_sha256(content)}) + "\n"
+
+
+def _text_sha256(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _remove_unrecorded(path: Path) -> None:

@@ -48,7 +48,7 @@ from student_train.model.model import (
 )
 from student_train.model.packed_attention import block_at_joints
 from student_train.own_logits.options import SaveLogits
-from student_train.own_logits.plan import SavePlan, describe, plan_saving
+from student_train.own_logits.plan import SavePlan, check_saved, describe, plan_saving
 from student_train.own_logits.saving import OwnLogits
 from student_train.processes.sharding import (
     Sharded,
@@ -131,7 +131,10 @@ def _prepare(config: TrainConfig, options: SaveLogits, world: World) -> _Prepare
         logger.info("device: %s%s", describe_device(world.device), processes)
         missing = missing_tasks(tasks, read_tasks(folder.tasks))
         manager = check_tasks(tasks) if missing else None
-        if folder.summary() is not None and not missing:
+        finished = folder.summary() is not None
+        if finished and saving is not None:
+            check_saved(saving)
+        if finished and not missing:
             logger.info("%s: already finished, nothing to do", config.out)
     return _Prepared(
         config=config,

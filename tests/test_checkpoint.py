@@ -133,7 +133,7 @@ def test_what_was_killed_while_it_was_written_is_ignored_and_removed(tmp_path: P
 FILES = ["weights/__0_0.distcp", "weights/.metadata", "progress.json", "sha256.json", "more"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "a byte", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "a byte", "a digit", "empty"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str, damage: str) -> None:
     model, optimizer = trained()
@@ -148,6 +148,10 @@ def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str, d
         file.unlink()
     elif damage == "empty":
         file.write_bytes(b"{}")
+    elif damage == "a digit":  # what was JSON still is
+        place = next(i for i, byte in enumerate(content) if chr(byte).isdigit())
+        content[place] ^= 1
+        file.write_bytes(content)
     else:
         content[len(content) // 2] ^= 0x80
         file.write_bytes(content)

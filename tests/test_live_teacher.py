@@ -20,6 +20,7 @@ from student_train.live_teacher import LiveTeacher
 from student_train.model.model import export, head_weight, hidden_states, make_student
 from student_train.objective.distillation import Objective
 from student_train.run import run
+from tests.capped_model import assert_capped, write_capped_model
 from tests.tiny_dataset import VOCAB_SIZE, make_dataset, make_tokenizer
 from tests.tiny_runs import lines, make_config, write_student
 
@@ -75,6 +76,17 @@ def test_the_loss_is_the_kl_over_the_whole_vocabulary(
     torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=1e-4)
     for gradient, parameter in zip(found, student.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_teacher_caps_its_attention_logits(folder: Path, tmp_path: Path) -> None:
+    dataset = Dataset.open(folder / "tokens")
+    write_capped_model(tmp_path)
+    shutil.copytree(dataset.path / "tokenizer", tmp_path, dirs_exist_ok=True)
+    batch = first_batch(dataset)
+    entries = LiveTeacher(tmp_path, [dataset], CPU).with_targets(batch).entries
+    assert entries is not None
+    found = entries.logprobs[: batch.input_ids.numel() * VOCAB_SIZE]
+    assert_capped(found.view(*batch.input_ids.shape, VOCAB_SIZE), tmp_path, batch.input_ids)
 
 
 def test_a_run_learns_from_a_teacher_beside_it(folder: Path, tmp_path: Path) -> None:

@@ -305,7 +305,8 @@ def test_what_cannot_be_saved_is_refused(folder: Path, tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], SaveLogits, str]] = [
         ({"shards": [tmp_path / "separate"]}, saving(tmp_path / "s"), "separate documents"),
         ({"shards": [folder / "tokens", folder / "masked"]}, saving(tmp_path / "s"), "mask"),
-        ({}, saving(out), "is the folder of the run"),
+        ({}, saving(out), "is in the folder of the run"),
+        ({}, saving(out / "model"), "is in the folder of the run"),
         ({}, saving(tmp_path / "s", save_logits_from=4), "the run has only 3 steps"),
     ]
     for changes, options, says in refused:
@@ -325,6 +326,9 @@ def test_another_dataset_in_the_folder_stays_as_it_is(folder: Path, tmp_path: Pa
 def test_a_run_keeps_to_its_folder_and_its_options(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder, tmp_path / "out", save_every=2)
     run(config, saving(tmp_path / "saved"))
+    assert run(config, saving(tmp_path / "saved")) is not None
+    with pytest.raises(InputError, match="what it saved is not there"):
+        run(config, saving(tmp_path / "other"))
     (config.out / "summary.json").unlink()
     with pytest.raises(InputError, match="own_logits"):
         run(config)

@@ -21,6 +21,7 @@ from student_train.config import TrainConfig
 from student_train.evaluation import tasks
 from student_train.run import run
 from student_train.run_folder import RunFolder
+from tests.capped_model import assert_capped, write_capped_model
 from tests.report_page import Page, make_run
 from tests.tiny_dataset import SEQUENCE_LENGTH, VOCAB_SIZE, make_dataset
 
@@ -125,6 +126,17 @@ def test_a_finished_run_is_evaluated_on_a_task_of_local_data_once(
                               for name, value in summary.items()}  # fmt: skip
     Path(task).write_text(Path(task).read_text() + "# changed\n")
     assert tasks.missing_tasks([task], content) == [task]
+
+
+def test_the_harness_sees_a_student_that_caps_its_attention_logits(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    dataset = Dataset.open(config.shards[0])
+    write_capped_model(tmp_path)
+    shutil.copytree(dataset.path / "tokenizer", tmp_path, dirs_exist_ok=True)
+    student = tasks._student(tmp_path, dataset.spec, "float32", torch.device("cpu"))
+    tokens = torch.arange(12)[None]
+    assert_capped(student._model_call(tokens), tmp_path, tokens)
 
 
 def test_tasks_that_cannot_be_run_are_refused_before_training(

@@ -153,6 +153,8 @@ def _student(model: Path, spec: DatasetSpec, dtype: str, device: torch.device) -
     import torch
     from lm_eval.models.huggingface import HFLM
 
+    from student_train.model.model import cap_attention
+
     bos, eos = spec.documents.bos_token_id, spec.documents.eos_token_id
     row_bytes = 2 * 4 * spec.sequence_length * spec.tokenizer.vocab_size
     student = HFLM(
@@ -166,6 +168,7 @@ def _student(model: Path, spec: DatasetSpec, dtype: str, device: torch.device) -
         add_bos_token=bos is not None,
         prefix_token_id=eos if bos is None else bos,
     )
+    cap_attention(student.model)
     head = student.model.get_output_embeddings()
     narrow = head.forward
 

@@ -77,9 +77,6 @@ def make_student(
         model = load_model(path)
     else:
         model = _fresh(student, student_config(student, dataset), seed, with_weights)
-    if getattr(model.config, "attn_logit_softcapping", None) is not None:
-        # PyTorch's attention, the default, leaves it out, but code that runs the result does not.
-        model.set_attn_implementation("eager")
     check_sizes(student, model, dataset)
     if with_weights:
         _check_head(student, model)
@@ -194,7 +191,17 @@ def _fresh(student: str, config: Any, seed: int, with_weights: bool) -> PreTrain
     if not with_weights:
         model.to_empty(device="cpu")
         model.tie_weights()  # moving off the meta device has torn them apart
+    cap_attention(model)
     return model
+
+
+def cap_attention(model: PreTrainedModel) -> None:
+    """Make a model cap its attention logits, if its configuration says so.
+
+    PyTorch's attention, which transformers takes by default, leaves that out.
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")
 
 
 def _reason(error: Exception) -> str:
@@ -231,6 +238,7 @@ def load_model(folder: Path, *, option: str = "--student") -> PreTrainedModel:
             f" such as {wrong[0]}"
         )
     loaded: PreTrainedModel = model
+    cap_attention(loaded)
     return loaded
 
 

@@ -12,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from shards.dataset import Dataset
-from shards.errors import InputError
+from shards.errors import InputError, ShardError
 from shards.files.json_text import Json
 from shards.layout import Layout
+from shards.manifest import load_manifest
 from shards.spec import DatasetSpec, Documents, TrainingRun, keep_to_json
 from student_train.config import TrainConfig
 from student_train.own_logits.options import SaveLogits
@@ -75,8 +76,8 @@ def plan_saving(
     path = options.save_logits
     if path is None:
         return None
-    if path.resolve() == config.out.resolve():
-        raise InputError(f"--save-logits {path}: is the folder of the run; give another one")
+    if path.resolve().is_relative_to(config.out.resolve()):
+        raise InputError(f"--save-logits {path}: is in the folder of the run; give another one")
     if options.save_logits_from > num_steps:
         raise InputError(
             f"--save-logits-from {options.save_logits_from}: the run has only {num_steps} steps"
@@ -115,6 +116,20 @@ def plan_saving(
             "versions": {name: version(name) for name in packages},
         },
     )
+
+
+def check_saved(plan: SavePlan) -> None:
+    """InputError unless the dataset of a finished run is complete in its folder."""
+    try:
+        manifest = load_manifest(plan.path)
+        there = manifest.complete and manifest.spec == plan.spec
+    except ShardError:
+        there = False
+    if not there:
+        raise InputError(
+            f"--save-logits {plan.path}: the run is finished, but what it saved is not there; name"
+            " the folder where it is"
+        )
 
 
 def _documents(datasets: Sequence[Dataset]) -> Documents:
