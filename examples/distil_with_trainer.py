@@ -93,6 +93,9 @@ class DistillationTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], int]:
         """The batches of a step, and the labels that count in all of them."""
         samples = [next(epoch_iterator) for _ in range(num_batches)]
+        last = [sample["batch"].positions is not None for sample in samples]
+        if not last[-1] or any(last[:-1]):
+            raise ValueError("gradient_accumulation_steps is not the number of batches of a step")
         return samples, sum(sample["batch"].num_valid for sample in samples)
 
     def compute_loss(
@@ -116,7 +119,7 @@ class DistillationTrainer(Trainer):
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--steps", type=int, required=True)
 @click.option("--batch-sequences", default=256, show_default=True)
-@click.option("--micro-batches", default=32, show_default=True, help="Batches of a step.")
+@click.option("--micro-batch-sequences", default=8, show_default=True)
 @click.option("--learning-rate", default=3e-4, show_default=True)
 @click.option("--resume", is_flag=True)
 def main(
@@ -125,22 +128,25 @@ def main(
     out: Path,
     steps: int,
     batch_sequences: int,
-    micro_batches: int,
+    micro_batch_sequences: int,
     learning_rate: float,
     resume: bool,
 ) -> None:
     """Train MODEL on the teacher's distributions in DATASET; write the result to OUT."""
     student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    # The padding id is often the end token, which needs a gradient; padding here has no label.
+    student.get_input_embeddings().padding_idx = None
     with logitshards.open(dataset) as shards:
+        keep = shards.spec.keep
         objective = logitshards.Objective(
-            kind="kld", alpha=0.9, temperature=1.0, sampled=shards.spec.keep.is_sampled
+            kind="kld", alpha=0.9, temperature=keep.temperature, sampled=keep.is_sampled
         )
     trainer = DistillationTrainer(
         student,
         TrainingArguments(
             output_dir=str(out),
             max_steps=steps,
-            gradient_accumulation_steps=micro_batches,
+            gradient_accumulation_steps=-(-batch_sequences // micro_batch_sequences),
             learning_rate=learning_rate,
             logging_steps=10,
             save_steps=500,
@@ -149,7 +155,7 @@ def main(
         logitshards.batches(
             dataset,
             batch_sequences=batch_sequences,
-            micro_batch_sequences=-(-batch_sequences // micro_batches),
+            micro_batch_sequences=micro_batch_sequences,
         ),
         objective,
     )

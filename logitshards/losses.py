@@ -64,8 +64,14 @@ class DistillationLoss(nn.Module):
     def forward(self, hidden: Tensor, batch: Batch) -> Loss:
         """The sums over the labels of a batch, from hidden states [B, L, D] on its device.
 
-        ValueError if the weight is sharded here, or the batch lacks the entries.
+        ValueError if the weight is sharded here, the batch lacks the entries, or the hidden states
+        are of other positions than the labels.
         """
+        if hidden.shape[:-1] != batch.labels.shape:
+            raise ValueError(
+                f"hidden states {list(hidden.shape)} do not belong to labels"
+                f" {list(batch.labels.shape)}"
+            )
         weight = self._head[0].weight
         assert isinstance(weight, Tensor)
         if isinstance(weight, DTensor):

@@ -187,6 +187,9 @@ def _check_mix(datasets: Sequence[stored.Dataset], columns: Sequence[str]) -> No
             pairs["kind of keep method"] = tuple(  # type: ignore[assignment]
                 "sampling" if d.spec.keep.is_sampled else "truncating" for d in (first, other)
             )
+            pairs["temperature of the entries"] = tuple(  # type: ignore[assignment]
+                d.spec.keep.temperature for d in (first, other)
+            )
         for name, (expected, found) in pairs.items():
             if expected != found:
                 raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any
 from shards.files.json_text import Json
 from shards.options import OptionError, check, check_choices, option
 from student_train.model.presets import PRESETS
+from student_train.objective.names import LOSSES, STRATEGIES
 from student_train.objective.schedules import ALPHA_SCHEDULES, LR_SCHEDULES
 
 _FLOAT32 = 3e38  # the largest float32, about: weights are float32, and so are their factors
@@ -59,7 +60,7 @@ class TrainConfig:
         "How to compare the student with the teacher (docs/training.md). mse needs shards of "
         "--keep top-p-k.",
         default="kld",
-        choices=("kld", "nll", "mse"),
+        choices=LOSSES,
     )
     tail: str = option(
         "What to do with the mass that --keep top-p-k leaves out. renormalize: ignore it. bucket: "
@@ -90,7 +91,7 @@ class TrainConfig:
         "Strategy that sets the teacher's temperature, or the weight of distillation, for each "
         "position (docs/training.md). Needs shards of --keep top-p-k.",
         default=None,
-        choices=("normkd", "wttm", "adakd-sd", "adakd-h"),
+        choices=STRATEGIES,
         shown_default="the same everywhere",
     )
     batch_tokens: int = option(

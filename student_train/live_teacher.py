@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from shards.dataset import Dataset
 from student_train.data.batches import Batch
 from student_train.data.lines import packed_length
-from student_train.model.model import check_sizes, load_model
+from student_train.model.model import check_causal, check_sizes, load_model
 from student_train.model.packed_attention import block_at_joints
 from student_train.model.student_tokenizer import check_tokenizer
 from student_train.objective.distillation import Objective
@@ -38,6 +38,7 @@ class LiveTeacher:
         self._model = load_model(folder, option="--teacher").to(device).eval()
         for dataset in datasets:
             check_sizes(str(folder), self._model, dataset, option="--teacher")
+        check_causal(str(folder), self._model, option="--teacher")
         packed = [dataset for dataset in datasets if packed_length(dataset.spec) is not None]
         if packed:
             block_at_joints(

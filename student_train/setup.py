@@ -158,17 +158,17 @@ def check_objective(config: TrainConfig, dataset: Dataset) -> None:
             "%s: --adaptive-temperature %s uses %s", dataset.path, config.adaptive_temperature,
             "the teacher's entropies" if stored else "the kept entries of a position",
         )  # fmt: skip
+    if config.alpha and config.tail == "bucket" and not method.has_tail:
+        raise InputError(
+            f"--tail bucket: {dataset.path} (--keep {method.method}) does not store the mass that"
+            " was not kept"
+        )
     if not (config.alpha and method.is_sampled):
         return
     if config.loss == "mse":
         raise InputError(
             f"--loss mse: {dataset.path} was sampled (--keep {method.method}); a weight is not the"
             " probability of its entry"
-        )
-    if config.tail == "bucket":
-        raise InputError(
-            f"--tail bucket: {dataset.path} was sampled (--keep {method.method}); its"
-            " weights have no missing mass"
         )
     if config.adaptive_temperature is not None:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shards.dataset import Dataset
+from shards.keep import TopPK
+from shards.row_group import Totals
 from shards.rows import Row
 from student_train.evaluation import evaluate as figures
 from student_train.evaluation.evaluate import evaluate, predict
 from student_train.processes.world import World
+from tests.strategies import make_spec
 from tests.tiny_dataset import LOG_THRESHOLD, VOCAB_SIZE, make_dataset
 
 CPU = torch.device("cpu")
@@ -272,11 +276,26 @@ def test_a_perplexity_that_no_float_holds_is_infinite(
     assert 709 < found["cross_entropy"] < math.inf == found["perplexity"]
 
 
+class WithoutTail(TopPK):
+    """Somebody's method."""
+
+    has_tail = False
+
+
 def test_without_a_tail_there_is_no_bound() -> None:
     ids, logprobs = entries([0.5, 0.4])
     sums = position_sums(torch.randn(1, 7), torch.zeros(1, dtype=torch.int64), ids, logprobs, None)
     assert sums[2] == 0
     assert sums[1] > 0
+    found = figures._figures(
+        torch.ones(6),
+        torch.zeros(3, 10),
+        Totals(tokens=1),
+        0,
+        replace(make_spec(), keep=WithoutTail()),
+    )
+    assert "kl_kept" in found
+    assert "kl_bound" not in found
 
 
 def test_bits_per_byte_are_of_the_bytes_of_the_labels(

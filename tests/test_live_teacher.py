@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,12 @@ def test_a_run_learns_from_a_teacher_beside_it(folder: Path, tmp_path: Path) -> 
 
 def test_what_a_teacher_cannot_be_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    config_file = tmp_path / "teacher" / "config.json"
+    content = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(content | {"is_causal": False}))
+    with pytest.raises(InputError, match=r"--teacher .* sees the tokens after a position"):
+        LiveTeacher(tmp_path / "teacher", [Dataset.open(folder / "tokens")], CPU)
+    config_file.write_text(json.dumps(content))
     make_tokenizer(tmp_path / "teacher", prefix="other")
     with pytest.raises(IdentityMismatchError, match=r"--teacher .*: has another tokenizer"):
         LiveTeacher(tmp_path / "teacher", [Dataset.open(folder / "tokens")], CPU)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -290,6 +291,40 @@ def test_no_tensor_is_as_large_as_the_logits_of_the_batch() -> None:
         loss.total.backward()
     assert results.largest == rows_per_block * 1000
     assert hidden.grad is not None
+
+
+def test_positions_that_do_not_belong_together_are_refused() -> None:
+    hidden, weight, labels, targets = make_case(SIZES[1])
+    objective = Objective(kind="kld", alpha=0.5, temperature=1.0)
+    more = torch.cat([hidden, hidden[:1]])
+    for other in (more, hidden[1:]):
+        with pytest.raises(ValueError, match="numbers of positions differ: hidden"):
+            distillation_loss(other, weight, labels, targets, objective)
+    with pytest.raises(ValueError, match=f"targets {len(labels)}"):
+        distillation_loss(more, weight, torch.cat([labels, labels[:1]]), targets, objective)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kind": "MSE"}, "kind 'MSE': expected kld, nll, mse"),
+        ({"adaptive_temperature": "adakd"}, "adaptive_temperature 'adakd': expected None, normkd"),
+        ({"sampled": True, "kind": "mse"}, "sampled does not go with mse"),
+        ({"sampled": True, "adaptive_temperature": "normkd"}, "sampled does not go with adaptive"),
+        ({"sampled": True, "bucket": True}, "sampled does not go with bucket"),
+        ({"bucket": True, "temperature": 2.0}, "bucket does not go with temperature"),
+        ({"bucket": True, "student_temperature": 2.0}, "bucket does not go with student_temp"),
+        ({"kind": "mse", "student_temperature": 2.0}, "mse does not go with student_temperature"),
+    ],
+)
+def test_an_objective_that_would_ignore_an_option_is_refused(
+    options: dict[str, Any], match: str
+) -> None:
+    plain: dict[str, Any] = {"kind": "kld", "alpha": 0.5, "temperature": 1.0}
+    with pytest.raises(ValueError, match=match):
+        Objective(**plain | options)
+    if "'" not in match:
+        Objective(**plain | options | {"alpha": 0.0})  # without KD nothing of it is used
 
 
 def test_targets_are_given_exactly_if_alpha_needs_them() -> None:

@@ -139,6 +139,14 @@ def test_it_follows_a_weight_that_is_replaced(shards: Path) -> None:
     assert model.head.weight.grad is not None
 
 
+def test_hidden_states_of_other_positions_are_refused(shards: Path) -> None:
+    batch = next(iter(logitshards.batches(shards, batch_sequences=3)))
+    loss = logitshards.DistillationLoss(nn.Linear(8, VOCAB_SIZE, bias=False), OBJECTIVE)
+    lines, length = batch.labels.shape
+    with pytest.raises(ValueError, match="do not belong to labels"):
+        loss(torch.zeros(lines, length + 1, 8), batch)
+
+
 def test_a_head_with_a_bias_is_refused() -> None:
     with pytest.raises(ValueError, match="has a bias"):
         logitshards.DistillationLoss(nn.Linear(4, 4), OBJECTIVE)

@@ -13,11 +13,13 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    OlmoeConfig,
     PhiConfig,
     PretrainedConfig,
 )
@@ -119,6 +121,46 @@ def test_config_files_of_several_families_make_students(
     with torch.no_grad():
         product = hidden_states(model, tokens) @ head_weight(model).T
         torch.testing.assert_close(product, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SMALL, is_causal=False),
+        Gemma3TextConfig(**SMALL, use_bidirectional_attention=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_would_read_its_labels_is_refused(
+    dataset: Dataset, tmp_path: Path, config: PretrainedConfig
+) -> None:
+    with pytest.raises(InputError, match="sees the tokens after a position"):
+        make_student(write_config(config, tmp_path), dataset, seed=0)
+
+
+def test_the_padding_id_gets_the_gradient_of_any_token(dataset: Dataset, tmp_path: Path) -> None:
+    student = make_student(write_config(LlamaConfig(**SMALL), tmp_path), dataset, seed=0)
+    config = LlamaConfig(**{**SMALL, "pad_token_id": None})
+    expected = LlamaForCausalLM(config)
+    expected.load_state_dict(student.state_dict())
+    tokens = torch.tensor([[3, 0, 5, 0]])
+    for model in (student, expected):
+        hidden_states(model, tokens).square().sum().backward()  # type: ignore[no-untyped-call]
+    found, wanted = (m.get_input_embeddings().weight.grad for m in (student, expected))
+    assert wanted[0].abs().max() > 0
+    torch.testing.assert_close(found, wanted)
+    weight = student.get_input_embeddings().weight
+    assert 0.5 < weight[0].std() / weight.std() < 2
+
+
+def test_a_loss_of_experts_that_is_left_out_is_a_warning(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = {key: value for key, value in SMALL.items() if key != "head_dim"}
+    for wanted in (False, True):
+        config = OlmoeConfig(**small, output_router_logits=wanted, num_experts=8)
+        make_student(write_config(config, tmp_path), dataset, seed=0)
+        assert ("router_aux_loss_coef 0.01 has no effect" in caplog.text) == wanted
 
 
 def test_attention_logits_are_capped_in_training_as_they_are_afterwards(

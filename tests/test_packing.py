@@ -21,6 +21,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MambaConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen3Config,
 )
@@ -189,6 +190,26 @@ def test_a_student_that_carries_a_state_over_joints_is_refused() -> None:
     )
     with pytest.raises(InputError, match=r"--student it: Mamba.* packed sequences"):
         check(model)
+
+
+def test_a_student_whose_positions_depend_on_others_of_its_batch_is_refused() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    config = Phi3Config(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, pad_token_id=0,
+        original_max_position_embeddings=16, rope_parameters=rope,
+    )  # fmt: skip
+    model = make_model(config)
+    running = torch.arange(17)[None]
+    tokens = running % VOCAB_SIZE
+    short = hidden_states(model, tokens[:, :8], running[:, :8])
+    beside = torch.cat([running[:, :8].repeat(1, 2), running], 1)  # a longer one in its line
+    other = hidden_states(model, torch.cat([tokens[:, :8].repeat(1, 2), tokens], 1), beside)
+    assert (other[:, :8] - short).abs().max() > 1e-3
+    check(model, length=16)
+    with pytest.raises(InputError, match="beyond 16 positions the longest document of a batch"):
+        check(model, length=17)
 
 
 def test_a_student_whose_mask_is_lost_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,10 @@ def test_datasets_that_do_not_mix_are_named(joined: Path, tmp_path: Path) -> Non
     sampled = make_dataset(tmp_path / "sampled", sampled=True)
     with pytest.raises(ValueError, match="its kind of keep method is sampling, not truncating"):
         logitshards.batches([joined, sampled], batch_sequences=4)
-    logitshards.batches([joined, sampled], batch_sequences=4, columns=())
+    tempered = make_dataset(tmp_path / "tempered", sampled=True, temperature=2.0)
+    with pytest.raises(ValueError, match=r"its temperature of the entries is 2.0, not 1.0"):
+        logitshards.batches([sampled, tempered], batch_sequences=4)
+    logitshards.batches([joined, sampled, tempered], batch_sequences=4, columns=())
     with pytest.raises(ValueError, match=r"'tail_logmass': .*sampled does not have it"):
         logitshards.batches([joined, sampled], batch_sequences=4, columns=["tail_logmass"])
     with pytest.raises(ValueError, match="no datasets"):

@@ -27,16 +27,17 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    pieces = ["<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "ü", "日"]
-    model = models.BPE(
-        {piece: i for i, piece in enumerate(pieces)}, [("▁", "a")], byte_fallback=True
-    )
+    letters = ["▁", "▁▁", "a", "▁a", "ü", "日"]
+    pieces = ["<eos>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    merges = [("▁", "▁"), ("▁", "a")]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.add_tokens([AddedToken("▁▁", special=False, normalized=False)])  # as Gemma's
     return tokenizer
 
 

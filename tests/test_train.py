@@ -594,7 +594,7 @@ def test_a_student_learns_from_sampled_shards_at_the_temperature_of_the_dump(
         ({"temperature": 2.0}, r"--temperature 2.0: .* at temperature 1.0"),
         ({"adaptive_temperature": "adakd-h"}, r"--adaptive-temperature adakd-h: .* at temperature"),
         ({"loss": "mse"}, r"--loss mse: .* a weight is not the probability"),
-        ({"tail": "bucket"}, r"--tail bucket: .* no missing mass"),
+        ({"tail": "bucket"}, r"--tail bucket: .* does not store the mass"),
     ):
         with pytest.raises(InputError, match=match):
             run(replace(config, **changes))

@@ -72,6 +72,14 @@ def test_a_trainer_learns_from_shards_and_continues_exactly(shards: Path, tmp_pa
         assert torch.equal(weight, expected[name]), name
 
 
+def test_steps_of_another_number_of_batches_are_refused(shards: Path, tmp_path: Path) -> None:
+    for number in (1, 3):
+        trainer = make_trainer(shards, tmp_path / str(number), batches_of_a_step=2)
+        trainer.args.gradient_accumulation_steps = number
+        with pytest.raises(ValueError, match="not the number of batches of a step"):
+            trainer.train()
+
+
 def test_the_batches_of_a_step_add_up_to_its_mean(shards: Path, tmp_path: Path) -> None:
     runs = [
         make_trainer(shards, tmp_path / str(number), batches_of_a_step=number)

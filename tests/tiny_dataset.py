@@ -6,6 +6,7 @@ exactly, which gives tests something to compare with.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,7 @@ def make_dataset(
     sampled: bool = False,
     separate: bool = False,
     tokens_only: bool = False,
+    temperature: float = 1.0,
     seed: int = 0,
 ) -> Path:
     """Write a complete dataset of SEQUENCE_LENGTH positions a sequence; the last of each is short.
@@ -128,7 +130,7 @@ def make_dataset(
     layout = Layout(
         sequences_per_shard=sequences_per_shard, sequences_per_row_group=sequences_per_row_group
     )
-    keep: Keep = THRESHOLD if sampled else TOP_P_K
+    keep: Keep = replace(THRESHOLD, temperature=temperature) if sampled else TOP_P_K
     keep = Tokens() if tokens_only else keep
     spec = _spec(path, layout, keep, joined=not separate, masked=masked, seed=seed)
     sizes = {"train": train, "validation": validation}

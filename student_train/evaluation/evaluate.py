@@ -186,7 +186,9 @@ def _figures(
         return figures
     method = spec.keep
     if not method.is_sampled:
-        figures |= {"kl_kept": kl_kept / num_tokens, "kl_bound": kl_bound / num_tokens}
+        figures["kl_kept"] = kl_kept / num_tokens
+        if method.has_tail:
+            figures["kl_bound"] = kl_bound / num_tokens
     elif method.temperature == 1 and totals.teacher_entropy is not None:
         figures["kl_unbiased"] = (weighted - totals.teacher_entropy) / num_tokens
     if method.exact_above is not None:

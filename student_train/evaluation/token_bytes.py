@@ -42,19 +42,23 @@ def bytes_by_id(tokenizer_file: Path, vocab_size: int) -> Tensor | None:
     if "ByteLevel" in kinds:
         sizes = {index: len(token) for token, index in pairs}
     elif "ByteFallback" in kinds:
-        sizes = {
-            index: 1 if _BYTE.fullmatch(token) else len(token.replace(_SPACE, " ").encode())
-            for token, index in pairs
-        }
+        sizes = {index: _size_of_piece(token) for token, index in pairs}
     else:
         return None
     for added in content.get("added_tokens") or []:
-        sizes[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        text = added["content"]
+        # Those of Gemma stand for runs of spaces; a decoder treats them as pieces like others.
+        size = len(text.encode()) if "ByteLevel" in kinds else _size_of_piece(text)
+        sizes[added["id"]] = 0 if added["special"] else size
     table = torch.zeros(vocab_size, dtype=torch.int64)
     for index, size in sizes.items():
         if index < vocab_size:
             table[index] = size
     return table
+
+
+def _size_of_piece(piece: str) -> int:
+    return 1 if _BYTE.fullmatch(piece) else len(piece.replace(_SPACE, " ").encode())
 
 
 def _types(decoder: Any) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,6 +49,7 @@ _LOGIT_ATTRIBUTES = (
 )
 _PROBE_TOKENS = 8
 _PROBE_LOGIT = 100.0
+_LEAK = 1e-3  # of a change at its own position; rounding is below, sight of it far above
 
 
 def default_learning_rate(student: str) -> float:
@@ -78,8 +79,11 @@ def make_student(
     else:
         model = _fresh(student, student_config(student, dataset), seed, with_weights)
     check_sizes(student, model, dataset)
+    _train_every_embedding(model, fresh=with_weights and not is_folder)
     if with_weights:
+        check_causal(student, model)
         _check_head(student, model)
+    _warn_of_router(student, model)
     return model
 
 
@@ -262,6 +266,49 @@ def check_sizes(
             f"{option} {student}: takes at most {limit} positions, but the sequences of"
             f" {dataset.path} have {length}"
         )
+
+
+def check_causal(student: str, model: PreTrainedModel, *, option: str = "--student") -> None:
+    """InputError for a model that sees the tokens after a position, such as its label."""
+    vocab_size = len(model.get_input_embeddings().weight)
+    tokens = torch.arange(_PROBE_TOKENS, device=model.device)[None] % vocab_size
+    changed = tokens.clone()
+    changed[0, -1] = _PROBE_TOKENS % vocab_size
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        change = (hidden_states(model, changed) - hidden_states(model, tokens)).abs().amax(-1)[0]
+    model.train(was_training)
+    if change[:-1].max() > _LEAK * change[-1]:
+        raise InputError(
+            f"{option} {student}: {type(model).__name__} sees the tokens after a position, so it"
+            " would read its labels; give a causal model"
+        )
+
+
+def _train_every_embedding(model: PreTrainedModel, *, fresh: bool) -> None:
+    """Make the padding id a token like others, which it is here: often the end token.
+
+    transformers makes it the `padding_idx` of the embedding: zero in fresh weights, and without a
+    gradient.
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding) and embedding.padding_idx is not None:
+        if fresh:
+            weight = embedding.weight.detach()
+            weight[embedding.padding_idx].normal_(std=weight.std().item())
+        embedding.padding_idx = None
+
+
+def _warn_of_router(student: str, model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", None)
+    if getattr(config, "output_router_logits", False) and weight:
+        logger.warning(
+            "%s: router_aux_loss_coef %s has no effect: the trainer leaves out the loss that"
+            " balances experts",
+            student, weight,
+        )  # fmt: skip
 
 
 def _check_head(student: str, model: PreTrainedModel) -> None:

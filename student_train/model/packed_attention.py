@@ -10,8 +10,10 @@ as in training, in its dtype, forwards and backwards, with the attention and the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,12 @@ def block_at_joints(
         f"{option} {student}: {name} cannot run on packed sequences, which the separate"
         f" documents of {dataset} need"
     )
+    limit = _longest_alike(model.config.get_text_config())
+    if length > limit:
+        raise InputError(
+            f"{refused}: beyond {limit} positions the longest document of a batch changes how the"
+            " positions of all are rotated"
+        )
     attention = _ATTENTION.get(model.device.type)
     # A mask is the same thing at any length, and slow at a large one.
     length = _PROBE_TOKENS if attention is None else max(length, _PROBE_TOKENS)
@@ -63,6 +71,22 @@ def block_at_joints(
         model.train(was_training)
     if not blocks:
         raise InputError(f"{refused}: one document changes what it computes for the next")
+
+
+def _longest_alike(config: Any) -> float:
+    """Up to how many positions a model of transformers rotates them alike in every batch.
+
+    "longrope" has other frequencies if the largest position of a batch is beyond the original ones.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    own = getattr(config, "original_max_position_embeddings", None)
+    lengths = [
+        part.get("original_max_position_embeddings") or own or config.max_position_embeddings
+        for part in parts
+        if part.get("rope_type") == "longrope"
+    ]
+    return min(lengths, default=math.inf)
 
 
 def _error_of_packing(

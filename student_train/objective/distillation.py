@@ -42,7 +42,21 @@ import torch
 from torch import Tensor
 
 from student_train.objective.kept_entries import KeptEntries
+from student_train.objective.names import LOSSES, STRATEGIES
 from student_train.objective.temperatures import adapt
+
+# Pairs of options that do not go together: the loss would ignore one, or needs what is unknown.
+_EXCLUSIVE = (
+    ("sampled", "mse"),
+    ("sampled", "bucket"),
+    ("sampled", "adaptive_temperature"),
+    ("bucket", "mse"),
+    ("bucket", "temperature"),
+    ("bucket", "student_temperature"),
+    ("bucket", "adaptive_temperature"),
+    ("mse", "student_temperature"),
+    ("mse", "adaptive_temperature"),
+)
 
 
 class Targets(NamedTuple):
@@ -74,6 +88,26 @@ class Objective:
     bucket: bool = False
     student_temperature: float = 1.0
     adaptive_temperature: str | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError for an unknown name, or for two options of which one would be ignored."""
+        for name, value, names in (
+            ("kind", self.kind, LOSSES),
+            ("adaptive_temperature", self.adaptive_temperature, (None, *STRATEGIES)),
+        ):
+            if value not in names:
+                raise ValueError(f"{name} {value!r}: expected {', '.join(map(str, names))}")
+        used = {
+            "sampled": self.sampled,
+            "bucket": self.bucket,
+            "mse": self.kind == "mse",
+            "temperature": self.temperature != 1,
+            "student_temperature": self.student_temperature != 1,
+            "adaptive_temperature": self.adaptive_temperature is not None,
+        }
+        for pair in _EXCLUSIVE if self.alpha else ():
+            if all(used[name] for name in pair):
+                raise ValueError(" does not go with ".join(pair))
 
 
 @dataclass(frozen=True, kw_only=True)

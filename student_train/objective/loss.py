@@ -78,9 +78,17 @@ def distillation_loss(
     `targets` is None if and only if alpha is 0. Under autocast the matrix products run in its
     dtype. The result can be differentiated once. `num_labels` is the number of labels that are not
     ignored; without it a GPU waits until it has counted them.
+
+    ValueError if hidden, labels and targets do not have the same number of positions.
     """
     if (targets is None) != (objective.alpha == 0):
         raise ValueError("targets are given if and only if alpha is above 0")
+    positions = {"hidden": len(hidden), "labels": len(labels)}
+    if targets is not None:
+        positions["targets"] = len(targets.entries.offsets) - 1
+    if len(set(positions.values())) > 1:
+        found = ", ".join(f"{name} {number}" for name, number in positions.items())
+        raise ValueError(f"numbers of positions differ: {found}")
     sums = _FusedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, labels, targets, objective, num_labels, block_bytes
     )
