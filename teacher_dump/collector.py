@@ -48,6 +48,12 @@ def refuse_outgrown(out: Path, layout: Layout, plan: ShardPlan, hint: str = "") 
         )
 
 
+def refuse_replaced(out: Path, spec: DatasetSpec) -> None:
+    """RunError if another command has replaced the dataset, before it had any shards."""
+    if load_manifest(out).spec != spec:
+        raise RunError(f"{out}: another command has begun another dataset here; run that one again")
+
+
 @dataclass
 class _Open:
     """A shard that has rows: those that wait, and the first sequence of its next row group."""
@@ -173,6 +179,7 @@ class _BackgroundWriter:
             self._writers[key] = writer
         writer.write_rows(rows)
         if rows[-1].sequence == plan.sequences[-1]:
+            refuse_replaced(self._out, self._spec)
             refuse_outgrown(self._out, self._spec.layout, plan)
             sidecar = writer.publish()
             refuse_outgrown(self._out, self._spec.layout, plan, "delete it and its .json, and ")

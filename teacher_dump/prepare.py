@@ -62,6 +62,7 @@ class Prepared:
             engine_args=config.engine_arg,
             tensor_parallel=config.tensor_parallel,
             trust_remote_code=config.trust_remote_code,
+            joined=self.documents.joined,
         )
 
     def start_engine(self, config: DumpConfig) -> TeacherEngine:

@@ -24,6 +24,7 @@ _NO_LM = (
     *("ForMaskedLM", "Classification", "ForQuestionAnswering", "RewardModel"),
     *("EncoderModel", "EncoderDecoderModel", "MTModel", "ForTextToText"),
 )
+_ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 
@@ -72,6 +73,13 @@ def find_teacher(name: str, revision: str | None, *, trust_remote_code: bool = F
     if not os.path.lexists(path):
         raise InputError(f"{folder}: not a Hugging Face model folder, it has no config.json")
     config = read_json_object(path)
+    if "transformers_weights" in config:
+        raise InputError(f"{path}: transformers_weights names weights that vLLM would not read")
+    if os.path.lexists(folder / _ADAPTER):
+        raise InputError(
+            f"{folder / _ADAPTER}: transformers would add this adapter to the teacher, and vLLM"
+            " would not; merge it, and move the file to another folder"
+        )
     architecture = _architecture(config, path)
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
     text = json.dumps(content, sort_keys=True)

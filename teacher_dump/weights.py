@@ -2,10 +2,12 @@
 
 A loader reads model.safetensors or the files that its index names, else pytorch_model.bin or those
 of its index. Nothing else in the folder is the teacher: an optimizer's state, the arguments of a
-training run or the same weights in another layout may come and go. Headers and sizes are checked
-before anything is tokenised, so that a download that was cut off shows at once.
+training run or the same weights in another layout may come and go. Where there is no index of
+safetensors, vLLM reads every file that could hold weights, so others are refused there. Headers and
+sizes are checked before anything is tokenised, so that a download that was cut off shows at once.
 
-Hashes are cached per file (by path, size and time), since a large teacher takes minutes to read.
+Hashes are cached per file (by path, size, times and inode), since a large teacher takes minutes to
+read.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from shards.files.git_lfs import refuse_lfs_pointer
 from teacher_dump.json_object import read_json_object
 
 _LAYOUTS = ("model.safetensors", "pytorch_model.bin")
+# Pickles of a training run that vLLM leaves out.
+_OF_TRAINING = ("training_args.bin", "optimizer.bin")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the library safetensors
 _AGAIN = "download it again"
 # Modules that give the logits, by their names; an embedding does if there is no other.
@@ -97,10 +101,27 @@ def _named_files(folder: Path) -> dict[str, list[str]]:
                     " loaders read one and some the other, so remove the one that is not the"
                     " teacher's"
                 )
+            _refuse_others(folder, named)
             return named
         if has_single:
+            _refuse_others(folder, {single: []})
             return {single: []}
     raise InputError(f"{folder}: contains no weights, expected {' or '.join(_LAYOUTS)} or an index")
+
+
+def _refuse_others(folder: Path, named: Mapping[str, Sequence[str]]) -> None:
+    """InputError for files beside these that vLLM would read as weights too, or in their place."""
+    if os.path.lexists(folder / f"{_LAYOUTS[0]}.index.json"):
+        return
+    is_safetensors = _LAYOUTS[0] in named
+    for name in sorted(os.listdir(folder)):
+        of_training = name.endswith(_OF_TRAINING)
+        pickle = name.endswith(".bin") and not is_safetensors and not of_training
+        if name not in named and (pickle or name.endswith(".safetensors")):
+            raise InputError(
+                f"{folder / name}: lies beside {next(iter(named))}, and vLLM would load it too;"
+                " move it to another folder"
+            )
 
 
 def _weight_map(index: Path) -> dict[str, list[str]]:
@@ -172,7 +193,7 @@ def _cut_off(path: Path, expected: str, size: int) -> str:
 
 
 class _HashCache:
-    """path -> (size, modification time, hash) in the user's cache folder; losing it costs time."""
+    """path -> (size, times, inode, hash) in the user's cache folder; losing it costs time."""
 
     def __init__(self) -> None:
         self._known: dict[str, Any] = {}
@@ -193,10 +214,12 @@ class _HashCache:
         status = path.stat()
         key = str(path.resolve())
         known = self._known.get(key)
-        if not isinstance(known, list) or known[:2] != [status.st_size, status.st_mtime_ns]:
-            known = [status.st_size, status.st_mtime_ns, path_sha256(path)]
+        # An image or `cp -p` can give another file the same size and time, but not the same ctime.
+        same = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        if not isinstance(known, list) or known[:-1] != same:
+            known = [*same, path_sha256(path)]
             self._known[key] = known
-        return str(known[2])
+        return str(known[-1])
 
     def save(self) -> None:
         if self._path is None:

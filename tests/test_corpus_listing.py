@@ -143,6 +143,27 @@ def test_what_looks_like_data_is_named_and_refused_when_given(name: str, tmp_pat
     assert f"{name}: not a kind of corpus file, expected .jsonl" in refusal(corpus / name)
 
 
+@pytest.mark.parametrize(("log", "kind"), [("_delta_log", "Delta"), (".hoodie", "Hudi")])
+@pytest.mark.parametrize("part", ["", "*.parquet"])
+def test_a_table_whose_log_says_which_files_count_is_an_error(
+    part: str, log: str, kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / log).mkdir()
+    (tmp_path / "part-0.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=f"is a {kind} table, whose folder also holds rows"):
+        list_corpus([tmp_path / part])
+
+
+@pytest.mark.parametrize("names", [("a.jsonl", "a.jsonl.gz"), ("a.jsonl.gz", "a.jsonl.zst")])
+def test_a_file_and_its_compressed_form_are_an_error(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    for name in (*names, "b.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{names[1]}: seems to hold the documents of {names[0]}"):
+        list_corpus([tmp_path])
+
+
 def test_metadata_of_a_hub_dataset_is_left_out_and_named(tmp_path: Path) -> None:
     names = ["config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json"]
     corpus = make(tmp_path / "corpus", "data/a.json", *names)

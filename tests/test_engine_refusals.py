@@ -5,14 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from transformers import Phi3Config
 
 import cli
-from teacher_dump.engines.vllm_start import check_arguments, defaults, prepare_environment
+from shards.errors import InputError
+from shards.keep import TopPK
+from teacher_dump.engines.options import EngineOptions
+from teacher_dump.engines.vllm_start import (
+    check_arguments,
+    check_lengths,
+    defaults,
+    prepare_environment,
+)
+from teacher_dump.keep.packed_size import Selection
+from teacher_dump.teacher import find_teacher
 from tests.tiny_families import make_family
 from tests.tiny_teacher import (
     BOUND,
@@ -160,6 +176,7 @@ def test_models_of_transformers_within_vllm_are_not_for_the_plugin(
         ("prefill_context_parallel_size=2", "wrong results for positions before the end"),
         ("swa_bounded_replay=true", "set by the pass itself"),
         ("enable_prefix_caching=true", "set by the pass itself"),
+        ("hf_config_path=elsewhere", "set by the pass itself"),
     ],
 )
 def test_arguments_that_would_make_targets_wrong_are_refused(
@@ -173,6 +190,99 @@ def test_arguments_that_would_make_targets_wrong_are_refused(
     assert f"--engine-arg {argument.partition('=')[0]}" in result.output
     assert says in result.output
     assert not (tmp_path / "out").exists()
+
+
+def _without(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.norm.weight"]
+
+
+def _quantised(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_without, "1 weights are missing or of another shape, such as model.norm.weight"),
+        (_quantised, "does not use model.layers.0.mlp.up_proj.weight_scale"),
+    ],
+)
+def test_the_engine_transformers_makes_no_weights_up(
+    change: Callable[[dict[str, torch.Tensor]], None],
+    says: str,
+    tiny_teacher: Path,
+    tmp_path: Path,
+) -> None:
+    teacher = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    tensors = load_file(teacher / "model.safetensors")
+    change(tensors)
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    command = dump_command(teacher, corpus, tmp_path / "out", "--engine", "transformers")
+    result = CliRunner().invoke(cli.dump_logits, command[3:])
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("adapter_config.json", "transformers would add this adapter to the teacher"),
+        ("transformers_weights", "names weights that vLLM would not read"),
+    ],
+)
+def test_a_folder_whose_weights_are_not_all_of_the_teacher_is_refused(
+    change: str, says: str, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    more = {change: "other.safetensors"} if change == "transformers_weights" else {}
+    teacher = _folder_of("LlamaForCausalLM", tiny_teacher, tmp_path / "teacher", **more)
+    if change.endswith(".json"):
+        (teacher / change).write_text("{}")
+    with pytest.raises(InputError, match=says):
+        find_teacher(str(teacher), None)
+
+
+def test_vllm_takes_no_short_documents_whose_positions_it_would_stretch(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    Phi3Config(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, pad_token_id=0,
+        max_position_embeddings=64, original_max_position_embeddings=16,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+    ).save_pretrained(tmp_path)  # fmt: skip
+    options = EngineOptions(
+        teacher_folder=tmp_path, architecture="Phi3ForCausalLM", dtype="float32",
+        head_dtype="float32", sequence_length=17, selection=Selection(TopPK(), 64), joined=False,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"--documents separate: .* as those of more than 16"):
+        check_lengths(options)
+    check_lengths(replace(options, sequence_length=16))
+    check_lengths(replace(options, joined=True))
+
+
+@pytest.mark.slow
+def test_vllm_reads_the_weights_that_are_hashed_and_no_others(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    teacher = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    tensors = load_file(teacher / "model.safetensors")
+    names = dict.fromkeys(tensors, "model.safetensors")
+    (teacher / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    other = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+    save_file(other, teacher / "consolidated.safetensors", {"format": "pt"})
+    (teacher / "params.json").write_text(json.dumps({"dim": 8, "n_layers": 1, "n_heads": 1}))
+    corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
+    more = ("--keep", "top-p-k", "--dtype", "float32", "--engine")
+    engines = ("vllm", "vllm-logprobs", "transformers")
+    codes, says = run_all(
+        [dump_command(teacher, corpus, tmp_path / engine, *more, engine) for engine in engines]
+    )
+    assert codes == ["0"] * 3, says
+    *found, expected = (all_rows(tmp_path / engine) for engine in engines)
+    for rows in found:
+        assert rows.keys() == expected.keys()
+        for key, row in rows.items():
+            wanted = expected[key].label_logprobs
+            np.testing.assert_allclose(row.label_logprobs, wanted, atol=0.1)  # a step of 1/16
 
 
 @pytest.mark.parametrize("value", [("kv_sharing_fast_prefill", False),

@@ -283,6 +283,28 @@ def test_a_rank_of_before_an_extension_publishes_no_short_shard(tmp_path: Path) 
     assert inspect.verify(config.out) == []
 
 
+def test_a_rank_of_a_dataset_that_was_replaced_publishes_no_shard(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    run(config, ClusterOptions(prepare=True))
+    ready = prepare(config)
+    old = planned_by_another(config, ready, asked_spec(config, ready))
+    assert old is not None
+    plans = list(ShardQueue(config.out, old.manifest, Rank()))
+    run(replace(config, seed=1), ClusterOptions(prepare=True))
+    with pytest.raises(RunError, match="another command has begun another dataset here"):
+        run_pass(config, ready.tokenizer, plans, old, None, PassProgress())
+    assert list(config.out.glob("*/*.parquet")) == []
+    run(replace(config, seed=1))
+    assert inspect.verify(config.out) == []
+
+
+def test_a_task_that_starts_several_ranks_gives_them_no_place_on_its_machine() -> None:
+    options = ClusterOptions(rank=3, world_size=8)
+    batch = {"SLURM_LOCALID": "0", "SLURM_PROCID": "0"}
+    assert find_rank(options, batch).local_rank is None
+    assert find_rank(options, SLURM_STEP).local_rank == 1
+
+
 QUICK = Patience(look_every=0.02, sign_every=0.02, first_sign=0.3, next_sign=0.3)
 
 

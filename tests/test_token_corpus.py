@@ -246,6 +246,15 @@ def borders_beyond(path: Path) -> None:
     index.write_bytes(content)
 
 
+def no_last_border(path: Path) -> None:
+    """The index of a writer that ended before it said where its last document ends."""
+    write_megatron(path, DOCUMENTS, "uint16", 8)
+    index = path.with_suffix(".idx")
+    content = bytearray(index.read_bytes()[:-8])
+    content[26:34] = struct.pack("<Q", struct.unpack("<Q", content[26:34])[0] - 1)
+    index.write_bytes(content)
+
+
 def foreign_index(path: Path) -> None:
     FLAT.astype(np.uint16).tofile(path)
     path.with_suffix(".idx").write_bytes(b"something else of the same name, and long enough")
@@ -276,6 +285,7 @@ def foreign_index(path: Path) -> None:
         ("a.bin", short_data, "shorter than its index says, at document"),
         ("a.bin", foreign_index, "not an index of Megatron-LM"),
         ("a.bin", borders_beyond, "damaged: its documents are not in order"),
+        ("a.bin", no_last_border, "cut off: its last pieces belong to no document"),
         ("a.parquet", lambda path: pq.write_table(pa.table({"ids": [[1]]}), path), "no column"),
         (
             "a.parquet",

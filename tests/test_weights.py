@@ -91,6 +91,35 @@ def test_a_single_file_needs_no_index(name: str, tmp_path: Path) -> None:
     assert check_weights(tmp_path) == [name]
 
 
+@pytest.mark.parametrize(
+    ("named", "other"),
+    [
+        ("model.safetensors", "model_backup.safetensors"),
+        ("model.safetensors", "consolidated.safetensors"),
+        ("pytorch_model.bin", "old_model.bin"),
+        ("pytorch_model.bin", "adapter.safetensors"),
+    ],
+)
+def test_what_vllm_would_load_too_is_refused(named: str, other: str, tmp_path: Path) -> None:
+    tensors = {"weight": torch.ones(3)}
+    for name in (named, other):
+        if name.endswith(".bin"):
+            torch.save(tensors, tmp_path / name)
+        else:
+            save_file(tensors, tmp_path / name)
+    assert f"{other}: lies beside {named}, and vLLM would load it too" in error_of(tmp_path)
+
+
+def test_a_file_of_the_same_size_and_time_is_hashed_again(folder: Path) -> None:
+    before = weights_sha256(folder)
+    path = folder / FILES[0]
+    times = path.stat()
+    save_file({"layer.0": torch.full((4, 4), 7.0)}, path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == times.st_size
+    assert weights_sha256(folder) != before
+
+
 def test_safetensors_are_read_before_pickles(folder: Path) -> None:
     torch.save({"other": torch.ones(1)}, folder / "pytorch_model.bin")
     assert check_weights(folder) == list(FILES)

@@ -8,6 +8,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,6 +104,21 @@ def test_what_a_worker_reports_ends_the_run_at_once_as_its_line(
 def test_more_workers_than_the_machine_has_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"workers 1000: Ray has no GPU and \d+ CPU cores"):
         run(config_of(tmp_path), ClusterOptions(workers=1000))
+
+
+def test_the_gpus_of_a_worker_are_those_of_one_machine() -> None:
+    class Cluster:
+        def cluster_resources(self) -> dict[str, float]:
+            return {"GPU": 8.0, "CPU": 16.0}
+
+        def nodes(self) -> list[dict[str, Any]]:
+            gone = {"Alive": False, "Resources": {"GPU": 8.0}}
+            return [{"Alive": True, "Resources": {"GPU": 4.0}}] * 2 + [gone]
+
+    assert workers._gpus_per_worker(Cluster(), 2, 4) == 4
+    assert workers._gpus_per_worker(Cluster(), 8, 1) == 1
+    with pytest.raises(OptionError, match="1 of 8 GPUs each: Ray has machines with 4, 4 GPUs"):
+        workers._gpus_per_worker(Cluster(), 1, 8)
 
 
 @pytest.mark.parametrize("conflict", [{"rank": 0, "world_size": 2}, {"prepare": True}])

@@ -18,9 +18,11 @@ from teacher_dump.corpus.kinds import (
     EXPECTED,
     LOOKS_LIKE_DATA,
     Kind,
+    compression_of,
     is_documentation,
     is_index,
     kind_of,
+    uncompressed,
     why_left_out,
 )
 from teacher_dump.corpus.splits import refuse_splits
@@ -59,6 +61,7 @@ def select(base: Path, paths: Sequence[Path], walk: Walk) -> Chosen:
         elif kind_of(path.name) is not None:
             files.append(path)
     files = _without_computed(files, walk)
+    _refuse_twice(files)
     cards = [path for path in files if _is_card(path)]
     if any(kind_of(path.name) is not Kind.TEXT for path in files):
         for path in cards:
@@ -70,6 +73,18 @@ def select(base: Path, paths: Sequence[Path], walk: Walk) -> Chosen:
             f"{base}: contains no corpus file, expected {EXPECTED}{_left_out(base, walk)}"
         )
     return Chosen(files=files, cards=cards, splits=refuse_splits(base, files))
+
+
+def _refuse_twice(files: Sequence[Path]) -> None:
+    """InputError for a file and its compressed form, whose documents would come twice."""
+    found: dict[tuple[Path, str], Path] = {}
+    for path in files:
+        other = found.setdefault((path.parent, uncompressed(path.name)), path)
+        if other != path and compression_of(path.name) != compression_of(other.name):
+            raise InputError(
+                f"{path}: seems to hold the documents of {other.name} again; remove one, or name"
+                " the files of the corpus"
+            )
 
 
 def _left_out(base: Path, walk: Walk) -> str:

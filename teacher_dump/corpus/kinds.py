@@ -69,8 +69,10 @@ _TEMPORARY_SUFFIXES = _words(
     ".tmp .temp .part .partial .crdownload .download .incomplete .lock .swp .aria2 .bak"
 )
 _TEMPORARY_NAMES = frozenset(
-    ("_temporary", "_delta_log", "__pycache__", "__macosx", "lost+found", "$recycle.bin")
+    ("_temporary", "__pycache__", "__macosx", "lost+found", "$recycle.bin")
 )
+# Folders beside the Parquet files of a table, which say which of them it consists of.
+TABLE_LOGS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
 _METADATA_NAMES = _words(
     "dataset_info.json dataset_infos.json state.json dataset_dict.json dataset-metadata.json"
     " config.json croissant.json index.json manifest.json metadata.json tokenizer.json vocab.json"
@@ -93,6 +95,11 @@ def kind_of(name: str) -> Kind | None:
 def compression_of(name: str) -> str | None:
     """`gz`, `zst`, `bz2` or `xz`; None for a file that is not compressed."""
     return _without_compression(name.lower())[1]
+
+
+def uncompressed(name: str) -> str:
+    """The name of a file in lower case, without the suffix of a compression."""
+    return _without_compression(name.lower())[0]
 
 
 def is_index(name: str) -> bool:

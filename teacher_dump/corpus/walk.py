@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from shards.errors import InputError
-from teacher_dump.corpus.kinds import LOOP, OTHER, kind_of, why_skipped
+from teacher_dump.corpus.kinds import LOOP, OTHER, TABLE_LOGS, kind_of, why_skipped
 
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -152,6 +152,11 @@ class Walk:
             raise unreadable(folder, error) from error
         kept = []
         for entry in entries:
+            if entry.name in TABLE_LOGS:
+                raise InputError(
+                    f"{entry}: {folder} is a {TABLE_LOGS[entry.name]} table, whose folder also"
+                    " holds rows that were deleted or rewritten; export its current rows"
+                )
             reason = why_skipped(entry.name)
             if reason is None or (hidden and entry.name.startswith(".")):
                 kept.append(entry)

@@ -11,10 +11,11 @@ from teacher_dump.keep.packed_size import Selection
 # Arguments of vLLM that change the teacher's distributions by more than rounding: they belong to a
 # dataset's identity. Others (memory, batches, parallelism, kernels) may differ between two runs.
 _DECISIVE = ("quantization", "quantization_config", "kv_cache_dtype", "kv_cache_dtype_skip_layers",
-             "load_format", "model_loader_extra_config", "model_weights", "ignore_patterns",
-             "hf_config_path", "config_format", "model_impl", "disable_sliding_window",
-             "mamba_cache_dtype", "mamba_ssm_cache_dtype", "enable_mamba_cache_stochastic_rounding",
-             "enable_lora", "default_mm_loras")  # fmt: skip
+             "load_format", "model_loader_extra_config", "ignore_patterns", "config_format",
+             "model_impl", "disable_sliding_window", "mamba_cache_dtype", "mamba_ssm_cache_dtype",
+             "enable_mamba_cache_stochastic_rounding", "mamba_config", "attention_config",
+             "linear_backend", "moe_backend", "kernel_config", "enable_lora",
+             "default_mm_loras")  # fmt: skip
 
 
 def decisive(engine_args: Mapping[str, object]) -> dict[str, object]:
@@ -28,7 +29,7 @@ class EngineOptions:
 
     `sequence_length` is in tokens that the teacher reads. `seed` decides, with a position's own
     place, over what is random in `selection`. `engine_args` go to vLLM. `tensor_parallel` devices
-    share the teacher.
+    share the teacher. `joined`: sequences are full; else each is a document of any length.
     """
 
     teacher_folder: Path
@@ -41,3 +42,4 @@ class EngineOptions:
     engine_args: Mapping[str, object] = field(default_factory=dict)
     tensor_parallel: int = 1
     trust_remote_code: bool = False
+    joined: bool = True

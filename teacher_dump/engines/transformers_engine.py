@@ -7,7 +7,7 @@ the vLLM engine, a block of positions at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from teacher_dump.keep.packed import Selected, unpack
 from teacher_dump.keep.random_keys import position_keys, sequence_key
 from teacher_dump.keep.rows import TokenSequence
 from teacher_dump.keep.selection import select_in_blocks, selector_of
+
+# Ends of names of weights that belong to quantised ones.
+_SCALES = ("weight_scale", "weight_scale_inv", "qweight")
 
 
 def check(options: EngineOptions) -> None:
@@ -53,6 +56,22 @@ def find_model_class(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any
     if model_class is None or not architecture.endswith(CAUSAL_SUFFIXES) or not one_way:
         raise InputError(f"transformers has no causal LM {architecture}")
     return model_class, config
+
+
+def _check_loaded(folder: Path, loaded: Mapping[str, Iterable[object]]) -> None:
+    """InputError for weights that transformers made up, or took without their scales."""
+    missing = sorted(map(str, (*loaded["missing_keys"], *loaded["mismatched_keys"])))
+    if missing:
+        raise InputError(
+            f"{folder}: {len(missing)} weights are missing or of another shape, such as"
+            f" {missing[0]}"
+        )
+    unused = [str(name) for name in loaded["unexpected_keys"] if str(name).endswith(_SCALES)]
+    if unused:
+        raise InputError(
+            f"{folder}: transformers does not use {min(unused)}, so it would read quantised weights"
+            " as plain ones"
+        )
 
 
 def _attention(config: Any) -> str | None:
@@ -86,15 +105,18 @@ class TransformersEngine:
         folder, trusted = options.teacher_folder, options.trust_remote_code
         model_class, config = find_model_class(folder, trust_remote_code=trusted)
         try:
-            model: Any = model_class.from_pretrained(
+            model: Any
+            model, loaded = model_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=getattr(torch, options.dtype),
                 attn_implementation=_attention(config),
                 trust_remote_code=trusted,
+                output_loading_info=True,
             )
         except Exception as error:
             raise _not_loaded(folder, error) from error
+        _check_loaded(folder, loaded)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if options.head_dtype not in ("model", options.dtype):
             head = model.get_output_embeddings()

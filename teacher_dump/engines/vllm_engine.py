@@ -19,6 +19,7 @@ from teacher_dump.engines.vllm_parallel import check_tensor_parallel
 from teacher_dump.engines.vllm_start import (
     SUPPORTED_VLLM,
     check_arguments,
+    check_lengths,
     installed_version,
     prepare_environment,
     start_llm,
@@ -45,6 +46,7 @@ def check(options: EngineOptions) -> None:
             f"install the pinned version (make setup), or use {_fallbacks(options.selection.keep)}"
         )
     check_tensor_parallel(options)
+    check_lengths(options)
     reason = _refusal(options.architecture)
     if reason is None:
         return

@@ -29,6 +29,7 @@ from teacher_dump.engines.vllm_parallel import check_tensor_parallel
 from teacher_dump.engines.vllm_start import (
     SUPPORTED_VLLM,
     check_arguments,
+    check_lengths,
     installed_version,
     prepare_environment,
     start_llm,
@@ -58,6 +59,7 @@ def check(options: EngineOptions) -> None:
             f"vLLM {found}, {options.architecture}: {reason}: use --engine transformers"
         )
     check_tensor_parallel(options)
+    check_lengths(options)
 
 
 def refusal(options: EngineOptions) -> str | None:

@@ -19,6 +19,7 @@ from shards.errors import InputError
 from shards.process.children import engine_children
 from shards.process.progress import duration
 from teacher_dump.engines import vllm_worker
+from teacher_dump.engines.architectures import rope_parameters
 from teacher_dump.engines.interface import num_ranks
 from teacher_dump.engines.options import EngineOptions
 from teacher_dump.engines.vllm_errors import ErrorLog, not_started
@@ -31,7 +32,8 @@ _OWNED = ("model", "runner", "enable_prefix_caching", "skip_tokenizer_init", "dt
           "hf_overrides", "additional_config", "max_model_len", "model_class_overrides",
           "language_model_only", "trust_remote_code", "max_logprobs", "logprobs_mode",
           "worker_extension_cls", "enable_batch_sharded_sampling",
-          "swa_bounded_replay", "tensor_parallel_size")  # fmt: skip
+          "swa_bounded_replay", "tensor_parallel_size", "hf_config_path",
+          "model_weights")  # fmt: skip
 
 # Arguments that give positions in the middle of a prompt other rows than theirs, and the values
 # that do not.
@@ -48,6 +50,28 @@ def check_arguments(engine_args: Mapping[str, object]) -> None:
             raise InputError(
                 f"--engine-arg {name}={value}: vLLM then gives wrong results for positions before"
                 " the end of a prompt"
+            )
+
+
+def check_lengths(options: EngineOptions) -> None:
+    """InputError for documents whose positions vLLM would rotate as if they were longer."""
+    if options.joined:
+        return
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        options.teacher_folder, trust_remote_code=options.trust_remote_code
+    ).get_text_config()
+    for part in rope_parameters(config):
+        original = part.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        is_long = original is not None and options.sequence_length > original
+        if part.get("rope_type") == "longrope" and is_long:
+            raise InputError(
+                f"--documents separate: with --sequence-length {options.sequence_length}, vLLM"
+                f" rotates the positions of short documents as those of more than {original};"
+                f" use --engine transformers, or at most {original}"
             )
 
 
@@ -115,6 +139,9 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
                     "language_model_only": True,
                     "use_tqdm_on_load": False,
                     "tensor_parallel_size": options.tensor_parallel,
+                    # What is hashed: not consolidated*.safetensors and params.json beside it.
+                    "load_format": "hf",
+                    "config_format": "hf",
                     "worker_extension_cls": vllm_worker.NAME,
                     **_every_row(EngineArgs),
                     **defaults(ranks, on_gpu=torch.cuda.is_available()),

@@ -116,10 +116,12 @@ def find_rank(options: ClusterOptions, environ: Mapping[str, str] = os.environ) 
 def _given(options: ClusterOptions, environ: Mapping[str, str]) -> Rank | None:
     if options.rank is None or options.world_size is None:
         return None
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS") or 1
     return Rank(
         rank=options.rank,
         world_size=options.world_size,
-        local_rank=_number(environ, "LOCAL_RANK", "SLURM_LOCALID"),
+        # One task that starts several processes has the local number 0 for all of them.
+        local_rank=_number(environ, "LOCAL_RANK", *(["SLURM_LOCALID"] if tasks > 1 else [])),
         source="--rank",
     )
 

@@ -96,9 +96,12 @@ def _gpus_per_worker(ray: Any, num_workers: int, wanted: int) -> int:
     """GPUs of a worker; 0 on a cluster that has none. OptionError if there are too few."""
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if gpus and gpus < num_workers * wanted:
+    # A worker's GPUs are on one machine.
+    machines = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
+    if gpus and sum(int(number) // wanted for number in machines) < num_workers:
         each = f" of {wanted} GPUs each" if wanted > 1 else ""
-        raise OptionError("workers", f" {num_workers}{each}: Ray has {gpus} GPUs")
+        on = ", ".join(f"{number:g}" for number in machines if number)
+        raise OptionError("workers", f" {num_workers}{each}: Ray has machines with {on} GPUs")
     if not gpus and cpus < num_workers:
         raise OptionError("workers", f" {num_workers}: Ray has no GPU and {cpus} CPU cores")
     return wanted if gpus else 0
@@ -136,7 +139,10 @@ class _Head:
         self._num_workers = max(1, min(num_workers, num_shards))
         self._cores_of = self._num_workers if is_local and not gpus else None
         self._actor = ray.remote(num_cpus=1, num_gpus=gpus)(RayWorker)
-        self._board = ray.remote(num_cpus=0)(Board).remote()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         self._jobs: dict[Any, _Job] = {}
         self._losses: Counter[tuple[str, int] | None] = Counter()
         self._progress = _ClusterProgress(self._num_workers)
