@@ -131,10 +131,9 @@ def _prepare(config: TrainConfig, options: SaveLogits, world: World) -> _Prepare
         logger.info("device: %s%s", describe_device(world.device), processes)
         missing = missing_tasks(tasks, read_tasks(folder.tasks))
         manager = check_tasks(tasks) if missing else None
-        finished = folder.summary() is not None
-        if finished and saving is not None:
-            check_saved(saving)
-        if finished and not missing:
+        if folder.summary() is not None and not missing:
+            if saving is not None:
+                check_saved(saving)
             logger.info("%s: already finished, nothing to do", config.out)
     return _Prepared(
         config=config,

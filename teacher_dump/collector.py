@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.errors import RunError
-from shards.layout import Layout
 from shards.manifest import load_manifest
 from shards.rows import Row
 from shards.sidecar import Sidecar
@@ -32,26 +31,25 @@ class ShardPlan:
     sequences: range
 
 
-def refuse_outgrown(out: Path, layout: Layout, plan: ShardPlan, hint: str = "") -> None:
-    """RunError if another command has extended the dataset, so that a short last shard is longer.
+def refuse_outdated(out: Path, spec: DatasetSpec, plan: ShardPlan, hint: str = "") -> None:
+    """RunError if another command has replaced or extended the dataset since this one began.
 
-    What this run writes would be too short in the middle of the split, and count as complete.
+    What this run writes would be another dataset's, or too short in the middle of the split, and
+    count as complete.
     """
-    if len(plan.sequences) == layout.sequences_per_shard:
-        return
-    now = layout.shard_range(plan.shard, load_manifest(out).splits[plan.split].sequences)
+    manifest = load_manifest(out)
+    shard = out / plan.split / shard_name(plan.shard)
+    if manifest.spec != spec:
+        raise RunError(
+            f"{shard}: is of a dataset that another command has replaced; {hint}run that command"
+            " again"
+        )
+    now = spec.layout.shard_range(plan.shard, manifest.splits[plan.split].sequences)
     if now != plan.sequences:
         raise RunError(
-            f"{out / plan.split / shard_name(plan.shard)}: holds {len(now)} sequences, not"
-            f" {len(plan.sequences)}, since another command has extended the dataset;"
-            f" {hint}run that command again"
+            f"{shard}: holds {len(now)} sequences, not {len(plan.sequences)}, since another command"
+            f" has extended the dataset; {hint}run that command again"
         )
-
-
-def refuse_replaced(out: Path, spec: DatasetSpec) -> None:
-    """RunError if another command has replaced the dataset, before it had any shards."""
-    if load_manifest(out).spec != spec:
-        raise RunError(f"{out}: another command has begun another dataset here; run that one again")
 
 
 @dataclass
@@ -67,7 +65,8 @@ class ShardCollector:
     """Takes the rows of whole shards in any order. A context manager that stops its thread.
 
     `num_sequences` is the size of each complete split. `on_shard` is called in the writer thread
-    with every published sidecar.
+    with every published sidecar, and `check` before and after a shard is published, with what an
+    error has to advise first.
     """
 
     def __init__(
@@ -77,10 +76,11 @@ class ShardCollector:
         *,
         spec: DatasetSpec,
         on_shard: Callable[[Sidecar], None],
+        check: Callable[[ShardPlan, str], None] = lambda plan, hint: None,
     ) -> None:
         self._layout, self._num_sequences = spec.layout, num_sequences
         self._per_group = spec.layout.sequences_per_row_group
-        self._writer = _BackgroundWriter(out, spec, on_shard)
+        self._writer = _BackgroundWriter(out, spec, on_shard, check)
         self._open: dict[tuple[str, int], _Open] = {}
 
     def add(self, split: str, row: Row) -> None:
@@ -127,9 +127,10 @@ class _BackgroundWriter:
         out: Path,
         spec: DatasetSpec,
         on_shard: Callable[[Sidecar], None],
+        check: Callable[[ShardPlan, str], None],
     ) -> None:
         self._out, self._spec = out, spec
-        self._on_shard = on_shard
+        self._on_shard, self._check = on_shard, check
         self._queue: queue.Queue[tuple[ShardPlan, list[Row]] | None] = queue.Queue(maxsize=2)
         self._writers: dict[tuple[str, int], ShardWriter] = {}
         self._error: BaseException | None = None
@@ -179,9 +180,8 @@ class _BackgroundWriter:
             self._writers[key] = writer
         writer.write_rows(rows)
         if rows[-1].sequence == plan.sequences[-1]:
-            refuse_replaced(self._out, self._spec)
-            refuse_outgrown(self._out, self._spec.layout, plan)
+            self._check(plan, "")
             sidecar = writer.publish()
-            refuse_outgrown(self._out, self._spec.layout, plan, "delete it and its .json, and ")
+            self._check(plan, "delete it and its .json, and ")
             del self._writers[key]
             self._on_shard(sidecar)

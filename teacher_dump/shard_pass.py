@@ -11,7 +11,7 @@ from shards.errors import RunError
 from shards.rows import Row
 from shards.sidecar import Sidecar
 from teacher_dump.bos import BosProbe, probe, read_probe_sample
-from teacher_dump.collector import ShardCollector, ShardPlan
+from teacher_dump.collector import ShardCollector, ShardPlan, refuse_outdated
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import Planned
 from teacher_dump.engines.interface import TeacherEngine
@@ -136,7 +136,13 @@ def run_pass(
             yield from (split[sequence] for sequence in plan.sequences)
 
     sizes = {name: size.sequences for name, size in planned.manifest.splits.items()}
-    collector = ShardCollector(config.out, sizes, spec=spec, on_shard=on_shard)
+    collector = ShardCollector(
+        config.out,
+        sizes,
+        spec=spec,
+        on_shard=on_shard,
+        check=lambda plan, hint: refuse_outdated(config.out, spec, plan, hint),
+    )
     try:
         with collector:
             for split_name, row in rows(sequences(), engine, config):

@@ -26,6 +26,7 @@ _NO_LM = (
 )
 _ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_OTHER_LAYOUT = ["consolidated*"]  # Mistral's, of the same weights
 _HUB_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 
 
@@ -78,7 +79,7 @@ def find_teacher(name: str, revision: str | None, *, trust_remote_code: bool = F
     if os.path.lexists(folder / _ADAPTER):
         raise InputError(
             f"{folder / _ADAPTER}: transformers would add this adapter to the teacher, and vLLM"
-            " would not; merge it, and move the file to another folder"
+            " would not; give a folder without it, or merge it first"
         )
     architecture = _architecture(config, path)
     content = {key: value for key, value in config.items() if key not in _NOT_CONTENT}
@@ -145,7 +146,11 @@ def _from_hub(option: str, name: str, revision: str | None, files: list[str]) ->
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=files, ignore_patterns=_OTHER_LAYOUT
+            )
+        )
     except Exception as error:
         raise InputError(
             f"--{option} {name}: neither a folder nor available on the hub"

@@ -6,7 +6,7 @@ training run or the same weights in another layout may come and go. Where there 
 safetensors, vLLM reads every file that could hold weights, so others are refused there. Headers and
 sizes are checked before anything is tokenised, so that a download that was cut off shows at once.
 
-Hashes are cached per file (by path, size, times and inode), since a large teacher takes minutes to
+Hashes are cached per file (by path, size and times), since a large teacher takes minutes to
 read.
 """
 
@@ -114,13 +114,13 @@ def _refuse_others(folder: Path, named: Mapping[str, Sequence[str]]) -> None:
     if os.path.lexists(folder / f"{_LAYOUTS[0]}.index.json"):
         return
     is_safetensors = _LAYOUTS[0] in named
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(name for name in os.listdir(folder) if not name.startswith(".")):
         of_training = name.endswith(_OF_TRAINING)
         pickle = name.endswith(".bin") and not is_safetensors and not of_training
         if name not in named and (pickle or name.endswith(".safetensors")):
             raise InputError(
-                f"{folder / name}: lies beside {next(iter(named))}, and vLLM would load it too;"
-                " move it to another folder"
+                f"{folder / name}: lies beside {next(iter(named))}, and vLLM would load it too, or"
+                " in its place; give a folder without it"
             )
 
 
@@ -193,7 +193,7 @@ def _cut_off(path: Path, expected: str, size: int) -> str:
 
 
 class _HashCache:
-    """path -> (size, times, inode, hash) in the user's cache folder; losing it costs time."""
+    """Path, size and times -> hash, in the user's cache folder; losing it costs time."""
 
     def __init__(self) -> None:
         self._known: dict[str, Any] = {}
@@ -212,14 +212,13 @@ class _HashCache:
 
     def sha256(self, path: Path) -> str:
         status = path.stat()
-        key = str(path.resolve())
-        known = self._known.get(key)
         # An image or `cp -p` can give another file the same size and time, but not the same ctime.
-        same = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        if not isinstance(known, list) or known[:-1] != same:
-            known = [*same, path_sha256(path)]
-            self._known[key] = known
-        return str(known[-1])
+        times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        key = f"{path.resolve()} {times}"  # so machines that share a home share this file too
+        known = self._known.get(key)
+        if not isinstance(known, str):
+            known = self._known[key] = path_sha256(path)
+        return known
 
     def save(self) -> None:
         if self._path is None:

@@ -291,7 +291,7 @@ def test_a_rank_of_a_dataset_that_was_replaced_publishes_no_shard(tmp_path: Path
     assert old is not None
     plans = list(ShardQueue(config.out, old.manifest, Rank()))
     run(replace(config, seed=1), ClusterOptions(prepare=True))
-    with pytest.raises(RunError, match="another command has begun another dataset here"):
+    with pytest.raises(RunError, match="is of a dataset that another command has replaced"):
         run_pass(config, ready.tokenizer, plans, old, None, PassProgress())
     assert list(config.out.glob("*/*.parquet")) == []
     run(replace(config, seed=1))
@@ -302,7 +302,11 @@ def test_a_task_that_starts_several_ranks_gives_them_no_place_on_its_machine() -
     options = ClusterOptions(rank=3, world_size=8)
     batch = {"SLURM_LOCALID": "0", "SLURM_PROCID": "0"}
     assert find_rank(options, batch).local_rank is None
-    assert find_rank(options, SLURM_STEP).local_rank == 1
+    two_machines = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+    assert find_rank(options, two_machines).local_rank is None
+    assert find_rank(ClusterOptions(rank=3, world_size=4), SLURM_STEP).local_rank == 1
+    array = ClusterOptions(rank=11, world_size=12)
+    assert find_rank(array, ARRAY | SLURM_STEP).local_rank == 1
 
 
 QUICK = Patience(look_every=0.02, sign_every=0.02, first_sign=0.3, next_sign=0.3)

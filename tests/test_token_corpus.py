@@ -285,7 +285,7 @@ def foreign_index(path: Path) -> None:
         ("a.bin", short_data, "shorter than its index says, at document"),
         ("a.bin", foreign_index, "not an index of Megatron-LM"),
         ("a.bin", borders_beyond, "damaged: its documents are not in order"),
-        ("a.bin", no_last_border, "cut off: its last pieces belong to no document"),
+        ("a.bin", no_last_border, "damaged: some of its pieces belong to no document"),
         ("a.parquet", lambda path: pq.write_table(pa.table({"ids": [[1]]}), path), "no column"),
         (
             "a.parquet",

@@ -147,7 +147,7 @@ def _read_megatron(path: Path, index: Path) -> Iterator[TokenDocument]:
     if np.any(borders < 0) or np.any(borders > num_pieces) or np.any(np.diff(borders) < 0):
         raise InputError(f"{index}: damaged: its documents are not in order")
     if num_pieces and (not num_borders or borders[0] != 0 or borders[-1] != num_pieces):
-        raise InputError(f"{index}: cut off: its last pieces belong to no document")
+        raise InputError(f"{index}: damaged: some of its pieces belong to no document")
     dtype = np.dtype(_MEGATRON_TYPES[code])
     tokens = _map(path, dtype, 0, path.stat().st_size // dtype.itemsize)
     for number in range(num_borders - 1):

@@ -8,8 +8,12 @@ from pathlib import Path
 
 from teacher_dump.keep.packed_size import Selection
 
-# Arguments of vLLM that change the teacher's distributions by more than rounding: they belong to a
-# dataset's identity. Others (memory, batches, parallelism, kernels) may differ between two runs.
+# Hugging Face's files are hashed, so vLLM must not take Mistral's, which may lie beside them.
+CONFIG_FORMAT = "hf"
+
+# Arguments of vLLM that change the teacher's distributions by more than rounding, or may (a backend
+# can quantise activations): they belong to a dataset's identity. Others (memory, batches,
+# parallelism) may differ between two runs.
 _DECISIVE = ("quantization", "quantization_config", "kv_cache_dtype", "kv_cache_dtype_skip_layers",
              "load_format", "model_loader_extra_config", "ignore_patterns", "config_format",
              "model_impl", "disable_sliding_window", "mamba_cache_dtype", "mamba_ssm_cache_dtype",

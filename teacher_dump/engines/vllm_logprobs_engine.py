@@ -23,7 +23,7 @@ import numpy as np
 from shards.errors import InputError, RunError
 from shards.rows import Float32Array, Int32Array
 from teacher_dump.engines.architectures import names_no_head, rope_parameters
-from teacher_dump.engines.options import EngineOptions
+from teacher_dump.engines.options import CONFIG_FORMAT, EngineOptions
 from teacher_dump.engines.vllm_errors import last_line
 from teacher_dump.engines.vllm_parallel import check_tensor_parallel
 from teacher_dump.engines.vllm_start import (
@@ -78,6 +78,7 @@ def refusal(options: EngineOptions) -> str | None:
             model=str(options.teacher_folder),
             runner="generate",
             max_model_len=sequence_length,
+            config_format=CONFIG_FORMAT,
             skip_tokenizer_init=True,
             language_model_only=True,
             trust_remote_code=options.trust_remote_code,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from shards.errors import InputError
-from teacher_dump.engines.options import EngineOptions
+from teacher_dump.engines.options import CONFIG_FORMAT, EngineOptions
 
 _THREADS = "VLLM_CPU_OMP_THREADS_BIND"
 _VOCABULARY_MULTIPLE = 64
@@ -64,6 +64,7 @@ def _parts(options: EngineOptions) -> _Parts | None:
         model: Any = EngineArgs(
             model=str(options.teacher_folder),
             max_model_len=options.sequence_length,
+            config_format=CONFIG_FORMAT,
             skip_tokenizer_init=True,
             language_model_only=True,
             trust_remote_code=options.trust_remote_code,

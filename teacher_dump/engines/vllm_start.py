@@ -21,7 +21,7 @@ from shards.process.progress import duration
 from teacher_dump.engines import vllm_worker
 from teacher_dump.engines.architectures import rope_parameters
 from teacher_dump.engines.interface import num_ranks
-from teacher_dump.engines.options import EngineOptions
+from teacher_dump.engines.options import CONFIG_FORMAT, EngineOptions
 from teacher_dump.engines.vllm_errors import ErrorLog, not_started
 from teacher_dump.engines.vllm_parallel import cores_of_ranks
 
@@ -59,9 +59,12 @@ def check_lengths(options: EngineOptions) -> None:
         return
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        options.teacher_folder, trust_remote_code=options.trust_remote_code
-    ).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(
+            options.teacher_folder, trust_remote_code=options.trust_remote_code
+        ).get_text_config()
+    except Exception:  # whatever reading a configuration may raise; vLLM may read it otherwise
+        return
     for part in rope_parameters(config):
         original = part.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
@@ -139,9 +142,8 @@ def start_llm(options: EngineOptions, arguments: Mapping[str, object], fallback:
                     "language_model_only": True,
                     "use_tqdm_on_load": False,
                     "tensor_parallel_size": options.tensor_parallel,
-                    # What is hashed: not consolidated*.safetensors and params.json beside it.
                     "load_format": "hf",
-                    "config_format": "hf",
+                    "config_format": CONFIG_FORMAT,
                     "worker_extension_cls": vllm_worker.NAME,
                     **_every_row(EngineArgs),
                     **defaults(ranks, on_gpu=torch.cuda.is_available()),

@@ -116,12 +116,15 @@ def find_rank(options: ClusterOptions, environ: Mapping[str, str] = os.environ) 
 def _given(options: ClusterOptions, environ: Mapping[str, str]) -> Rank | None:
     if options.rank is None or options.world_size is None:
         return None
-    tasks = _number(environ, "SLURM_STEP_NUM_TASKS") or 1
+    # A task that starts several ranks has one local number for all of them.
+    step, array = (
+        _number(environ, name) or 1 for name in ("SLURM_STEP_NUM_TASKS", "SLURM_ARRAY_TASK_COUNT")
+    )
+    is_task = step > 1 and step * array == options.world_size
     return Rank(
         rank=options.rank,
         world_size=options.world_size,
-        # One task that starts several processes has the local number 0 for all of them.
-        local_rank=_number(environ, "LOCAL_RANK", *(["SLURM_LOCALID"] if tasks > 1 else [])),
+        local_rank=_number(environ, "LOCAL_RANK", *(["SLURM_LOCALID"] if is_task else [])),
         source="--rank",
     )
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from shards.files.durable import is_temporary
 from shards.folder.completeness import SomeShards, is_missing, missing_shards
 from shards.manifest import Manifest
-from teacher_dump.collector import ShardPlan, refuse_outgrown
+from teacher_dump.collector import ShardPlan, refuse_outdated
 from teacher_dump.processes.ranks import Rank
 
 # A writer adds a row group to its temporary file at least this often, unless it was killed.
@@ -61,7 +61,7 @@ class ShardQueue:
 
         RunError if another command has made it longer.
         """
-        refuse_outgrown(self.out, self.manifest.spec.layout, plan)
+        refuse_outdated(self.out, self.manifest.spec, plan)
         return is_missing(self.out, self.manifest, plan.split, plan.shard, plan.sequences)
 
     def __iter__(self) -> Iterator[ShardPlan]:
