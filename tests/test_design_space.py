@@ -190,14 +190,17 @@ def test_gains_and_shares_pair_runs_by_seed() -> None:
     assert gain.text(".2f") == "1.00 ± 0.71"
 
 
-def test_a_figure_of_one_seed_has_no_spread() -> None:
+def test_all_rows_of_a_table_are_of_the_same_seeds_and_one_seed_has_no_spread() -> None:
+    two = draw.section(made_up({"LM": [4.0, 5.0], "full": [3.0, 3.0]}), 1)
+    assert "| full | 1.5 | 1.5 | 3.000 ± 0.000 |" in two
+    assert "| LM | - | - | 4.500 ± 0.707 |" in two
     rows = made_up({"LM": [4.0, 5.0], "full": [3.0, 3.0], "draws 50": [3.5]})
-    text = draw.section(rows, 1)
-    assert "| full | 1.5 | 1.5 | 3.000 ± 0.000 |" in text
-    assert "| LM | - | - | 4.500 ± 0.707 |" in text
-    assert "| draws 50 | 1.5 | 1.5 | 3.500 | 1.500 | 1.500 | 1.5000 | 0.500 | 50% | 1 |" in text
-    assert "Not run yet: threshold 0.05; " in text
-    assert "](images" not in text  # LM and full are the ends of the scale, so there is one point
+    one = draw.section(rows, 1)
+    assert "| LM | - | - | 4.000 |" in one
+    assert "| full | 1.5 | 1.5 | 3.000 |" in one
+    assert "| draws 50 | 1.5 | 1.5 | 3.500 | 1.500 | 1.500 | 1.5000 | 0.500 | 50% | 1 |" in one
+    assert "Not run yet: threshold 0.05; " in one
+    assert "](images" not in one  # LM and full are the ends of the scale, so there is one point
     assert draw.plot(rows, 1) is None
 
 

@@ -3,7 +3,7 @@
 It replaces what stands between `<!-- question N -->` and `<!-- end -->`, and writes the plots. It
 shows a figure as mean and standard deviation over seeds, and that of one seed without a deviation.
 Gains are differences of runs with the same seed, which share initial weights and the order of
-sequences.
+sequences. All rows of a table are of the same seeds, those that each of its cells has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +68,13 @@ class Rows:
             if row["text"] == text:
                 self._rows[row["settings"]][row["seed"]] = row
 
+    def of_seeds(self, seeds: Collection[str]) -> Rows:
+        """The rows with these seeds."""
+        kept = Rows((), self._scale)
+        for settings, rows in self._rows.items():
+            kept._rows[settings] = {seed: row for seed, row in rows.items() if seed in seeds}
+        return kept
+
     def of(self, cell: Cell) -> Mapping[str, results.Row]:
         """The rows of a cell by seed."""
         return self._rows.get(cell.hash(self._scale), {})
@@ -99,8 +106,9 @@ class Rows:
 
 def section(rows: Rows, question: int) -> str:
     """The content of a question's section: a table, and the plot if there is one to see."""
-    cells = [cell for cell in grid.shown(question) if rows.figure(cell, "cross_entropy")]
+    cells = [cell for cell in grid.shown(question) if rows.of(cell)]
     missing = [cell.name for cell in grid.shown(question) if cell not in cells]
+    rows = _comparable(rows, question)
     parts = []
     points = _points(rows, question)
     if len(points) > 1:
@@ -112,6 +120,12 @@ def section(rows: Rows, question: int) -> str:
     if missing:
         parts.append(f"Not run yet: {'; '.join(missing)}.")
     return "".join(f"\n{part}\n" for part in parts) + "\n"
+
+
+def _comparable(rows: Rows, question: int) -> Rows:
+    """The rows of the seeds that all cells of a question have."""
+    found = [set(rows.of(cell)) for cell in grid.shown(question) if rows.of(cell)]
+    return rows.of_seeds(set.intersection(*found) if found else ())
 
 
 def table(rows: Rows, cells: Sequence[Cell], shares: bool) -> str:
@@ -145,7 +159,7 @@ def _text(spread: Spread | None, form: str) -> str:
 
 def plot(rows: Rows, question: int) -> Any:
     """The chart of a question, or None for fewer than two cells."""
-    points = _points(rows, question)
+    points = _points(_comparable(rows, question), question)
     if len(points) < 2:
         return None
     return _size_chart(points) if question == 1 else _gain_chart(points)
