@@ -151,7 +151,7 @@ class Grid:
         return out
 
     def _teacher(self, name: str) -> Path:
-        """The folder of a teacher that the trainer pre-trained on the whole text."""
+        """The folder of a teacher that the trainer pre-trained on the text."""
         return self._pretrain(name, LATE if name == BASE_TEACHER else OFFLINE)
 
     def _pretrain(self, name: str, logits: str) -> Path:
