@@ -67,17 +67,17 @@ class DistillationLoss(nn.Module):
         ValueError if the weight is sharded here, the batch lacks the entries, or the hidden states
         are of other positions than the labels.
         """
-        if hidden.shape[:-1] != batch.labels.shape:
-            raise ValueError(
-                f"hidden states {list(hidden.shape)} do not belong to labels"
-                f" {list(batch.labels.shape)}"
-            )
         weight = self._head[0].weight
         assert isinstance(weight, Tensor)
         if isinstance(weight, DTensor):
             raise ValueError(
                 "the weight of the head is sharded here: call the loss inside the forward pass of"
                 " the module that fully_shard wraps, and do not wrap the head itself"
+            )
+        if hidden.shape[:-1] != batch.labels.shape:
+            raise ValueError(
+                f"hidden states {list(hidden.shape)} do not belong to labels"
+                f" {list(batch.labels.shape)}"
             )
         labels, targets = batch.labels.flatten(), batch.targets(self.objective)
         return distillation_loss(hidden.flatten(0, 1), weight, labels, targets, self.objective)

@@ -327,7 +327,7 @@ def test_a_run_keeps_to_its_folder_and_its_options(folder: Path, tmp_path: Path)
     config = config_of(folder, tmp_path / "out", save_every=2)
     run(config, saving(tmp_path / "saved"))
     assert run(config, saving(tmp_path / "saved")) is not None
-    with pytest.raises(InputError, match="what it saved is not there"):
+    with pytest.raises(InputError, match="its dataset is missing here"):
         run(config, saving(tmp_path / "other"))
     (config.out / "summary.json").unlink()
     with pytest.raises(InputError, match="own_logits"):

@@ -90,7 +90,7 @@ class Objective:
     adaptive_temperature: str | None = None
 
     def __post_init__(self) -> None:
-        """ValueError for an unknown name, or for two options of which one would be ignored."""
+        """ValueError for an unknown name, or for two options that do not go together."""
         for name, value, names in (
             ("kind", self.kind, LOSSES),
             ("adaptive_temperature", self.adaptive_temperature, (None, *STRATEGIES)),

@@ -127,8 +127,8 @@ def check_saved(plan: SavePlan) -> None:
         there = False
     if not there:
         raise InputError(
-            f"--save-logits {plan.path}: the run is finished, but what it saved is not there; name"
-            " the folder where it is"
+            f"--save-logits {plan.path}: the run is finished, but its dataset is missing here; name"
+            " the folder that holds it"
         )
 
 
