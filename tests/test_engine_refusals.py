@@ -273,10 +273,9 @@ def test_vllm_reads_the_weights_that_are_hashed_and_no_others(
     corpus = write_corpus(tmp_path / "corpus.jsonl", num_documents=5)
     more = ("--keep", "top-p-k", "--dtype", "float32", "--engine")
     engines = ("vllm", "vllm-logprobs", "transformers")
-    codes, says = run_all(
-        [dump_command(teacher, corpus, tmp_path / engine, *more, engine) for engine in engines]
-    )
-    assert codes == ["0"] * 3, says
+    for engine in engines:  # a process each, as vLLM keeps the settings of its first start
+        codes, says = run_all([dump_command(teacher, corpus, tmp_path / engine, *more, engine)])
+        assert codes == ["0"], says
     *found, expected = (all_rows(tmp_path / engine) for engine in engines)
     for rows in found:
         assert rows.keys() == expected.keys()
