@@ -121,7 +121,8 @@ class Row:
     def ids(self) -> Ragged[np.int32]:
         """`ids[t]` are the vocabulary ids of the entries at position t.
 
-        The entry with the largest value comes first."""
+        The entry with the largest value comes first.
+        """
         return self._entries(schema.IDS, self.stored.ids)
 
     @cached_property

@@ -278,6 +278,7 @@ def _to_text(progress: Progress) -> str:
 
 
 def _text_sha256(content: Mapping[str, object]) -> str:
+    """A hash of JSON in which a figure may be infinite, so not of `canonical_json`."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

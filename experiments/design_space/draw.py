@@ -141,14 +141,14 @@ def table(rows: Rows, cells: Sequence[Cell], shares: bool) -> str:
             gains = [_text(rows.gain(cell), ".3f")]
             gains += [_text(rows.share(cell), ".0%")] if shares else []
         figures = [
-            _text(None if unknown(cell, key) else rows.figure(cell, key), form)
+            _text(None if _unknown(cell, key) else rows.figure(cell, key), form)
             for key, (_, form) in FIGURES.items()
         ]
         lines.append([cell.name, *sizes, *figures, *gains, str(len(rows.of(cell)))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def unknown(cell: Cell, key: str) -> bool:
+def _unknown(cell: Cell, key: str) -> bool:
     """Whether a column compares with the base teacher, which is not the cell's."""
     return key in ("kl", "top1_agreement") and cell.teacher != grid.BASE_TEACHER
 

@@ -20,3 +20,14 @@ def rope_parameters(text_config: Any) -> list[Mapping[str, Any]]:
     """How positions are rotated: one mapping, or one for each type of layer beside it."""
     rope = getattr(text_config, "rope_parameters", None) or {}
     return [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+
+
+def longrope_lengths(text_config: Any) -> list[int]:
+    """Lengths beyond which vLLM takes the long factors of longrope for every sequence."""
+    beside = getattr(text_config, "original_max_position_embeddings", None)
+    lengths = [
+        part.get("original_max_position_embeddings") or beside
+        for part in rope_parameters(text_config)
+        if part.get("rope_type") == "longrope"
+    ]
+    return [int(length) for length in lengths if length]

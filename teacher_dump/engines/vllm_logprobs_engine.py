@@ -22,7 +22,7 @@ import numpy as np
 
 from shards.errors import InputError, RunError
 from shards.rows import Float32Array, Int32Array
-from teacher_dump.engines.architectures import names_no_head, rope_parameters
+from teacher_dump.engines.architectures import longrope_lengths, names_no_head
 from teacher_dump.engines.options import CONFIG_FORMAT, EngineOptions
 from teacher_dump.engines.vllm_errors import last_line
 from teacher_dump.engines.vllm_parallel import check_tensor_parallel
@@ -93,21 +93,12 @@ def refusal(options: EngineOptions) -> str | None:
             "whose logits from a head of its own, without what the model may do to them "
             "(--engine-arg model_impl=transformers if it does nothing)"
         )
-    if sequence_length in _places_where_rope_changes(model.hf_text_config):
+    if sequence_length in longrope_lengths(model.hf_text_config):
         return (
             f"the engine needs room for one token more than --sequence-length {sequence_length}, "
             "with which this teacher's positions are scaled in another way"
         )
     return None
-
-
-def _places_where_rope_changes(config: Any) -> list[int]:
-    """Lengths beyond which vLLM takes the long factors of longrope for every sequence."""
-    return [
-        int(part.get("original_max_position_embeddings") or 0)
-        for part in rope_parameters(config)
-        if part.get("rope_type") == "longrope"
-    ]
 
 
 @contextmanager

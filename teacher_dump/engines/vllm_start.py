@@ -19,7 +19,7 @@ from shards.errors import InputError
 from shards.process.children import engine_children
 from shards.process.progress import duration
 from teacher_dump.engines import vllm_worker
-from teacher_dump.engines.architectures import rope_parameters
+from teacher_dump.engines.architectures import longrope_lengths
 from teacher_dump.engines.interface import num_ranks
 from teacher_dump.engines.options import CONFIG_FORMAT, EngineOptions
 from teacher_dump.engines.vllm_errors import ErrorLog, not_started
@@ -65,17 +65,13 @@ def check_lengths(options: EngineOptions) -> None:
         ).get_text_config()
     except Exception:  # whatever reading a configuration may raise; vLLM may read it otherwise
         return
-    for part in rope_parameters(config):
-        original = part.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
+    original = min(longrope_lengths(config), default=options.sequence_length)
+    if options.sequence_length > original:
+        raise InputError(
+            f"--documents separate: with --sequence-length {options.sequence_length}, vLLM rotates"
+            f" the positions of short documents as those of more than {original}; use --engine"
+            f" transformers, or at most {original}"
         )
-        is_long = original is not None and options.sequence_length > original
-        if part.get("rope_type") == "longrope" and is_long:
-            raise InputError(
-                f"--documents separate: with --sequence-length {options.sequence_length}, vLLM"
-                f" rotates the positions of short documents as those of more than {original};"
-                f" use --engine transformers, or at most {original}"
-            )
 
 
 def prepare_environment() -> None:

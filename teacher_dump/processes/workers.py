@@ -128,6 +128,8 @@ class _Head:
         gpus: int,
         is_local: bool,
     ) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         self._ray = ray
         self._config = config
         self._queue = queue
@@ -139,8 +141,6 @@ class _Head:
         self._num_workers = max(1, min(num_workers, num_shards))
         self._cores_of = self._num_workers if is_local and not gpus else None
         self._actor = ray.remote(num_cpus=1, num_gpus=gpus)(RayWorker)
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
         self._jobs: dict[Any, _Job] = {}
