@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,10 +133,12 @@ def test_a_finished_run_is_evaluated_on_a_task_of_local_data_once(
 def test_the_harness_sees_a_student_that_caps_its_attention_logits(
     config: TrainConfig, tmp_path: Path
 ) -> None:
+    from student_train.evaluation.harness_student import HarnessStudent
+
     dataset = Dataset.open(config.shards[0])
     write_capped_model(tmp_path)
     shutil.copytree(dataset.path / "tokenizer", tmp_path, dirs_exist_ok=True)
-    student = tasks._student(tmp_path, dataset.spec, "float32", torch.device("cpu"))
+    student = HarnessStudent(tmp_path, dataset.spec, "float32", torch.device("cpu"))
     tokens = torch.arange(12)[None]
     assert_capped(student._model_call(tokens), tmp_path, tokens)
 
@@ -170,7 +174,7 @@ def test_without_the_harness_its_extra_is_named(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=r"pip install 'logitshards\[eval\]'"):
+    with pytest.raises(InputError, match="the extra 'eval' of logitshards"):
         run(replace(config, eval_tasks=["some.yaml"]))
 
 
@@ -187,23 +191,102 @@ def test_a_task_that_fails_is_tried_again(config: TrainConfig, tmp_path: Path) -
     assert run(asked)["bad_acc"] == pytest.approx(expected_accuracy(config.out / "model"))
 
 
+BOS = 5
+
+
+def student_with_bos(
+    config: TrainConfig, folder: Path, mode: str, *, dtype: str = "float32"
+) -> Any:
+    """The harness's view of the run's student, as if `mode` had placed BOS in its dataset."""
+    from student_train.evaluation.harness_student import HarnessStudent
+
+    spec = Dataset.open(config.shards[0]).spec
+    documents = replace(spec.documents, bos=mode, bos_token_id=BOS, masked=True)
+    shutil.copytree(config.out / "model", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "word5"}))
+    spec = replace(spec, documents=documents)
+    return HarnessStudent(folder, spec, dtype, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("bos", "prefix"), [(False, 0), (True, 5)])
 def test_the_student_reads_as_in_training(
     config: TrainConfig, tmp_path: Path, bos: bool, prefix: int
 ) -> None:
-    spec = Dataset.open(config.shards[0]).spec
+    from student_train.evaluation.harness_student import HarnessStudent
+
     if bos:
-        documents = replace(spec.documents, bos="document", bos_token_id=prefix, masked=True)
-        spec = replace(spec, documents=documents)
-    folder = shutil.copytree(config.out / "model", tmp_path / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "word5"}))
-    student = tasks._student(folder, spec, "bfloat16", torch.device("cpu"))
+        student = student_with_bos(config, tmp_path / "model", "document", dtype="bfloat16")
+    else:
+        spec = Dataset.open(config.shards[0]).spec
+        student = HarnessStudent(config.out / "model", spec, "bfloat16", torch.device("cpu"))
     assert student.prefix_token_id == prefix
     assert student.max_length == SEQUENCE_LENGTH
     logits = student._model_call(torch.tensor([[1, 2, 3]]))
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())  # the head's, at least, are not
+
+
+def log_likelihood(model: Any, read: list[int], scored: list[int]) -> float:
+    """Of tokens after what the model has read."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*read, *scored][:-1]])).logits[0]
+    rows = logits[len(read) - 1 :].log_softmax(-1)
+    return float(sum(row[token] for row, token in zip(rows, scored, strict=True)))
+
+
+def ask(kind: str, *arguments: str) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=arguments, idx=0)]
+
+
+WORDS = [10 + i % 50 for i in range(SEQUENCE_LENGTH * 5 // 2)]
+TEXT = " ".join(f"word{word}" for word in WORDS)
+
+
+def test_a_whole_text_is_scored_after_bos_and_bos_is_not_scored(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    student = student_with_bos(config, tmp_path / "model", "sequence+document")
+    (found,) = student.loglikelihood_rolling(ask("loglikelihood_rolling", TEXT))
+    expected = 0.0
+    for start in range(0, len(WORDS), SEQUENCE_LENGTH):
+        scored = WORDS[start : start + SEQUENCE_LENGTH]
+        before = WORDS[start - (SEQUENCE_LENGTH - len(scored)) : start]
+        expected += log_likelihood(student.model, [BOS, *before], scored)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "begins"), [("sequence", True), ("document", False)])
+def test_a_context_that_is_cut_begins_as_a_sequence_in_training(
+    config: TrainConfig, tmp_path: Path, mode: str, begins: bool
+) -> None:
+    student = student_with_bos(config, tmp_path / "model", mode)
+    ((long, _),) = student.loglikelihood(ask("loglikelihood", TEXT, " word3 word4"))
+    ((short, _),) = student.loglikelihood(ask("loglikelihood", "word1 word2", " word3"))
+    room = SEQUENCE_LENGTH - 2
+    read = [BOS, *WORDS[-room:]] if begins else WORDS[-room - 1 :]
+    assert long == pytest.approx(log_likelihood(student.model, read, [3, 4]), rel=1e-4)
+    expected = log_likelihood(student.model, [BOS, 1, 2], [3])
+    assert short == pytest.approx(expected, rel=1e-4)
+    ids, mask = student.tok_batch_encode([TEXT, "word1"], left_truncate_len=8)
+    assert ids[0].tolist() == ([BOS, *WORDS[-7:]] if begins else WORDS[-8:])
+    assert ids[1][mask[1] == 1].tolist() == [BOS, 1]
+
+
+def test_the_harness_does_not_wait_for_the_other_processes_of_a_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    student = student_with_bos(config, tmp_path / "model", "document")
+    assert student.world_size == 1
+    assert {name: os.environ[name] for name in torchrun} == torchrun
 
 
 def test_the_filter_of_a_metric_stands_behind_its_name() -> None:

@@ -2,8 +2,7 @@
 
     OUT/tasks.json   the tasks that were asked for, and the results as the harness gives them
 
-The student reads a text as it read documents in training: no more tokens than a sequence has, after
-the same token, and with its head in float32, because bfloat16 logits tie heavily.
+The student reads a text as it read documents in training (`harness_student.py`).
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ TaskFigures = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 
 # For standard errors without a closed form. The harness's 100,000 take minutes.
 _BOOTSTRAP_ITERATIONS = 1000
-# On a CPU: float32 logits of a batch, and as many log-probabilities.
-_BATCH_BYTES = 1 << 30
 
 
 def read_tasks(file: Path) -> dict[str, Any]:
@@ -84,7 +81,7 @@ def check_tasks(tasks: Sequence[str]) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(
-            f"--eval-tasks: needs lm-evaluation-harness, pip install 'logitshards[eval]' ({error})"
+            f"--eval-tasks: needs lm-evaluation-harness, the extra 'eval' of logitshards ({error})"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     datasets.disable_progress_bars()
@@ -123,12 +120,14 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
 
+    from student_train.evaluation.harness_student import HarnessStudent
+
     before = read_tasks(file)
     asked = {task: _file_sha256(task) for task in tasks}
     try:
         with redirect_stdout(sys.stderr):  # where the harness says that it bootstraps
             found = simple_evaluate(
-                model=_student(model, spec, dtype, device),
+                model=HarnessStudent(model, spec, dtype, device),
                 tasks=missing_tasks(tasks, before),
                 task_manager=manager,
                 bootstrap_iters=_BOOTSTRAP_ITERATIONS,
@@ -146,38 +145,6 @@ def run_tasks(
             " the same command tries this again"
         ) from error
     durable.replace(file, text + "\n")
-
-
-def _student(model: Path, spec: DatasetSpec, dtype: str, device: torch.device) -> Any:
-    """The harness's view of a student that was trained in `dtype` on a dataset."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    from student_train.model.model import cap_attention
-
-    bos, eos = spec.documents.bos_token_id, spec.documents.eos_token_id
-    row_bytes = 2 * 4 * spec.sequence_length * spec.tokenizer.vocab_size
-    student = HFLM(
-        pretrained=str(model),
-        dtype="float32",
-        mixed_precision_dtype=None if dtype == "float32" else dtype,
-        softmax_dtype="float32",
-        device=str(device),
-        batch_size="auto" if device.type == "cuda" else max(1, _BATCH_BYTES // row_bytes),
-        max_length=spec.sequence_length,
-        add_bos_token=bos is not None,
-        prefix_token_id=eos if bos is None else bos,
-    )
-    cap_attention(student.model)
-    head = student.model.get_output_embeddings()
-    narrow = head.forward
-
-    def wide(hidden: torch.Tensor) -> Any:
-        with torch.autocast(device.type, enabled=False):
-            return narrow(hidden.float())
-
-    head.forward = wide
-    return student
 
 
 def _file_sha256(task: str) -> str | None:
