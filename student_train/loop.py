@@ -43,7 +43,7 @@ from student_train.run_folder import RunFolder
 from student_train.run_progress import TrainProgress
 from student_train.saving import Saver
 from student_train.setup import columns_to_read, make_objective, plan_schedules
-from student_train.speed import StepClock
+from student_train.speed import LIMITS, StepClock
 from student_train.step import (
     StepResult,
     autocast_for,
@@ -204,6 +204,8 @@ class Training:
         if own is not None:
             own.end_step()
         speed = process.clock.step_done(result.num_tokens)
+        limits = {name: value for name, value in speed.items() if name in LIMITS}
+        speed |= self._world.largest_of_each(limits)
         figures = {
             "tokens": self._progress.tokens,
             "loss": result.loss,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from shards.dataset import Dataset
-from shards.errors import RunError, first_line
-from shards.files.json_text import Json
+from shards.errors import InputError, RunError, first_line
+from shards.files.json_text import Json, json_differences
 from shards.process.folder_lock import folder_lock
 from shards.spec import TRAIN
 from student_train.config import TrainConfig
@@ -59,7 +59,13 @@ from student_train.processes.sharding import (
     whole_weights,
 )
 from student_train.processes.world import World, joined
-from student_train.run_folder import RunFolder, describe_run, publish_folder, run_sha256
+from student_train.run_folder import (
+    RunFolder,
+    agreed_settings,
+    describe_run,
+    publish_folder,
+    run_sha256,
+)
 from student_train.setup import find_evaluation_dataset, open_datasets, plan_steps
 from student_train.step import autocast_for
 
@@ -81,6 +87,7 @@ def run(config: TrainConfig, saving: SaveLogits | None = None) -> dict[str, Json
             torch.cuda.set_device(device)
         with joined(device) as world:
             prepared = world.together(lambda: _prepare(config, saving or SaveLogits(), world))
+            _check_agreement(prepared.description, world)
             summary = world.from_first(prepared.folder.summary() if world.is_first else None)
             if summary is None:
                 summary = _train(prepared, world)
@@ -147,6 +154,20 @@ def _prepare(config: TrainConfig, options: SaveLogits, world: World) -> _Prepare
         tasks=tasks,
         manager=manager,
     )
+
+
+def _check_agreement(description: Mapping[str, Json], world: World) -> None:
+    """InputError if the processes of a run have other options, datasets or models."""
+    own, *others = world.from_all(agreed_settings(description))
+    for rank, other in enumerate(others, start=1):
+        if differences := json_differences(other, own):
+            world.fail(
+                InputError(
+                    f"process {rank} has other settings than process 0: {'; '.join(differences)}"
+                    f" (here: process {rank}, there: process 0); start all with the same command"
+                    " and the same files"
+                )
+            )
 
 
 def _run_tasks(
@@ -225,6 +246,8 @@ def _start(prepared: _Prepared, stack: ExitStack, world: World) -> None:
         stack.enter_context(folder_lock(prepared.folder.path, "train-student"))
         if prepared.saving is not None:
             stack.enter_context(folder_lock(prepared.saving.path, "train-student"))
+        # Again: since the first check another run may have begun here, and ended.
+        prepared.folder.check(prepared.description)
         prepared.folder.start(prepared.description)
 
 

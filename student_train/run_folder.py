@@ -32,9 +32,10 @@ from shards.files.json_text import Json, canonical_json, json_differences
 from student_train.config import TrainConfig
 from student_train.model.presets import PRESETS
 
+_COMPUTING = ("micro_batch_sequences", "gradient_checkpointing", "compile")
 _NOT_COMPARED = (
-    *("shards", "eval_shards", "eval_tasks", "student", "teacher", "out", "save_every"),
-    *("micro_batch_sequences", "gradient_checkpointing", "device", "compile"),
+    *("shards", "eval_shards", "eval_tasks", "student", "teacher", "out", "save_every", "device"),
+    *_COMPUTING,
 )
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 _RUN = "run.json"
@@ -69,11 +70,13 @@ class RunFolder:
             )
 
     def start(self, description: Mapping[str, Json]) -> None:
-        """Make the folder of a run, or tidy up what a killed one left in it."""
+        """Make the folder of a run, or tidy up what a killed one left in it.
+
+        The settings are those of the last command: what differs may change.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_unpublished(self.path)
-        if not (self.path / _RUN).is_file():
-            durable.replace(self.path / _RUN, json.dumps(description, indent=2) + "\n")
+        durable.replace(self.path / _RUN, json.dumps(description, indent=2) + "\n")
 
     def settings(self) -> dict[str, Any]:
         """The settings of the run. InputError if the folder holds no run."""
@@ -101,6 +104,8 @@ class RunFolder:
         reason = ""
         if any(line.startswith("config.tokens:") for line in differences):
             reason = "; another --tokens changes the learning rate of every step"
+        elif any(".sequences." in line for line in differences):
+            reason = "; if dump-logits extended the dataset, the run needs the one before"
         raise InputError(
             f"{self.path}: holds a run with other settings: {'; '.join(differences)}"
             f" (here: this command, there: the folder){reason}; repeat its command to continue it,"
@@ -136,6 +141,13 @@ def describe_run(
 def run_sha256(description: Mapping[str, Json]) -> str:
     """A hash of what two runs must have in common to be the same one."""
     return hashlib.sha256(canonical_json(_compared(description)).encode()).hexdigest()
+
+
+def agreed_settings(description: Mapping[str, Json]) -> dict[str, Any]:
+    """What the processes of a run must have in common: what two runs must, and how they compute."""
+    config = description["config"]
+    assert isinstance(config, Mapping)
+    return {**_compared(description), "computing": {name: config[name] for name in _COMPUTING}}
 
 
 def publish_folder(final: Path, fill: Callable[[Path], None]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from shards.errors import FailedElsewhereError, ShardError
+from shards.errors import ShardError
 from student_train import checkpoint
 from student_train.checkpoint import Progress
 from student_train.metrics import Metrics
@@ -27,7 +27,7 @@ from student_train.run_folder import RunFolder
 
 _SAVE_EVERY_S = 600.0
 _OF_WRITING = 50
-_READING_OR_MEMORY = (ShardError, FailedElsewhereError, torch.OutOfMemoryError)
+_READING_OR_MEMORY = (ShardError, torch.OutOfMemoryError)
 
 
 class Saver:
@@ -93,14 +93,14 @@ class Saver:
     ) -> Iterator[None]:
         """Save the steps that are done when a shard fails under the run, or memory runs out.
 
-        With several processes all fail together, so all save, except where memory runs out: that
-        leaves the others in the middle of a step.
+        With several processes all save if all fail together, whatever the reason is. Where memory
+        runs out, the others are in the middle of a step, so none saves.
         Use it for code that has not changed the weights when it fails: a step computes gradients
         before it changes weights (`step.py`), and an evaluation never changes them.
         """
         try:
             yield
-        except failures as error:
-            if self._world.size == 1 or is_agreed(error):
+        except Exception as error:
+            if is_agreed(error) or (self._world.size == 1 and isinstance(error, failures)):
                 self.save(progress())
             raise

@@ -17,6 +17,9 @@ import torch
 
 _T = TypeVar("_T")
 
+# Figures of the process that they are worst for: it makes all others wait, or fail.
+LIMITS = frozenset({"data_wait", "peak_memory_bytes", "peak_cuda_memory_bytes"})
+
 _STATUS = Path("/proc/self/status")
 
 

@@ -159,6 +159,14 @@ def test_a_damaged_checkpoint_is_named_and_not_used(tmp_path: Path, name: str, d
         load_newest(tmp_path, model, optimizer)
 
 
+def test_a_whole_checkpoint_of_another_model_is_not_to_be_deleted(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    save(tmp_path, model, optimizer, make_progress(1))
+    model.register_parameter("renamed", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(RunError, match=r"cannot be read \(Missing key.*do not delete it"):
+        load_newest(tmp_path, model, optimizer)
+
+
 def test_memory_that_runs_out_is_no_damaged_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

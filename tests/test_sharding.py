@@ -160,6 +160,18 @@ def test_a_step_of_several_processes_is_the_step_of_one(
         assert (found[name] - weight).abs().max() < max(10 * rel, 1e-4) * moved, name
 
 
+def agree_on_the_slowest() -> None:
+    """What each of two processes does: it gives figures of its own, and gets those of all."""
+    with joined(CPU) as world:
+        own = {"data_wait": 0.5 * world.rank, "peak_memory_bytes": (1 << 40) - world.rank}
+        found = world.largest_of_each(own)
+        assert found == {"data_wait": 0.5, "peak_memory_bytes": 1 << 40}
+
+
+def test_a_figure_that_limits_a_run_is_that_of_the_process_with_the_most() -> None:
+    run_ranks(agree_on_the_slowest, 2)
+
+
 def save_after_a_failure(folder: Path) -> None:
     """What each of several processes does: a forward pass fails, and the weights are saved."""
     with joined(CPU) as world:

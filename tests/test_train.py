@@ -23,6 +23,7 @@ from shards.dataset import Dataset
 from shards.errors import IdentityMismatchError, InputError, RunError, ShardError, StoppedError
 from student_train import checkpoint
 from student_train import loop as training
+from student_train import run as student_run
 from student_train.evaluation.evaluate import evaluate
 from student_train.model.blocks import decoder_blocks
 from student_train.report.page import write_report
@@ -507,6 +508,33 @@ def test_saving_more_often_is_not_another_run_but_another_seed_is(
         run(replace(config, seed=3))
     with pytest.raises(InputError, match="learning rate of every step"):
         run(replace(config, tokens=10 * config.tokens))
+
+
+def test_settings_are_compared_again_once_the_folder_is_locked(
+    shards: Path, student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(shards, student, tmp_path / "out")
+    other = replace(config, seed=3)
+
+    def while_another_run_comes_and_goes(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        run(other)
+        return make(*arguments)
+
+    make = student_run._make_student
+    monkeypatch.setattr(student_run, "_make_student", while_another_run_comes_and_goes)
+    with pytest.raises(InputError, match=r"config\.seed: 0 here, 3 there"):
+        run(config)
+    assert run(other)["steps"]
+
+
+def test_a_dataset_that_was_extended_is_named_as_the_reason(student: str, tmp_path: Path) -> None:
+    config = make_config(make_dataset(tmp_path / "shards"), student, tmp_path / "out")
+    run(config)
+    shutil.rmtree(tmp_path / "shards")
+    make_dataset(tmp_path / "shards", train=100)
+    with pytest.raises(InputError, match=r"sequences\.train: 100 here.*if dump-logits extended"):
+        run(config)
 
 
 def test_a_student_is_compared_by_what_is_in_its_files(shards: Path, tmp_path: Path) -> None:

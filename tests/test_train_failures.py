@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -92,6 +93,8 @@ def test_memory_that_runs_out_in_a_step_keeps_the_steps_before_it_and_names_the_
     run(config)
     assert_same_run(config.out, whole)
     run(replace(config, out=other, micro_batch_sequences=1, gradient_checkpointing=True))
+    now = json.loads((other / "run.json").read_text())["config"]  # as the report shows it
+    assert (now["micro_batch_sequences"], now["gradient_checkpointing"]) == (1, True)
     for line, expected in zip(lines(other), lines(whole), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from typing import Any
 import click
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from logitshards.failures import failures_as_lines
+from shards.errors import InputError
 from student_train.config import TrainConfig
+from student_train.data import batches
+from student_train.processes.world import _is_own, joined
 from student_train.run import run
-from tests.ranks import TIMEOUT_S, exit_codes, start_ranks
+from tests.ranks import TIMEOUT_S, exit_codes, run_ranks, start_ranks
 from tests.tiny_dataset import SEQUENCE_LENGTH, make_dataset
 from tests.tiny_runs import lines, write_student
 
@@ -38,6 +43,35 @@ def train(config: TrainConfig, errors: Path) -> None:
             run(config)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
+
+
+def train_differently(config: TrainConfig, errors: Path, changes: dict[str, Any]) -> None:
+    """As `train`, but the second process has options of its own."""
+    train(replace(config, **changes) if os.environ["RANK"] == "1" else config, errors)
+
+
+def train_until_reading_fails(config: TrainConfig, errors: Path) -> None:
+    """As `train`, but the second process cannot start a thread any more after some steps."""
+    make, calls = batches._mixed_batch, 0
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 25:
+            raise RuntimeError("can't start new thread")
+        return make(*arguments, **options)
+
+    if os.environ["RANK"] == "1":
+        batches._mixed_batch = fail
+    train(config, errors)
+
+
+def join_with_another_kind(errors: Path) -> None:
+    """The first process has a CPU, the second one a GPU."""
+    rank = os.environ["RANK"]
+    device = torch.device("cuda" if rank == "1" else "cpu")
+    with pytest.raises(InputError, match="of one kind, found 1 x cpu, 1 x cuda"), joined(device):
+        errors.write_text("they joined")
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +219,59 @@ def test_a_shard_that_one_process_cannot_read_ends_all_with_one_line(
     shard.write_bytes(content)
     finish(config, 2)
     assert_same(config.out, whole[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"micro_batch_sequences": 1}, "computing.micro_batch_sequences: 1 here, 2 there"),
+        ({"eval_every": 5}, "config.eval_every: 5 here, 10 there"),
+        ({"shards": ["other", "separate"]}, "dataset.spec.documents.masked"),
+    ],
+)
+def test_processes_with_other_settings_are_refused_before_anything_is_written(
+    changes: dict[str, Any], said: str, folder: Path, tmp_path: Path
+) -> None:
+    if "shards" in changes:
+        make_dataset(tmp_path / "other", train=70, validation=9, masked=True)
+        changes = {"shards": [tmp_path / "other", folder / "separate"]}
+    config = config_of(folder, tmp_path / "out")
+    processes = start_ranks(train_differently, 2, config, errors_of(config), changes)
+    assert exit_codes(processes) == [2, 2]
+    first, second = printed(config, 2)
+    assert "process 1 has other settings than process 0: " in first[-1]
+    assert said in first[-1]
+    assert second == []
+    assert not config.out.exists()
+
+
+def test_the_steps_before_a_failure_of_reading_are_saved_by_all(
+    folder: Path, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    config = config_of(folder, tmp_path / "out", save_every=100)
+    processes = start_ranks(train_until_reading_fails, 2, config, errors_of(config))
+    assert exit_codes(processes) == [1, 1]
+    steps = len(lines(config.out))
+    assert 0 < steps < STEPS
+    assert (config.out / "checkpoints" / f"step-{steps:08}").is_dir()
+    finish(config, 2)
+    assert_same(config.out, whole[2])
+
+
+def test_processes_on_cpus_and_gpus_do_not_join(tmp_path: Path) -> None:
+    run_ranks(join_with_another_kind, 2, tmp_path / "errors")
+    assert not (tmp_path / "errors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "own"),
+    [
+        ("NCCL error in: a.cpp:1, unhandled system error\nncclSystemError: Out of space", True),
+        ("NCCL error in: a.cpp:1, remote process exited\nncclRemoteError: A call failed", False),
+        ("NCCL communicator was aborted on rank 1", False),
+    ],
+)
+def test_an_error_of_nccl_here_is_not_taken_for_the_end_of_another_process(
+    text: str, own: bool
+) -> None:
+    assert _is_own(dist.DistBackendError(text)) == own

@@ -24,7 +24,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from shards.errors import (
     FailedElsewhereError,
@@ -32,6 +33,7 @@ from shards.errors import (
     LogitshardsError,
     RunError,
     first_line,
+    one_line,
 )
 
 _T = TypeVar("_T")
@@ -39,6 +41,7 @@ _E = TypeVar("_E", bound=BaseException)
 
 # How long a process waits for the others: longer than exporting a large student takes.
 _TIMEOUT = timedelta(hours=1)
+_JOIN_TIMEOUT = timedelta(minutes=10)  # for all to start; another machine may be slow
 _GRACE_S = 3.0
 _AGREED = "agreed_by_all_processes"
 
@@ -71,6 +74,14 @@ class World:
         reduced = torch.tensor(number)
         dist.all_reduce(reduced, dist.ReduceOp.MAX)
         return int(reduced)
+
+    def largest_of_each(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Every figure, the largest of it in any process; all have the same. Collective."""
+        if self.size == 1:
+            return dict(figures)
+        reduced = torch.tensor(list(figures.values()), dtype=torch.float64)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return dict(zip(figures, reduced.tolist(), strict=True))
 
     def add(self, tensor: Tensor) -> Tensor:
         """A tensor on the device, replaced by its sum over all processes. Collective."""
@@ -154,7 +165,10 @@ def joined(device: torch.device, environ: Mapping[str, str] = os.environ) -> Ite
         if size == 1:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            store = _meet(rank, size, device)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT
+            )
     except (RuntimeError, ValueError) as error:
         raise RunError(
             f"process {rank} of {size}: cannot reach the others: {first_line(error)}"
@@ -169,6 +183,10 @@ def joined(device: torch.device, environ: Mapping[str, str] = os.environ) -> Ite
         dist.destroy_process_group()
     except BaseException as error:
         _leave(error, world)
+        if _is_own(error):
+            raise RunError(
+                f"process {rank}: {one_line(error)}; NCCL_DEBUG=WARN in the environment says more"
+            ) from error
         if not is_lost(error):
             raise
         lost = (
@@ -178,6 +196,25 @@ def joined(device: torch.device, environ: Mapping[str, str] = os.environ) -> Ite
         raise (RunError(lost) if world.is_first else FailedElsewhereError(lost)) from error
     finally:
         root.setLevel(level)
+
+
+def _meet(rank: int, size: int, device: torch.device) -> Store:
+    """The store of a run, once all its processes are there.
+
+    InputError if some have a GPU and others none; RuntimeError if one does not come in time.
+    """
+    store: Store
+    store, _, _ = next(iter(rendezvous("env://", timeout=_JOIN_TIMEOUT)))
+    names = [f"logitshards/device/{other}" for other in range(size)]
+    store.set(names[rank], device.type)
+    store.wait(names, _JOIN_TIMEOUT)
+    kinds = [store.get(name).decode() for name in names]
+    if len(set(kinds)) > 1:
+        found = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
+        raise InputError(
+            f"--device: the processes of a run need devices of one kind, found {found}"
+        )
+    return store
 
 
 def under_torchrun() -> bool:
@@ -226,8 +263,18 @@ def _check_devices(world: World) -> None:
         world.fail(InputError(f"several processes use one GPU ({min(shared)}); start one per GPU"))
 
 
+def _is_own(error: BaseException) -> bool:
+    """Whether an error is of a call of NCCL that failed here; that another one ended is not."""
+    text = str(error)
+    return (
+        isinstance(error, dist.DistBackendError)
+        and "NCCL error" in text
+        and "ncclRemoteError" not in text
+    )
+
+
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process of the run is gone."""
+    """Whether an error is of a collective call: mostly, another process of the run is gone."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
