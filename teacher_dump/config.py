@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from shards.keep import Keep, Threshold, Tokens
 from shards.layout import Layout
@@ -202,6 +203,16 @@ class DumpConfig:
         """`auto` is bfloat16, the engine's speed, whatever dtype the checkpoint was saved in."""
         return "bfloat16" if self.dtype == "auto" else self.dtype
 
+    def with_absolute_paths(self) -> Self:
+        """The same options for a process with another working directory."""
+        return replace(
+            self,
+            out=self.out.absolute(),
+            corpus=[path.absolute() for path in self.corpus],
+            teacher=_absolute(self.teacher),
+            tokenizer=_absolute(self.tokenizer),
+        )
+
     @property
     def joined(self) -> bool:
         """Whether sequences continue across the ends of documents."""
@@ -221,3 +232,8 @@ class DumpConfig:
         return Layout(
             sequences_per_shard=per_shard, sequences_per_row_group=min(per_group, per_shard)
         )
+
+
+def _absolute(model: str | None) -> str | None:
+    """The path of a folder in full; a name on the hub stays."""
+    return model if model is None or not Path(model).exists() else str(Path(model).absolute())

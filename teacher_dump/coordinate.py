@@ -144,9 +144,13 @@ def planned_by_another(config: DumpConfig, ready: Prepared, asked: DatasetSpec) 
     manifest = load_manifest(out)
     try:
         _check_same(out, asked, manifest.spec)
-        store = _open_or_build(out, ready, lambda done, of: None, lambda done, of: None)
+        store = _open_or_build(out, ready, None, lambda done, of: None)
         splits = _sequences(config, ready, store)
         check_spec(out, _complete(config, asked, store, splits), manifest.spec)
+    except FileNotFoundError:
+        if (out / TOKENS / STORE_NAME).exists():
+            raise
+        return None  # rank 0 replaces it
     except IdentityMismatchError:
         if has_shards(out):
             raise

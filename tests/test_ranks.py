@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from shards.folder.completeness import missing_shards
 from shards.keep import Tokens
 from shards.manifest import load_manifest
 from shards.options import OptionError
+from teacher_dump import coordinate
 from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import asked_spec, planned_by_another
@@ -312,6 +314,39 @@ def test_a_task_that_starts_several_ranks_gives_them_no_place_on_its_machine() -
 QUICK = Patience(look_every=0.02, sign_every=0.02, first_sign=0.3, next_sign=0.3)
 
 
+def test_a_rank_that_waits_never_makes_tokens_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    run(config, ClusterOptions(prepare=True))
+    ready = prepare(config)
+    asked = asked_spec(config, ready)
+    tokens = config.out / "tokens"
+    compare = coordinate._check_same
+
+    def while_rank_0_begins_anew(*arguments: Any) -> None:
+        (tokens / "store.json").unlink()
+        compare(*arguments)
+
+    monkeypatch.setattr(coordinate, "_check_same", while_rank_0_begins_anew)
+    before = sorted(path.name for path in tokens.iterdir())
+    assert planned_by_another(config, ready, asked) is None
+    assert sorted(path.name for path in tokens.iterdir()) == [
+        name for name in before if name != "store.json"
+    ]
+
+
+def test_workers_elsewhere_get_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").mkdir()
+    for teacher, expected in (("teacher", str(tmp_path / "teacher")), ("org/name", "org/name")):
+        config = DumpConfig(teacher=teacher, corpus=(Path("text"),), out=Path("out"))
+        found = config.with_absolute_paths()
+        assert found.teacher == expected
+        assert list(found.corpus) == [tmp_path / "text"]
+        assert found.out == tmp_path / "out"
+
+
 def test_waiting_ends_with_one_line_if_nobody_prepares(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"rank 0 did not start within 0 s.*dump-logits --prepare"):
         wait_for(tmp_path, lambda: None, QUICK)
@@ -319,6 +354,28 @@ def test_waiting_ends_with_one_line_if_nobody_prepares(tmp_path: Path) -> None:
     (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 7, "tokenising: 3 documents"]))
     with pytest.raises(RunError, match=r"no sign for 0 s \(it was at: tokenising: 3 documents\)"):
         wait_for(tmp_path, lambda: None, QUICK)
+
+
+def test_a_sign_that_a_killed_rank_0_left_does_not_shorten_the_wait(tmp_path: Path) -> None:
+    patience = Patience(look_every=0.02, sign_every=0.02, first_sign=30.0, next_sign=0.2)
+    (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 7, "tokenising"]))
+    planned_at = time.monotonic() + 1.0
+    look = lambda: "planned" if time.monotonic() > planned_at else None  # noqa: E731
+    assert wait_for(tmp_path, look, patience) == "planned"
+    (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 7, "tokenising"]))
+    with sign_of_life(tmp_path, patience):
+        time.sleep(0.1)
+    (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 8, "tokenising"]))
+
+    def show_once_more() -> None:
+        time.sleep(0.3)
+        (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 9, "tokenising"]))
+
+    thread = threading.Thread(target=show_once_more)
+    thread.start()
+    with pytest.raises(RunError, match="no sign for 0 s"):  # it was alive
+        wait_for(tmp_path, lambda: None, patience)
+    thread.join()
 
 
 def test_waiting_goes_on_as_long_as_rank_0_shows_that_it_works(tmp_path: Path) -> None:

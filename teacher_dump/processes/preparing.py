@@ -82,12 +82,15 @@ def wait_for(folder: Path, look: Callable[[], _T | None], patience: Patience | N
     line = ProgressLine()
     last: tuple[str, str] | None = None
     changed_at = time.monotonic()
+    is_alive = False  # the first sign may be one that a killed rank 0 left
     try:
         while (result := look()) is None:
             sign = _read(folder / PREPARING_NAME)
             if sign is not None and sign != last:
-                last, changed_at = sign, time.monotonic()
-            limit = waits.first_sign if last is None else waits.next_sign
+                if last is not None:
+                    is_alive, changed_at = True, time.monotonic()
+                last = sign
+            limit = waits.next_sign if is_alive else waits.first_sign
             if time.monotonic() - changed_at > limit:
                 raise RunError(_nobody(folder, last, limit))
             if line.due():

@@ -43,7 +43,7 @@ def check_ray() -> None:
         import ray  # noqa: F401
     except ImportError as error:
         raise OptionError(
-            "workers", f": needs Ray, pip install 'logitshards[cluster]' ({error})"
+            "workers", f": needs Ray, the extra 'cluster' of logitshards ({error})"
         ) from error
 
 
@@ -64,6 +64,7 @@ def run_workers(
 
     with _connected(ray) as is_local:
         gpus = _gpus_per_worker(ray, num_workers, gpus_per_worker)
+        config = config.with_absolute_paths()  # workers have a working directory of their own
         head = _Head(ray, config, queue, plans, planned, num_workers, gpus, is_local)
         return head.run()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,18 @@ def open_or_build(
     files: Sequence[CorpusFile],
     tokenizer: Any,
     rules: TokenisingRules,
-    report: Report,
+    report: Report | None,
     hashed: Report = lambda done_bytes, of_bytes: None,
 ) -> TokenStore:
     """The store of this corpus under these rules: opened, continued after a kill, or made.
 
-    `report(documents, tokens)` is called now and then, and `hashed(done_bytes, of_bytes)` after
-    every file that had to be hashed. Raises IdentityMismatchError if the folder
-    holds another store, InputError for a corpus without text or with a bad record.
+    `report(documents, tokens)` is called now and then; None makes nothing, and without a store
+    raises FileNotFoundError. `hashed(done_bytes, of_bytes)` is called after every file that had to
+    be hashed. Raises IdentityMismatchError if the folder holds another store, InputError for a
+    corpus without text or with a bad record.
     """
+    if report is None and not (folder / STORE_NAME).exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / STORE_NAME))
     recorded = _recorded(folder)
     if recorded is not None:
         refuse_other_rules(folder, rules.to_json(), recorded["rules"])
@@ -39,7 +44,7 @@ def open_or_build(
     if recorded is not None:
         order = order_as_recorded(folder, files, prints, recorded["files"])
         files, prints = [files[n] for n in order], [prints[n] for n in order]
-    if not (folder / STORE_NAME).exists():
+    if report is not None and not (folder / STORE_NAME).exists():
         made_from: dict[str, Any] = {"rules": rules.to_json(), "files": prints}
         folder.mkdir(parents=True, exist_ok=True)
         TokenBuilder(folder, files, tokenizer, rules, made_from).build(report)
