@@ -156,10 +156,11 @@ def _until(split: SplitSequences, deadline: float) -> Iterator[TokenSequence]:
 
 def _total(config: DumpConfig, given: int | None, total: int, share: float) -> tuple[int, str]:
     """Labelled positions of the whole dump, and where the number comes from."""
+    expected = total if given is None else given
+    if config.max_tokens is not None and config.max_tokens < expected:
+        return config.max_tokens, "by --max-tokens"
     if given is not None:
         return given, "as given"
-    if config.max_tokens is not None and config.max_tokens < total:
-        return config.max_tokens, "by --max-tokens"
     if share == 1:
         return total, "counted"
     return total, f"estimated from {100 * share:.2g} % of the corpus"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,10 @@ def test_a_corpus_that_is_elsewhere_is_extrapolated(tiny_teacher: Path, tmp_path
     text = "\n".join(plan.lines())
     assert "1000B as given" in text
     assert " days" in text
+    # --max-tokens ends the dump there too
+    ended = make_plan(replace(config, max_tokens=10**9), 10**12)
+    assert ended.tokens == 10**9
+    assert "1.00B by --max-tokens" in "\n".join(ended.lines())
 
 
 def num_tokens(file: Path) -> int:
