@@ -16,7 +16,7 @@ def token_decoder(path: Path) -> Callable[[int], str]:
     """
     from tokenizers import Tokenizer
 
-    folder = path if path.is_dir() else path.parent.parent
+    folder = path if path.is_dir() else path.absolute().parent.parent
     file = folder / TOKENIZER / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{file}: missing, --row needs the dataset's tokenizer")
@@ -25,8 +25,18 @@ def token_decoder(path: Path) -> Callable[[int], str]:
     except Exception as error:  # tokenizers raises no other kind
         raise InputError(f"{file}: not a tokenizer that can be read ({error})") from error
 
-    def decode(token: int) -> str:
-        text: str = tokenizer.decode([token], skip_special_tokens=False)
+    def text_of(*tokens: int) -> str:
+        text: str = tokenizer.decode(list(tokens), skip_special_tokens=False)
         return text
+
+    # Decoders drop a space at the start of a text: so a word comes first, and is cut off again.
+    words = (token for token in range(tokenizer.get_vocab_size()) if text_of(token).isalnum())
+    word = next(words, None)
+
+    def decode(token: int) -> str:
+        if word is None:
+            return text_of(token)
+        before, text = text_of(word), text_of(word, token)
+        return text.removeprefix(before) if text.startswith(before) else text_of(token)
 
     return decode

@@ -85,11 +85,13 @@ def verify(path: Path) -> list[str]:
 def find_row(path: Path, split: str | None, number: int) -> tuple[Row, Keep]:
     """A sequence by its number in a split (None: train) of a dataset, or in a shard file.
 
-    With it comes what the shards keep. OptionError for a number out of range; ShardError if `path`
-    is neither.
+    With it comes what the shards keep. OptionError for a number out of range or another split than
+    the shard's; ShardError if `path` is neither.
     """
     if path.is_file():
         with ShardReader(path) as reader:
+            if split not in (None, reader.sidecar.split):
+                raise OptionError("split", f" {split}: {path} is of {reader.sidecar.split}")
             first = reader.sidecar.first_sequence
             if not first <= number < first + reader.num_rows:
                 last = first + reader.num_rows - 1

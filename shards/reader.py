@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from shards.arrow import from_table
 from shards.checks import problem_with_values
 from shards.closing import Closing
-from shards.errors import ShardCorruptError, ShardError, one_line
+from shards.errors import ShardCorruptError, ShardError, ShardFormatError, one_line
 from shards.files.checksums import chunk_crc32, file_sha256, footer_sha256
 from shards.footer import Footer
 from shards.row_group import RowGroup, Totals
@@ -44,6 +44,8 @@ class ShardReader(Closing):
     """
 
     def __init__(self, path: Path) -> None:
+        if path.suffix != ".parquet":
+            raise ShardFormatError(f"{path}: no shard, whose name ends with .parquet")
         self.path = path
         self.sidecar = Sidecar.read(sidecar_path(path))
         self._map = self._open_map()

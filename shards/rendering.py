@@ -36,8 +36,9 @@ def format_row(
     """One line per position: the token, the label with its probability, the leading predictions.
 
     `decode` gives the text of one token id. Probabilities are in percent, as the teacher had them
-    after reading the token on the left of the line and all before it. A `~` stands before the
-    weight of an entry that was drawn by chance.
+    after reading the token on the left of the line and all before it. That of the label is at
+    temperature 1, those of predictions at the temperature of the dump. A `~` stands before the
+    weight of an entry that was drawn by chance, a `-` in place of a label that does not count.
     """
     lines = [f"sequence {row.sequence}: {len(row.tokens) - 1} positions", ""]
     if row.counts is None:
@@ -48,8 +49,9 @@ def format_row(
     label_logprobs = require("label_logprobs", row.label_logprobs)
     bounds = np.concatenate([[0], np.cumsum(row.counts)])
     exact_above = math.inf if keep.exact_above is None else keep.exact_above
+    heat = "" if keep.temperature == 1 else f" at temperature {keep.temperature:g}"
     note = "; ~ drawn by chance" if keep.is_sampled else ""
-    lines.append(f"{'token':<18}{'label':<18}{'label %':>8}   leading predictions, %{note}")
+    lines.append(f"{'token':<18}{'label':<18}{'label %':>8}   leading predictions{heat}, %{note}")
     for t, (start, stop) in enumerate(itertools.pairwise(bounds)):
         stop = min(stop, start + num_predictions)
         predictions = [
@@ -57,9 +59,11 @@ def format_row(
             f"{100 * math.exp(logprobs[e]):.1f}"
             for e in range(start, stop)
         ]
+        counts = row.loss_mask is None or row.loss_mask[t]
+        label = f"{100 * math.exp(label_logprobs[t]):.2f}" if counts else "-"
         lines.append(
             f"{_text(decode, row.tokens[t]):<18}{_text(decode, row.tokens[t + 1]):<18}"
-            f"{100 * math.exp(label_logprobs[t]):8.2f}   {'  '.join(predictions)}".rstrip()
+            f"{label:>8}   {'  '.join(predictions)}".rstrip()
         )
     return "\n".join(lines)
 

@@ -6,12 +6,12 @@ says what each one means. Letters: n tokens of a sequence, T = n - 1 labelled po
 Encodings are per leaf, chosen by measuring on SmolLM2-135M over documentation text at L = 512 with
 top-0.95-100 (59.3 entries per token, bytes per token): BYTE_STREAM_SPLIT puts the nearly constant
 high bytes of small integers and of rounded floats side by side, where zstd finds them. `ids` 102.5
-and `logprobs` 25.8 (2.17 per entry), all other columns together 3.4 (tokens 1.4, labels 1.2, tail
-0.8, segments 0.01). DELTA_BINARY_PACKED or PLAIN tokens and version 2 pages (whose levels are not
-compressed: 6 more) are larger, dictionaries are slower to read. zstd 9 gains 10 % on `logprobs`
-and nothing on `ids`. Sampled shards (no `tail_logmass`) are small, and higher levels gain on both
-columns: at 9.5 entries per token 21.6 with level 3, 20.9 with level 12, which one core still writes
-at 400,000 tokens/s; 20.1 with level 19, at 74,000.
+and `logprobs` 25.8 (2.17 per entry), all other columns together 4.4 (tokens 1.4, labels 1.2,
+entropies 1.0, tail 0.8, segments 0.01). DELTA_BINARY_PACKED or PLAIN tokens and version 2 pages
+(whose levels are not compressed: 6 more) are larger, dictionaries are slower to read. zstd 9 gains
+10 % on `logprobs` and nothing on `ids`. Sampled shards (no `tail_logmass`) are small, and higher
+levels gain on both columns: at 9.5 entries per token 21.6 with level 3, 20.9 with level 12, which
+one core still writes at 400,000 tokens/s; 20.1 with level 19, at 74,000.
 """
 
 from __future__ import annotations

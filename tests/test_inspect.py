@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from logitshards.decoding import token_decoder
 from shards.dataset import Dataset
 from shards.errors import ShardError, ShardFormatError
-from shards.inspect import describe, format_row, render, verify
+from shards.inspect import describe, find_row, format_row, render, verify
 from shards.keep import Draws, Threshold, Tokens, TopPK
+from shards.options import OptionError
 from tests.strategies import example_row, make_spec, write_dataset
 from tests.tiny_dataset import make_dataset
 
@@ -102,6 +105,24 @@ def test_what_is_neither_a_dataset_nor_a_shard_is_refused(tmp_path):
             call(tmp_path / "absent")
     with pytest.raises(ShardError):
         describe(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("check", [describe, verify, lambda path: find_row(path, None, 0)])
+def test_the_sidecar_of_a_sound_shard_is_no_damaged_shard(path, check):
+    file = path / "train" / "shard-000000.json"
+    try:
+        (text,) = check(file)
+    except ShardFormatError as error:
+        text = str(error)
+    assert text == f"{file}: no shard, whose name ends with .parquet"
+
+
+def test_a_row_of_a_shard_is_not_of_another_split(path):
+    file = path / "validation" / "shard-000000.parquet"
+    row, _ = find_row(file, "validation", 1)
+    assert (row.tokens == example_row(1).tokens).all()
+    with pytest.raises(OptionError, match=r"split train: .* is of validation"):
+        find_row(file, "train", 1)
 
 
 def test_the_text_names_every_split_column_and_part_of_the_spec(path):
@@ -233,3 +254,38 @@ def test_a_token_with_a_line_end_stays_on_its_line_and_a_long_one_is_cut():
     lines = format_row(row, TopPK(), lambda i: "\n" * 40).splitlines()
     assert len(lines) == 5
     assert "..." in lines[3]
+
+
+def test_a_label_that_does_not_count_has_no_probability():
+    row = example_row(0)
+    row = replace(row, loss_mask=np.arange(len(row.counts)) != 1)
+    lines = format_row(row, TopPK(), str).splitlines()[3:]
+    assert [" - " in line for line in lines] == [t == 1 for t in range(len(lines))]
+
+
+def test_predictions_at_another_temperature_than_the_label_say_so():
+    text = format_row(example_row(0), Draws(temperature=2.0), str)
+    assert "leading predictions at temperature 2, %; ~ drawn by chance" in text
+
+
+@pytest.fixture
+def folder_of_words(path):
+    """A dataset whose tokenizer drops the space at the start of a text, as that of Llama 2."""
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "the": 1, "\u2581the": 2, "\u2581": 3}, []))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.save(str(path / "tokenizer" / "tokenizer.json"))
+    return path
+
+
+def test_tokens_that_differ_by_a_space_look_different(folder_of_words):
+    decode = token_decoder(folder_of_words)
+    assert [decode(token) for token in (1, 2, 3, 0)] == ["the", " the", " ", "<unk>"]
+
+
+def test_the_tokenizer_of_a_shard_is_found_from_its_own_folder(folder_of_words, monkeypatch):
+    monkeypatch.chdir(folder_of_words / "train")
+    assert token_decoder(Path("shard-000000.parquet"))(2) == " the"
