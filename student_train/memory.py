@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -48,6 +49,7 @@ _MOST_GPUS = 1024
 
 # Models whose blocks are of Llama's kind. For others only the states are sure.
 _COUNTED = ("llama", "mistral", "qwen2")
+_NO_MODEL = (ValueError, KeyError, TypeError, RuntimeError)  # what a wrong configuration raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,10 +209,26 @@ def check_memory(
     model_config = student_config(config.student, dataset)
     try:
         shape = Shape.of(model_config)
-    except (ValueError, KeyError, TypeError, RuntimeError):  # making the student names it
+    except _NO_MODEL:  # making the student names it
         return
     free, _ = torch.cuda.mem_get_info(device)
-    check_fit(shape, make_setting(config, dataset.spec, world_size), config.student, free)
+    setting = make_setting(config, dataset.spec, world_size)
+    if config.teacher is not None:
+        with suppress(InputError, *_NO_MODEL):  # loading the teacher names it
+            taken = live_teacher_bytes(student_config(config.teacher, dataset), setting)
+            logger.info("memory per GPU: --teacher %s", _gib(taken))
+            free -= taken
+    check_fit(shape, setting, config.student, free)
+
+
+def live_teacher_bytes(model_config: Any, setting: Setting) -> int:
+    """What `live_teacher.py` takes: float32 weights, and a micro batch's targets, at their most.
+
+    While it makes them, each of the V entries of a position has its logit or its log-probability
+    twice, and its id twice.
+    """
+    shape = Shape.of(model_config)
+    return 4 * shape.parameters + 16 * shape.vocab_size * setting.tokens
 
 
 def make_setting(config: TrainConfig, spec: DatasetSpec, world_size: int) -> Setting:

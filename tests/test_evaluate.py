@@ -298,6 +298,13 @@ def test_without_a_tail_there_is_no_bound() -> None:
     assert "kl_bound" not in found
 
 
+def test_where_no_first_choice_of_the_teacher_is_known_there_is_no_agreement() -> None:
+    for known, expected in ((4.0, 0.25), (0.0, None)):
+        sums = torch.tensor([1.0, 1, 1, 1, known and 1, known])
+        found = figures._figures(sums, torch.zeros(3, 10), Totals(tokens=4), 0, make_spec())
+        assert found.get("top1_agreement") == expected
+
+
 def test_bits_per_byte_are_of_the_bytes_of_the_labels(
     model: LlamaForCausalLM, tmp_path: Path
 ) -> None:

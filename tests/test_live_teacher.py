@@ -18,6 +18,7 @@ from shards.errors import IdentityMismatchError, InputError
 from shards.options import OptionError
 from student_train.data.batches import TOKEN_COLUMNS, Batch, sequential_batches
 from student_train.live_teacher import LiveTeacher
+from student_train.memory import Setting, live_teacher_bytes
 from student_train.model.model import export, head_weight, hidden_states, make_student
 from student_train.objective.distillation import Objective
 from student_train.run import run
@@ -88,6 +89,23 @@ def test_a_teacher_caps_its_attention_logits(folder: Path, tmp_path: Path) -> No
     assert entries is not None
     found = entries.logprobs[: batch.input_ids.numel() * VOCAB_SIZE]
     assert_capped(found.view(*batch.input_ids.shape, VOCAB_SIZE), tmp_path, batch.input_ids)
+
+
+def test_the_memory_of_a_teacher_is_known_before_it_is_loaded(folder: Path) -> None:
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    dataset = Dataset.open(folder / "tokens")
+    teacher = LiveTeacher(folder / "teacher", [dataset], CPU)
+    batch = first_batch(dataset)
+    teacher._model.requires_grad_(True)  # the tracker counts no other weights
+    tracker = MemTracker()
+    tracker.track_external(teacher._model)
+    with tracker:
+        teacher.with_targets(batch)
+    measured = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
+    setting = Setting(sequences=len(batch.input_ids), length=batch.input_ids.shape[1])
+    found = live_teacher_bytes(teacher._model.config, setting)
+    assert found == pytest.approx(measured, rel=0.2)
 
 
 def test_a_run_learns_from_a_teacher_beside_it(folder: Path, tmp_path: Path) -> None:

@@ -141,6 +141,18 @@ def test_figures_and_settings_of_runs_stand_side_by_side(tmp_path: Path) -> None
     assert next(iter(list(page.rows)[1:])) == "alpha"
 
 
+def test_students_from_files_have_their_path_and_their_hash(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, student=f"{name}/config.json") for name in ("wide", "deep")]
+    for number, folder in enumerate(runs):
+        content = json.loads((folder / "run.json").read_text())
+        content |= {"student": f"{number}" * 64, "teacher": None}
+        (folder / "run.json").write_text(json.dumps(content))
+    page = report(*runs, out=tmp_path / "report.html")
+    assert page.rows["student"] == ["wide/config.json", "deep/config.json"]
+    assert page.rows["student_sha256"] == ["0" * 64, "1" * 64]
+    assert "teacher_sha256" not in page.rows
+
+
 def test_another_number_of_datasets_is_marked_among_the_settings_alone(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second")
     content = json.loads((second / "run.json").read_text())
@@ -345,7 +357,7 @@ def test_without_the_extra_its_name_is_said(
     monkeypatch.delitem(sys.modules, "student_train.report.page", raising=False)
     line = refusal(run, "--out", tmp_path / "report.html")
     assert line.startswith("train-student report: missing packages, ")
-    assert "pip install 'logitshards[report]'" in line
+    assert "the extra 'report' of logitshards" in line
     assert not (tmp_path / "report.html").exists()
     monkeypatch.undo()
     importlib.import_module("student_train.report.page")

@@ -191,8 +191,8 @@ def _figures(
             figures["kl_bound"] = kl_bound / num_tokens
     elif method.temperature == 1 and totals.teacher_entropy is not None:
         figures["kl_unbiased"] = (weighted - totals.teacher_entropy) / num_tokens
-    if method.exact_above is not None:
-        figures["top1_agreement"] = num_agreed / max(1, num_known)
+    if method.exact_above is not None and num_known:
+        figures["top1_agreement"] = num_agreed / num_known
     return figures
 
 

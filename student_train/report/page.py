@@ -19,7 +19,9 @@ try:
     import jinja2
     import vl_convert
 except ImportError as error:
-    raise InputError(f"missing packages, pip install 'logitshards[report]' ({error})") from error
+    raise InputError(
+        f"missing packages, those of the extra 'report' of logitshards ({error})"
+    ) from error
 
 # Points of the longest curves, of all runs in a chart, of a curve at least, and with a dot each.
 _MOST_POINTS, _MOST_TOGETHER, _LEAST_POINTS, _FEW_POINTS = 400, 1600, 60, 24

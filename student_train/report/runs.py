@@ -95,7 +95,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read_run(folder: RunFolder, name: str) -> Run:
     run_json, summary = folder.settings(), folder.summary()
-    settings = {**run_json.pop("config"), **run_json}
+    config = run_json.pop("config")
+    for model in ("student", "teacher"):  # the hash of a file or folder, or the name again
+        described = run_json.pop(model, None)
+        if described != config.get(model):
+            run_json[f"{model}_sha256"] = described
+    settings = {**config, **run_json}
     if settings["dataset"] == settings.get("evaluation_dataset"):
         settings["evaluation_dataset"] = "the same dataset"
     step, tokens, series = _read_series(folder)
