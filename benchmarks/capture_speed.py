@@ -195,7 +195,13 @@ def _worker(pipe: Any, mode: str, teacher: Path, corpus: Path, count: int, lengt
             if mode in ("prefill", "prompt_logprobs")
             else _pass(mode, teacher, length, Path(out))
         )
-        run(sequences[:2])  # warm
+        from teacher_dump.keep.compiling import WORTH_COMPILING
+        from teacher_dump.tokenizer import load_tokenizer
+
+        # Until the selection is compiled, as it is for all of a real run but its first seconds.
+        logits = 4 * count * length * load_tokenizer(teacher).vocab_size
+        for _ in range(2 + WORTH_COMPILING // logits):
+            run(sequences)
         pipe.send("ready")
         while pipe.recv() == "go":
             started = time.perf_counter()
@@ -273,18 +279,22 @@ def main(
             "frontend_us_per_token": frontend,
         }
         click.echo(
-            f"{mode:<18}{row['tokens_per_s']:>10.0f}{row['of_limit']:>10.3f}"
-            f"{row['of_prompt_logprobs']:>12.3f}{frontend:>19.2f}"
+            f"{mode:<18}{row['tokens_per_s']:>10.0f}{_text(row['of_limit']):>10}"
+            f"{_text(row['of_prompt_logprobs']):>12}{frontend:>19.2f}"
         )
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def _ratio(seconds: dict[str, list[float]], other: str, values: list[float]) -> float:
-    """Speed relative to another mode's, the median over rounds; NaN if that was not measured."""
+def _ratio(seconds: dict[str, list[float]], other: str, values: list[float]) -> float | None:
+    """Speed relative to another mode's, the median over rounds; None if that was not measured."""
     if other not in seconds:
-        return float("nan")
+        return None
     return statistics.median(a / b for a, b in zip(seconds[other], values, strict=True))
+
+
+def _text(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.3f}"
 
 
 if __name__ == "__main__":

@@ -111,8 +111,11 @@ def _make_inputs(folder: Path) -> None:
 class Process:
     """One process of a run, or torchrun with several, that is to be killed or to end."""
 
-    def __init__(self, folder: Path, out: Path, processes: int, save_logits: bool) -> None:
+    def __init__(
+        self, folder: Path, out: Path, processes: int, save_logits: bool, chance: random.Random
+    ) -> None:
         self._out = out
+        self._chance = chance
         self._processes = processes
         self._began = len(self._event_files())
         self._process = subprocess.Popen(
@@ -150,8 +153,8 @@ class Process:
         pid = self._process.pid
         children = [int(child) for child in _children_of(pid)]
         victims = [pid, *children]
-        if children and random.random() < 0.5:
-            victims = [random.choice(children)]
+        if children and self._chance.random() < 0.5:
+            victims = [self._chance.choice(children)]
         for victim in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
@@ -201,7 +204,7 @@ class Killing:
         self._processes = processes
         self._save_logits = save_logits
         self._chance = random.Random(seed)
-        process = Process(folder, folder / "whole", processes, save_logits)
+        process = self._start(folder / "whole")
         began = time.monotonic()
         process.trains()
         self._start_s = time.monotonic() - began
@@ -222,11 +225,14 @@ class Killing:
     def run(self, out: Path) -> None:
         """One run, killed again and again until it comes to its end, or there is enough of it."""
         while True:
-            process = Process(self._folder, out, self._processes, self._save_logits)
+            process = self._start(out)
             phase = process.end(None) if self.enough else self._kill(process)
             if phase is None:
                 return
             self.phases[phase] += 1
+
+    def _start(self, out: Path) -> Process:
+        return Process(self._folder, out, self._processes, self._save_logits, self._chance)
 
     def _kill(self, process: Process) -> str | None:
         """Kill a process; what it was at, or None if it ended before."""

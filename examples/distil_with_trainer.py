@@ -5,7 +5,8 @@
 MODEL is the folder of a Hugging Face model whose tokenizer is the dataset's. The same command with
 `--resume` continues from the newest checkpoint in OUT, with the data that comes next.
 
-This is for one process. Several need the loss inside the forward pass: see docs/python.md.
+This is for one process and one GPU. Several need the loss inside the forward pass: see
+docs/python.md.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class DistillationTrainer(Trainer):
         batches: logitshards.Batches,
         objective: logitshards.Objective,
     ) -> None:
+        if args.n_gpu > 1:  # a Trainer would split its batches over them
+            raise ValueError("this trainer uses one GPU: set CUDA_VISIBLE_DEVICES to one of them")
         args.ignore_data_skip = True  # the batches continue where they were
         super().__init__(model, args, callbacks=[SaveData(batches)])
         self.loss_is_scaled_for_ga = True  # divided by the labels of the whole step

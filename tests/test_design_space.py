@@ -190,6 +190,23 @@ def test_gains_and_shares_pair_runs_by_seed() -> None:
     assert gain.text(".2f") == "1.00 ± 0.71"
 
 
+def test_a_row_of_another_scale_does_not_empty_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = results.read(draw.RESULTS)
+    other = found[-1] | {"scale": "smoke", "text": "another"}
+    for row in (*found, other):
+        results.append(tmp_path / "results.csv", row)
+    page = tmp_path / "results.md"
+    page.write_text(draw.PAGE.read_text())
+    monkeypatch.setattr(
+        "sys.argv", ["draw.py", "--results", str(tmp_path / "results.csv"), "--page", str(page)]
+    )
+    monkeypatch.setattr(draw, "plot", lambda *_: None)
+    draw.main()
+    assert page.read_text() == draw.PAGE.read_text()
+
+
 def test_all_rows_of_a_table_are_of_the_same_seeds_and_one_seed_has_no_spread() -> None:
     two = draw.section(made_up({"LM": [4.0, 5.0], "full": [3.0, 3.0]}), 1)
     assert "| full | 1.5 | 1.5 | 3.000 ± 0.000 |" in two

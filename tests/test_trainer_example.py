@@ -54,6 +54,14 @@ def make_trainer(shards: Path, out: Path, *, batches_of_a_step: int = 2) -> Dist
     )
 
 
+def test_a_machine_with_several_gpus_must_show_one(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+        make_trainer(shards, tmp_path)
+
+
 def losses(trainer: DistillationTrainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 

@@ -242,7 +242,8 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="laptop")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
-    rows = Rows(results.read(options.results), SCALES[options.scale])
+    scale = [row for row in results.read(options.results) if row["scale"] == options.scale]
+    rows = Rows(scale, SCALES[options.scale])
     page = options.page.read_text(encoding="utf-8")
     options.page.write_text(draw(page, rows), encoding="utf-8")
     images = options.page.parent / "images"
