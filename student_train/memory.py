@@ -110,6 +110,8 @@ class Setting:
     packed: bool = False
     tempered: bool = False
     block_bytes: int = GPU_BLOCK_BYTES
+    teacher_parameters: int = 0  # of a live teacher, none: 0
+    teacher_vocab_size: int = 0
 
     @property
     def tokens(self) -> int:
@@ -130,6 +132,7 @@ class Memory:
     gradients: int
     moments: int
     activations: int
+    teacher: int = 0
 
     @property
     def states(self) -> int:
@@ -139,10 +142,13 @@ class Memory:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.states + self.activations
+        return self.states + self.activations + self.teacher
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {_gib(size)}" for name, size in asdict(self).items())
+        sizes = asdict(self)
+        if not self.teacher:
+            del sizes["teacher"]
+        return ", ".join(f"{name} {_gib(size)}" for name, size in sizes.items())
 
 
 def estimate(shape: Shape, setting: Setting) -> Memory:
@@ -151,12 +157,24 @@ def estimate(shape: Shape, setting: Setting) -> Memory:
     gathered = 0
     if setting.bfloat16 or setting.world_size > 1:
         gathered = setting.itemsize * (2 * shape.block_parameters + shape.outside)
+    activations = _activations(shape, setting)
     return Memory(
         weights=shard + gathered,
         gradients=shard,
         moments=2 * shard,
-        activations=_activations(shape, setting),
+        activations=activations,
+        teacher=live_teacher_bytes(setting, activations),
     )
+
+
+def live_teacher_bytes(setting: Setting, activations: int) -> int:
+    """What `live_teacher.py` takes: its float32 weights, and the targets of a micro batch.
+
+    An entry's id and log-probability take 8 bytes. Making them takes 8 more, before the student
+    has any activations.
+    """
+    targets = 8 * setting.teacher_vocab_size * setting.tokens
+    return 4 * setting.teacher_parameters + targets + max(0, targets - activations)
 
 
 def saved_of_block(shape: Shape, setting: Setting) -> int:
@@ -215,20 +233,13 @@ def check_memory(
     setting = make_setting(config, dataset.spec, world_size)
     if config.teacher is not None:
         with suppress(InputError, *_NO_MODEL):  # loading the teacher names it
-            taken = live_teacher_bytes(student_config(config.teacher, dataset), setting)
-            logger.info("memory per GPU: --teacher %s", _gib(taken))
-            free -= taken
+            teacher = Shape.of(student_config(config.teacher, dataset))
+            setting = replace(
+                setting,
+                teacher_parameters=teacher.parameters,
+                teacher_vocab_size=teacher.vocab_size,
+            )
     check_fit(shape, setting, config.student, free)
-
-
-def live_teacher_bytes(model_config: Any, setting: Setting) -> int:
-    """What `live_teacher.py` takes: float32 weights, and a micro batch's targets, at their most.
-
-    While it makes them, each of the V entries of a position has its logit or its log-probability
-    twice, and its id twice.
-    """
-    shape = Shape.of(model_config)
-    return 4 * shape.parameters + 16 * shape.vocab_size * setting.tokens
 
 
 def make_setting(config: TrainConfig, spec: DatasetSpec, world_size: int) -> Setting:

@@ -18,7 +18,7 @@ from shards.errors import IdentityMismatchError, InputError
 from shards.options import OptionError
 from student_train.data.batches import TOKEN_COLUMNS, Batch, sequential_batches
 from student_train.live_teacher import LiveTeacher
-from student_train.memory import Setting, live_teacher_bytes
+from student_train.memory import Setting, Shape, estimate, live_teacher_bytes
 from student_train.model.model import export, head_weight, hidden_states, make_student
 from student_train.objective.distillation import Objective
 from student_train.run import run
@@ -103,9 +103,21 @@ def test_the_memory_of_a_teacher_is_known_before_it_is_loaded(folder: Path) -> N
     with tracker:
         teacher.with_targets(batch)
     measured = tracker.get_tracker_snapshot("peak")[CPU]["Total"]
-    setting = Setting(sequences=len(batch.input_ids), length=batch.input_ids.shape[1])
-    found = live_teacher_bytes(teacher._model.config, setting)
-    assert found == pytest.approx(measured, rel=0.2)
+    shape = Shape.of(teacher._model.config)
+    setting = Setting(
+        sequences=len(batch.input_ids),
+        length=batch.input_ids.shape[1],
+        teacher_parameters=shape.parameters,
+        teacher_vocab_size=shape.vocab_size,
+    )
+    assert live_teacher_bytes(setting, activations=0) == pytest.approx(measured, rel=0.2)
+    # Beside more activations than that, only the targets count.
+    targets = 8 * shape.vocab_size * setting.tokens
+    assert live_teacher_bytes(setting, activations=1 << 40) == 4 * shape.parameters + targets
+    memory = estimate(shape, setting)
+    assert memory.total == memory.states + memory.activations + memory.teacher
+    assert ", teacher 0.0 GiB" in str(memory)
+    assert "teacher" not in str(estimate(shape, Setting(sequences=1, length=8)))
 
 
 def test_a_run_learns_from_a_teacher_beside_it(folder: Path, tmp_path: Path) -> None:
