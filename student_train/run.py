@@ -244,10 +244,10 @@ def _start(prepared: _Prepared, stack: ExitStack, world: World) -> None:
     """Lock and start the run's folder, by the first process."""
     if world.is_first:
         stack.enter_context(folder_lock(prepared.folder.path, "train-student"))
-        if prepared.saving is not None:
-            stack.enter_context(folder_lock(prepared.saving.path, "train-student"))
         # Again: since the first check another run may have begun here, and ended.
         prepared.folder.check(prepared.description)
+        if prepared.saving is not None:
+            stack.enter_context(folder_lock(prepared.saving.path, "train-student"))
         prepared.folder.start(prepared.description)
 
 

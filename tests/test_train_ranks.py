@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from logitshards.failures import failures_as_lines
-from shards.errors import InputError
+from shards.errors import FailedElsewhereError, InputError
 from student_train.config import TrainConfig
 from student_train.data import batches
 from student_train.processes.world import _is_own, joined
@@ -70,7 +70,8 @@ def join_with_another_kind(errors: Path) -> None:
     """The first process has a CPU, the second one a GPU."""
     rank = os.environ["RANK"]
     device = torch.device("cuda" if rank == "1" else "cpu")
-    with pytest.raises(InputError, match="of one kind, found 1 x cpu, 1 x cuda"), joined(device):
+    error = FailedElsewhereError if rank == "1" else InputError
+    with pytest.raises(error, match="of one kind, found 1 x cpu, 1 x cuda"), joined(device):
         errors.write_text("they joined")
 
 

@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -201,19 +201,25 @@ def joined(device: torch.device, environ: Mapping[str, str] = os.environ) -> Ite
 def _meet(rank: int, size: int, device: torch.device) -> Store:
     """The store of a run, once all its processes are there.
 
-    InputError if some have a GPU and others none; RuntimeError if one does not come in time.
+    InputError if some have a GPU and others none, which the first one prints; RuntimeError if one
+    does not come in time.
     """
     store: Store
     store, _, _ = next(iter(rendezvous("env://", timeout=_JOIN_TIMEOUT)))
-    names = [f"logitshards/device/{other}" for other in range(size)]
+    names, read = ([f"logitshards/{what}/{r}" for r in range(size)] for what in ("device", "read"))
     store.set(names[rank], device.type)
     store.wait(names, _JOIN_TIMEOUT)
     kinds = [store.get(name).decode() for name in names]
+    store.set(read[rank], "")
     if len(set(kinds)) > 1:
         found = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in sorted(set(kinds)))
-        raise InputError(
-            f"--device: the processes of a run need devices of one kind, found {found}"
-        )
+        text = f"--device: the processes of a run need devices of one kind, found {found}"
+        if rank:
+            raise FailedElsewhereError(text, InputError.exit_code)
+        with suppress(RuntimeError):
+            store.wait(read, timedelta(seconds=_GRACE_S))  # it may end with this process
+        raise InputError(text)
+    store.set_timeout(_TIMEOUT)
     return store
 
 
