@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,7 +209,7 @@ class DumpConfig:
         return replace(
             self,
             out=self.out.absolute(),
-            corpus=[path.absolute() for path in self.corpus],
+            corpus=[_absolute_corpus(path) for path in self.corpus],
             teacher=_absolute(self.teacher),
             tokenizer=_absolute(self.tokenizer),
         )
@@ -236,4 +237,11 @@ class DumpConfig:
 
 def _absolute(model: str | None) -> str | None:
     """The path of a folder in full; a name on the hub stays."""
-    return model if model is None or not Path(model).exists() else str(Path(model).absolute())
+    return model if model is None or not Path(model).is_dir() else str(Path(model).absolute())
+
+
+def _absolute_corpus(path: Path) -> Path:
+    """A path or a pattern in full; a folder's name is no part of the pattern."""
+    if path.is_absolute() or path.exists():
+        return path.absolute()
+    return Path(glob.escape(str(Path.cwd())), path)

@@ -147,8 +147,8 @@ def planned_by_another(config: DumpConfig, ready: Prepared, asked: DatasetSpec) 
         store = _open_or_build(out, ready, None, lambda done, of: None)
         splits = _sequences(config, ready, store)
         check_spec(out, _complete(config, asked, store, splits), manifest.spec)
-    except FileNotFoundError:
-        if (out / TOKENS / STORE_NAME).exists():
+    except FileNotFoundError as error:
+        if error.filename != str(out / TOKENS / STORE_NAME):
             raise
         return None  # rank 0 replaces it
     except IdentityMismatchError:

@@ -25,6 +25,7 @@ from teacher_dump import coordinate
 from teacher_dump.collector import ShardPlan
 from teacher_dump.config import DumpConfig
 from teacher_dump.coordinate import asked_spec, planned_by_another
+from teacher_dump.corpus.listing import list_corpus
 from teacher_dump.dump import run
 from teacher_dump.pass_progress import PassProgress
 from teacher_dump.prepare import prepare
@@ -336,15 +337,21 @@ def test_a_rank_that_waits_never_makes_tokens_itself(
     ]
 
 
-def test_workers_elsewhere_get_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "teacher").mkdir()
-    for teacher, expected in (("teacher", str(tmp_path / "teacher")), ("org/name", "org/name")):
-        config = DumpConfig(teacher=teacher, corpus=(Path("text"),), out=Path("out"))
+def test_whole_paths_are_of_folders_and_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "[v1]"
+    (here / "teacher").mkdir(parents=True)
+    (here / "gpt2").write_text("no model")
+    (here / "a.txt").write_text("text")
+    monkeypatch.chdir(here)
+    for teacher, expected in (("teacher", str(here / "teacher")), ("gpt2", "gpt2")):
+        config = DumpConfig(teacher=teacher, corpus=(Path("a.txt"), Path("*.txt")), out=Path("out"))
         found = config.with_absolute_paths()
         assert found.teacher == expected
-        assert list(found.corpus) == [tmp_path / "text"]
-        assert found.out == tmp_path / "out"
+        assert found.out == here / "out"
+        for path in found.corpus:
+            assert [file.path for file in list_corpus([path]).files] == [here / "a.txt"]
 
 
 def test_waiting_ends_with_one_line_if_nobody_prepares(tmp_path: Path) -> None:
@@ -360,20 +367,20 @@ def test_a_sign_that_a_killed_rank_0_left_does_not_shorten_the_wait(tmp_path: Pa
     patience = Patience(look_every=0.02, sign_every=0.02, first_sign=30.0, next_sign=0.2)
     (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 7, "tokenising"]))
     planned_at = time.monotonic() + 1.0
-    look = lambda: "planned" if time.monotonic() > planned_at else None  # noqa: E731
-    assert wait_for(tmp_path, look, patience) == "planned"
-    (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 7, "tokenising"]))
-    with sign_of_life(tmp_path, patience):
-        time.sleep(0.1)
-    (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 8, "tokenising"]))
+    found = wait_for(tmp_path, lambda: "it" if time.monotonic() > planned_at else None, patience)
+    assert found == "it"
 
-    def show_once_more() -> None:
-        time.sleep(0.3)
-        (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 9, "tokenising"]))
 
-    thread = threading.Thread(target=show_once_more)
+def test_a_rank_0_that_starts_late_and_dies_is_noticed_soon(tmp_path: Path) -> None:
+    patience = Patience(look_every=0.02, sign_every=0.02, first_sign=30.0, next_sign=0.2)
+
+    def start_late_and_die() -> None:
+        time.sleep(0.5)
+        (tmp_path / PREPARING_NAME).write_text(json.dumps(["host", 1, 0, "tokenising"]))
+
+    thread = threading.Thread(target=start_late_and_die)
     thread.start()
-    with pytest.raises(RunError, match="no sign for 0 s"):  # it was alive
+    with pytest.raises(RunError, match="no sign for 0 s"):
         wait_for(tmp_path, lambda: None, patience)
     thread.join()
 

@@ -39,11 +39,29 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.glob("*/*.parquet")}
 
 
-def test_two_workers_write_what_one_process_writes(tmp_path: Path) -> None:
+def test_two_workers_write_what_one_process_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(tmp_path)
     alone = replace(config, out=tmp_path / "alone")
     run(alone)
-    summary = run(config, TWO)
+    # Workers of a cluster have another working directory than the head.
+    head = workers._Head
+
+    def with_whole_paths(ray: Any, config: DumpConfig, *arguments: Any) -> Any:
+        assert all(path.is_absolute() for path in (config.out, *config.corpus))
+        assert Path(str(config.tokenizer)).is_absolute()
+        return head(ray, config, *arguments)
+
+    monkeypatch.setattr(workers, "_Head", with_whole_paths)
+    monkeypatch.chdir(tmp_path)
+    here = replace(
+        config,
+        out=config.out.relative_to(tmp_path),
+        corpus=[path.relative_to(tmp_path) for path in config.corpus],
+        tokenizer=str(Path(str(config.tokenizer)).relative_to(tmp_path)),
+    )
+    summary = run(here, TWO)
     assert files_of(config.out) == files_of(alone.out)
     assert summary.shards == len(files_of(alone.out))
     assert summary.positions == sum(s.positions for s in load_manifest(config.out).splits.values())

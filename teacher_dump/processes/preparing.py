@@ -80,16 +80,14 @@ def wait_for(folder: Path, look: Callable[[], _T | None], patience: Patience | N
     """The first thing that `look` finds; RunError when rank 0 gives no sign of life any more."""
     waits = patience or Patience()
     line = ProgressLine()
-    last: tuple[str, str] | None = None
+    last = _read(folder / PREPARING_NAME)  # a killed rank 0 may have left it
+    is_alive = False
     changed_at = time.monotonic()
-    is_alive = False  # the first sign may be one that a killed rank 0 left
     try:
         while (result := look()) is None:
             sign = _read(folder / PREPARING_NAME)
             if sign is not None and sign != last:
-                if last is not None:
-                    is_alive, changed_at = True, time.monotonic()
-                last = sign
+                last, is_alive, changed_at = sign, True, time.monotonic()
             limit = waits.next_sign if is_alive else waits.first_sign
             if time.monotonic() - changed_at > limit:
                 raise RunError(_nobody(folder, last, limit))
