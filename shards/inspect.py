@@ -91,7 +91,7 @@ def find_row(path: Path, split: str | None, number: int) -> tuple[Row, Keep]:
     if path.is_file():
         with ShardReader(path) as reader:
             if split not in (None, reader.sidecar.split):
-                raise OptionError("split", f" {split}: {path} is of {reader.sidecar.split}")
+                raise OptionError("split", f" {split}: {path} is a shard of {reader.sidecar.split}")
             first = reader.sidecar.first_sequence
             if not first <= number < first + reader.num_rows:
                 last = first + reader.num_rows - 1

@@ -45,7 +45,7 @@ class ShardReader(Closing):
 
     def __init__(self, path: Path) -> None:
         if path.suffix != ".parquet":
-            raise ShardFormatError(f"{path}: no shard, whose name ends with .parquet")
+            raise ShardFormatError(f"{path}: not a shard; the name of a shard ends with .parquet")
         self.path = path
         self.sidecar = Sidecar.read(sidecar_path(path))
         self._map = self._open_map()

@@ -38,7 +38,7 @@ def format_row(
     `decode` gives the text of one token id. Probabilities are in percent, as the teacher had them
     after reading the token on the left of the line and all before it. That of the label is at
     temperature 1, those of predictions at the temperature of the dump. A `~` stands before the
-    weight of an entry that was drawn by chance, a `-` in place of a label that does not count.
+    weight of an entry that was drawn by chance. A label that does not count has a `-`.
     """
     lines = [f"sequence {row.sequence}: {len(row.tokens) - 1} positions", ""]
     if row.counts is None:

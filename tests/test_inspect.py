@@ -114,14 +114,14 @@ def test_the_sidecar_of_a_sound_shard_is_no_damaged_shard(path, check):
         (text,) = check(file)
     except ShardFormatError as error:
         text = str(error)
-    assert text == f"{file}: no shard, whose name ends with .parquet"
+    assert text == f"{file}: not a shard; the name of a shard ends with .parquet"
 
 
 def test_a_row_of_a_shard_is_not_of_another_split(path):
     file = path / "validation" / "shard-000000.parquet"
     row, _ = find_row(file, "validation", 1)
     assert (row.tokens == example_row(1).tokens).all()
-    with pytest.raises(OptionError, match=r"split train: .* is of validation"):
+    with pytest.raises(OptionError, match=r"split train: .* is a shard of validation"):
         find_row(file, "train", 1)
 
 
