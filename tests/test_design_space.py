@@ -251,6 +251,15 @@ def test_the_shares_that_pages_quote_are_those_of_the_rows(target: str, pages: l
         assert f"{100 * share.mean:.0f} ± {100 * share.deviation:.0f} %" in text
 
 
+def test_the_gains_that_the_findings_quote_are_in_a_table_below() -> None:
+    text = draw.PAGE.read_text(encoding="utf-8")
+    findings, tables = text.split("## What to choose")
+    quoted = re.findall(r"-?\d\.\d{3}(?: ± \d\.\d{3})?", findings.partition("## Ours")[2])
+    assert len(quoted) > 20
+    cells = {cell.strip() for line in tables.splitlines() for cell in line.split("|")}
+    assert set(quoted) <= cells
+
+
 def test_the_page_of_results_is_drawn_from_the_rows() -> None:
     page = draw.PAGE.read_text(encoding="utf-8")
     rows = draw.Rows(results.read(draw.RESULTS), SCALES["laptop"])
