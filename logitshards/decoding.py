@@ -30,8 +30,10 @@ def token_decoder(path: Path) -> Callable[[int], str]:
         return text
 
     # Decoders drop a space at the start of a text: so a word comes first, and is cut off again.
+    # Without a decoder, tokens are words, and a space is put between any two.
+    has_decoder = tokenizer.decoder is not None
     words = (token for token in range(tokenizer.get_vocab_size()) if text_of(token).isalnum())
-    word = next(words, None)
+    word = next(words, None) if has_decoder else None
 
     def decode(token: int) -> str:
         if word is None:

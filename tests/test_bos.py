@@ -18,7 +18,6 @@ from shards.errors import InputError, ShardCorruptError
 from shards.inspect import verify
 from shards.keep import TopPK
 from student_train.config import TrainConfig
-from student_train.evaluation.tasks import _student
 from student_train.run import run as train
 from teacher_dump.config import DumpConfig
 from teacher_dump.dump import run
@@ -203,7 +202,11 @@ def test_a_student_is_exported_with_the_dataset_s_tokens(teacher, corpus, tmp_pa
     assert GenerationConfig.from_pretrained(model).eos_token_id == EOS
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
-    student = _student(model, Dataset.open(tmp_path / "out").spec, "float32", torch.device("cpu"))
+    from student_train.evaluation.harness_student import HarnessStudent
+
+    student = HarnessStudent(
+        model, Dataset.open(tmp_path / "out").spec, "float32", torch.device("cpu")
+    )
     assert student.tok_encode("w2 w3") == [BOS, 2, 3]
     assert student.prefix_token_id == BOS
 

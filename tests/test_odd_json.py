@@ -18,7 +18,7 @@ ODD = [b"", b"[]", b"null", b"3", b'"x"', b"{", b"{}", b'{"a": NaN}', b"\xff\xfe
 # Every third is in the fast tests, all are in the slow ones.
 CONTENTS = [
     pytest.param(
-        content, id=repr(content[:12]), marks=[] if number % 3 == 0 else [pytest.mark.slow]
+        content, id=repr(content[:12]), marks=[] if number % 6 == 0 else [pytest.mark.slow]
     )
     for number, content in enumerate(ODD)
 ]

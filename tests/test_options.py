@@ -81,7 +81,7 @@ def test_the_docs_of_training_have_the_defaults_of_the_dataclass() -> None:
         elif re.fullmatch(r"[\d.]+", values):
             assert float(values) == default
         else:
-            assert default in (None, values.split("`")[1]), name
+            assert default is None or values.split("`")[1] == default, name
 
 
 def test_no_default_is_typed_in_the_commands() -> None:

@@ -138,6 +138,7 @@ def _dump(teacher: Path, corpus: Path, out: Path, size: int, *more: str) -> Path
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_one_continues_their_dataset(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
