@@ -187,6 +187,8 @@ def _worker(pipe: Any, mode: str, teacher: Path, corpus: Path, count: int, lengt
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     from benchmarks.teacher_inputs import read_sequences
+    from teacher_dump.keep.compiling import WORTH_COMPILING
+    from teacher_dump.tokenizer import load_tokenizer
 
     sequences = read_sequences(corpus, teacher, count, length)
     with tempfile.TemporaryDirectory() as out:
@@ -195,9 +197,6 @@ def _worker(pipe: Any, mode: str, teacher: Path, corpus: Path, count: int, lengt
             if mode in ("prefill", "prompt_logprobs")
             else _pass(mode, teacher, length, Path(out))
         )
-        from teacher_dump.keep.compiling import WORTH_COMPILING
-        from teacher_dump.tokenizer import load_tokenizer
-
         # Until the selection is compiled, as it is for all of a real run but its first seconds.
         logits = 4 * count * length * load_tokenizer(teacher).vocab_size
         for _ in range(2 + WORTH_COMPILING // logits):

@@ -68,9 +68,8 @@ class Killer:
         self._random = random.Random(seed)
         self.hits = dict.fromkeys(product(STATES, launches), 0)
         self.victims: Counter[str] = Counter()
-        self.histories = 0
+        self.histories = self.same_bytes = 0
         teacher, corpus = make_inputs(folder, engine)
-        self.same_bytes = 0
         made_by = (
             ["--keep", "tokens", "--tokenizer"]
             if engine == "tokens"

@@ -29,16 +29,17 @@ def token_decoder(path: Path) -> Callable[[int], str]:
         text: str = tokenizer.decode(list(tokens), skip_special_tokens=False)
         return text
 
+    if tokenizer.decoder is None:  # tokens are words, and a space is put between any two
+        return text_of
     # Decoders drop a space at the start of a text: so a word comes first, and is cut off again.
-    # Without a decoder, tokens are words, and a space is put between any two.
-    has_decoder = tokenizer.decoder is not None
-    words = (token for token in range(tokenizer.get_vocab_size()) if text_of(token).isalnum())
-    word = next(words, None) if has_decoder else None
+    tokens = range(tokenizer.get_vocab_size())
+    word = next((token for token in tokens if text_of(token).isalnum()), None)
+    if word is None:
+        return text_of
+    before = text_of(word)
 
     def decode(token: int) -> str:
-        if word is None:
-            return text_of(token)
-        before, text = text_of(word), text_of(word, token)
+        text = text_of(word, token)
         return text.removeprefix(before) if text.startswith(before) else text_of(token)
 
     return decode

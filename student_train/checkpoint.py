@@ -147,23 +147,20 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> Pr
 
     RunError if it cannot be read, for any process.
     """
-    whole = False
+    advice = "delete this folder, and the same command continues from the checkpoint before"
     try:
         progress = world.together(lambda: _read_progress(path))
         world.together(lambda: _check_hashes(path, world))
-        whole = True
+        advice = (
+            "its files are as they were written, so do not delete it; did the versions of torch or"
+            " transformers change?"
+        )
         _read_weights(path / _WEIGHTS, model, optimizer, world)
     except torch.OutOfMemoryError:
         raise
     except _DAMAGED as error:
         if is_lost(error):
             raise
-        advice = (
-            "its files are as they were written, so do not delete it; did the versions of torch or"
-            " transformers change?"
-            if whole
-            else "delete this folder, and the same command continues from the checkpoint before"
-        )
         raise RunError(
             f"{path}: the checkpoint cannot be read ({first_line(error)}); {advice}"
         ) from error

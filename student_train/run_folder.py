@@ -143,11 +143,10 @@ def run_sha256(description: Mapping[str, Json]) -> str:
     return hashlib.sha256(canonical_json(_compared(description)).encode()).hexdigest()
 
 
-def agreed_settings(description: Mapping[str, Json]) -> dict[str, Any]:
+def agreed_settings(description: Mapping[str, Any]) -> dict[str, Any]:
     """What the processes of a run must have in common: what two runs must, and how they compute."""
-    config = description["config"]
-    assert isinstance(config, Mapping)
-    return {**_compared(description), "computing": {name: config[name] for name in _COMPUTING}}
+    computing = {name: description["config"][name] for name in _COMPUTING}
+    return {**_compared(description), "computing": computing}
 
 
 def publish_folder(final: Path, fill: Callable[[Path], None]) -> None:

@@ -33,7 +33,7 @@ from teacher_dump.config import DumpConfig
 from teacher_dump.dataset_spec import make_record, make_spec
 from teacher_dump.prepare import Prepared
 from teacher_dump.processes.preparing import SignOfLife
-from teacher_dump.tokens.open_store import open_or_build
+from teacher_dump.tokens.open_store import open_or_build, open_store
 from teacher_dump.tokens.sequences import SplitSequences
 from teacher_dump.tokens.store import STORE_NAME, TokenStore
 
@@ -144,7 +144,7 @@ def planned_by_another(config: DumpConfig, ready: Prepared, asked: DatasetSpec) 
     manifest = load_manifest(out)
     try:
         _check_same(out, asked, manifest.spec)
-        store = _open_or_build(out, ready, None, lambda done, of: None)
+        store = open_store(out / TOKENS, ready.files, ready.rules)
         splits = _sequences(config, ready, store)
         check_spec(out, _complete(config, asked, store, splits), manifest.spec)
     except FileNotFoundError as error:

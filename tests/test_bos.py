@@ -184,6 +184,8 @@ def test_bos_that_a_tokenizer_does_not_have_is_refused(tiny_teacher, corpus, tmp
 
 
 def test_a_student_is_exported_with_the_dataset_s_tokens(teacher, corpus, tmp_path):
+    from student_train.evaluation.harness_student import HarnessStudent  # imports the harness
+
     run(config_of(teacher, corpus, tmp_path / "out"))
     out = tmp_path / "run"
     train(
@@ -202,8 +204,6 @@ def test_a_student_is_exported_with_the_dataset_s_tokens(teacher, corpus, tmp_pa
     assert GenerationConfig.from_pretrained(model).eos_token_id == EOS
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
-    from student_train.evaluation.harness_student import HarnessStudent
-
     student = HarnessStudent(
         model, Dataset.open(tmp_path / "out").spec, "float32", torch.device("cpu")
     )

@@ -15,7 +15,7 @@ from tests.tiny_teacher import write_corpus
 ODD = [b"", b"[]", b"null", b"3", b'"x"', b"{", b"{}", b'{"a": NaN}', b"\xff\xfe{}", b"[" * 3000,
        b'{"format_version": "1"}',
        b'{"model": 1, "config": [], "tokens": {}, "splits": 3}']  # fmt: skip
-# Every third is in the fast tests, all are in the slow ones.
+# Every sixth is in the fast tests, all are in the slow ones.
 CONTENTS = [
     pytest.param(
         content, id=repr(content[:12]), marks=[] if number % 6 == 0 else [pytest.mark.slow]

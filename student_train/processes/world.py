@@ -76,7 +76,7 @@ class World:
         return int(reduced)
 
     def largest_of_each(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """Every figure, the largest of it in any process; all have the same. Collective."""
+        """The largest value of each figure; all processes give the same figures. Collective."""
         if self.size == 1:
             return dict(figures)
         reduced = torch.tensor(list(figures.values()), dtype=torch.float64)
@@ -205,7 +205,7 @@ def _meet(rank: int, size: int, device: torch.device) -> Store:
     does not come in time.
     """
     store: Store
-    store, _, _ = next(iter(rendezvous("env://", timeout=_JOIN_TIMEOUT)))
+    store, _, _ = next(rendezvous("env://", timeout=_JOIN_TIMEOUT))
     names, read = ([f"logitshards/{what}/{r}" for r in range(size)] for what in ("device", "read"))
     store.set(names[rank], device.type)
     store.wait(names, _JOIN_TIMEOUT)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from teacher_dump.corpus.listing import CorpusFile
 from teacher_dump.corpus.rules import TokenisingRules
 from teacher_dump.tokens.builder import TokenBuilder
 from teacher_dump.tokens.fingerprints import (
+    Fingerprint,
     order_as_recorded,
     refuse_other_rules,
     take_fingerprints,
@@ -20,35 +19,55 @@ from teacher_dump.tokens.fingerprints import (
 from teacher_dump.tokens.store import PROGRESS_NAME, STORE_NAME, Report, TokenStore
 
 
+def open_store(folder: Path, files: Sequence[CorpusFile], rules: TokenisingRules) -> TokenStore:
+    """The store of this corpus under these rules, which is whole.
+
+    Raises FileNotFoundError if there is none, IdentityMismatchError if the folder holds another.
+    """
+    made_from = unseal(folder / STORE_NAME)["made_from"]
+    _in_order(folder, files, rules, made_from, lambda done_bytes, of_bytes: None)
+    return TokenStore(folder)
+
+
 def open_or_build(
     folder: Path,
     files: Sequence[CorpusFile],
     tokenizer: Any,
     rules: TokenisingRules,
-    report: Report | None,
+    report: Report,
     hashed: Report = lambda done_bytes, of_bytes: None,
 ) -> TokenStore:
     """The store of this corpus under these rules: opened, continued after a kill, or made.
 
-    `report(documents, tokens)` is called now and then; None makes nothing, and without a store
-    raises FileNotFoundError. `hashed(done_bytes, of_bytes)` is called after every file that had to
-    be hashed. Raises IdentityMismatchError if the folder holds another store, InputError for a
-    corpus without text or with a bad record.
+    `report(documents, tokens)` is called now and then, and `hashed(done_bytes, of_bytes)` after
+    every file that had to be hashed. Raises IdentityMismatchError if the folder
+    holds another store, InputError for a corpus without text or with a bad record.
     """
-    if report is None and not (folder / STORE_NAME).exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / STORE_NAME))
-    recorded = _recorded(folder)
-    if recorded is not None:
-        refuse_other_rules(folder, rules.to_json(), recorded["rules"])
-    prints = take_fingerprints(files, [] if recorded is None else recorded["files"], hashed)
-    if recorded is not None:
-        order = order_as_recorded(folder, files, prints, recorded["files"])
-        files, prints = [files[n] for n in order], [prints[n] for n in order]
-    if report is not None and not (folder / STORE_NAME).exists():
+    files, prints = _in_order(folder, files, rules, _recorded(folder), hashed)
+    if not (folder / STORE_NAME).exists():
         made_from: dict[str, Any] = {"rules": rules.to_json(), "files": prints}
         folder.mkdir(parents=True, exist_ok=True)
         TokenBuilder(folder, files, tokenizer, rules, made_from).build(report)
     return TokenStore(folder)
+
+
+def _in_order(
+    folder: Path,
+    files: Sequence[CorpusFile],
+    rules: TokenisingRules,
+    recorded: Any,
+    hashed: Report,
+) -> tuple[Sequence[CorpusFile], Sequence[Fingerprint]]:
+    """The files and their fingerprints in the order of what is recorded; None: in their own.
+
+    IdentityMismatchError if another corpus or other rules are recorded.
+    """
+    if recorded is None:
+        return files, take_fingerprints(files, [], hashed)
+    refuse_other_rules(folder, rules.to_json(), recorded["rules"])
+    prints = take_fingerprints(files, recorded["files"], hashed)
+    order = order_as_recorded(folder, files, prints, recorded["files"])
+    return [files[n] for n in order], [prints[n] for n in order]
 
 
 def _recorded(folder: Path) -> Any:
